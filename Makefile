@@ -1,0 +1,51 @@
+# Everything stays inside the clone: .venv (Python packages), .kafka (a local Apache Kafka and its data).
+PYTHON ?= python3
+PORT ?= 8000
+KAFKA_PORT ?= 9092
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check format kafka kafka-stop lock clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+run: $(READY) ## Serve the example Chain on the embedded broker, on http://127.0.0.1:$(PORT)
+	@exec $(BIN)/chains run chainlets/summarize.py --host 127.0.0.1 --port $(PORT)
+
+test: $(READY) ## Run the whole suite, against a real Apache Kafka of its own on a free port
+	@$(BIN)/pytest $(ARGS)
+
+check: $(READY) ## Check format, lint and types
+	@$(BIN)/ruff format --check --quiet . || { echo "make format mends this"; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+
+format: $(READY) ## Format the code and mend what lint can mend
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+
+kafka: ## Start a real Apache Kafka in the background, on 127.0.0.1:$(KAFKA_PORT)
+	@deploy/kafka/kafka start --port $(KAFKA_PORT)
+
+kafka-stop: ## Stop it; its data stays in .kafka
+	@deploy/kafka/kafka stop --port $(KAFKA_PORT)
+
+lock: $(READY) ## Resolve the dependencies anew, into the two lock files (needs uv)
+	@uv pip compile pyproject.toml --extra dev $(COMPILE) -o requirements.lock
+	@uv pip compile pyproject.toml $(COMPILE) -o requirements-runtime.lock
+
+clean: ## Remove what the other targets made, the local Kafka's data included
+	@test ! -d .kafka || deploy/kafka/kafka stop --port $(KAFKA_PORT)
+	rm -rf .venv .kafka .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# No download addresses in the lock files: they hold wherever packages come from.
+COMPILE := --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url
+
+$(READY): requirements.lock pyproject.toml
+	@echo "Setting up .venv (once, about a minute) ..." >&2
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
