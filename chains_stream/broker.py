@@ -1,0 +1,135 @@
+"""The one seam to the log. What differs between brokers lives behind it; `tests/contract` holds them equal.
+
+A broker keeps topics of numbered partitions; a partition is a log of records, each with an offset. Two ways to read:
+a `GroupConsumer` shares a topic's partitions with the other members of its group and commits how far its work is done;
+a `Reader` follows partitions that it names, alone, and commits nothing.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from chains_stream.messages import Headers
+
+
+class Record(msgspec.Struct, frozen=True, gc=False):
+    """One record of a partition's log. `timestamp_ms` is Unix time."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp_ms: int
+    key: bytes | None
+    value: bytes
+    headers: Headers
+
+
+class TopicSpec(msgspec.Struct, frozen=True):
+    """A topic that must exist: one that does is kept as it is, else it is created so."""
+
+    name: str
+    partitions: int
+    retention_ms: int
+
+
+class Committed(NamedTuple):
+    """How far a group's work on a partition is done: the first offset that is not, and a note (4,096 bytes)."""
+
+    offset: int
+    metadata: str = ""
+
+
+PartitionsChanged = Callable[[frozenset[int]], Awaitable[None]]
+
+
+class GroupConsumer(Protocol):
+    """A member of a consumer group on one topic. A record that is not committed is delivered again, to any member."""
+
+    async def fetch(self, max_records: int) -> list[Record]:
+        """Wait for at least one record, and give up to `max_records`, each partition's in offset order.
+
+        Cancelling it loses no record. Raises BrokerError.
+        """
+
+    async def commit(self, positions: Mapping[int, Committed]) -> None:
+        """Store, by partition, how far the work is done. A partition that was lost meanwhile is left alone."""
+
+    async def committed(self, partition: int) -> Committed | None:
+        """Read what the group has stored for a partition, or None."""
+
+    async def close(self) -> None:
+        """Leave the group. `on_revoked` is called first, with the partitions still held."""
+
+
+class Reader(Protocol):
+    """Follows named partitions of one topic, with no group."""
+
+    def position(self, partition: int) -> int:
+        """Give the offset of the next record that `fetch` will return from `partition`."""
+
+    async def fetch(self) -> list[Record]:
+        """Wait for at least one record. Cancelling it loses none. Raises BrokerError, OffsetExpiredError."""
+
+    async def close(self) -> None:
+        """Stop reading."""
+
+
+class Broker(Protocol):
+    """A log that is shared by callers and workers. Open one with `brokers.open`."""
+
+    @property
+    def url(self) -> str:
+        """Where the broker is, without credentials: for messages and logs."""
+
+    @property
+    def max_record_bytes(self) -> int:
+        """The largest value that `publish` takes, in bytes."""
+
+    async def start(self) -> None:
+        """Connect. Raises BrokerError, BrokerAuthorizationError, within `connect_timeout`."""
+
+    async def close(self) -> None:
+        """Send what is buffered, and disconnect."""
+
+    async def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
+        """Create the topics that don't exist; return when all can be used."""
+
+    async def partitions(self, topic: str) -> int:
+        """Give the number of partitions of a topic. Raises BrokerError if there is no such topic."""
+
+    async def publish(
+        self,
+        topic: str,
+        value: bytes,
+        *,
+        partition: int,
+        key: bytes | None = None,
+        headers: Headers = (),
+        durable: bool = True,
+    ) -> asyncio.Future[int]:
+        """Append a record. Returns once it has a place in the send buffer, waiting for one if the buffer is full.
+
+        Records of one `durable` kind that go to one partition keep their order. The future gives the offset once the
+        broker has stored the record: on all in-sync replicas if `durable`, else on the leader. It raises BrokerError,
+        RecordTooLargeError; nobody needs to await it.
+        """
+
+    async def consume(
+        self, topic: str, group: str, *, on_assigned: PartitionsChanged, on_revoked: PartitionsChanged
+    ) -> GroupConsumer:
+        """Join a group on a topic; a group without a committed offset begins at the oldest record.
+
+        `on_assigned` runs before records of the partitions are delivered, `on_revoked` before others may get them; it
+        may commit.
+        """
+
+    async def read(self, topic: str, positions: Mapping[int, int | None]) -> Reader:
+        """Follow partitions from the given offsets, or from the end for None; positions are known on return."""
+
+    async def end_offset(self, topic: str, partition: int) -> int:
+        """Give the offset that the next record of a partition will get."""
+
+    async def members(self, group: str) -> int:
+        """Give the number of consumers that are in a group now."""

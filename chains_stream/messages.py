@@ -1,0 +1,175 @@
+"""The wire: header names, request headers, and the frames that answer a request.
+
+Everything here is what another program may meet in a Kafka topic. New fields get defaults; a type that shipped never
+changes.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from chains_stream.errors import RemoteErrorDetail
+
+Headers = tuple[tuple[str, bytes], ...]
+
+# Names that Spring Kafka's request/reply uses, so that its clients can call a Chainlet.
+CORRELATION_ID = "kafka_correlationId"  # 16 bytes
+REPLY_TOPIC = "kafka_replyTopic"  # UTF-8
+REPLY_PARTITION = "kafka_replyPartition"  # 4 bytes, big-endian
+CONTENT_TYPE = "content-type"  # absent means MSGPACK
+TRACEPARENT = "traceparent"  # W3C Trace Context
+TRACESTATE = "tracestate"
+DEADLINE = "chains-deadline"  # 8 bytes, big-endian: Unix time in ms
+REQUEST_ID = "chains-request-id"  # UTF-8; the same through all hops and retries of one request
+ATTEMPT = "chains-attempt"  # 4 bytes, big-endian: which try of the caller's retries this is, from 1
+FRAMES = "chains-frames"  # b"1": the caller reads frames
+WINDOW = "chains-window"  # 4 + 4 bytes, big-endian: chunks and bytes of a stream that may be under way
+ERROR = "chains-error"  # on a reply without frames: the failure as JSON
+
+MSGPACK = "application/msgpack"
+JSON = "application/json"
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """The headers of a request record. Its value is a map of argument names, in `content_type`.
+
+    `reply_topic` is None for a request that wants no answer, `reply_partition` for one that leaves it to the worker.
+    `deadline_ms` is Unix time. `window` is (chunks, bytes), or None for a caller that does not return credit: its
+    streams are not held back.
+    """
+
+    correlation_id: bytes
+    reply_topic: str | None = None
+    reply_partition: int | None = None
+    deadline_ms: int | None = None
+    request_id: str = ""
+    attempt: int = 1
+    content_type: str = MSGPACK
+    frames: bool = False
+    window: tuple[int, int] | None = None
+    traceparent: bytes | None = None
+    tracestate: bytes | None = None
+
+    def to_headers(self) -> Headers:
+        window, partition, deadline = self.window, self.reply_partition, self.deadline_ms
+        named = (
+            (CORRELATION_ID, self.correlation_id),
+            (REPLY_TOPIC, None if self.reply_topic is None else self.reply_topic.encode()),
+            (REPLY_PARTITION, None if partition is None else partition.to_bytes(4, "big")),
+            (DEADLINE, None if deadline is None else deadline.to_bytes(8, "big")),
+            (REQUEST_ID, self.request_id.encode() or None),
+            (ATTEMPT, None if self.attempt == 1 else self.attempt.to_bytes(4, "big")),
+            (CONTENT_TYPE, None if self.content_type == MSGPACK else self.content_type.encode()),
+            (FRAMES, b"1" if self.frames else None),
+            (WINDOW, None if window is None else window[0].to_bytes(4, "big") + window[1].to_bytes(4, "big")),
+            (TRACEPARENT, self.traceparent),
+            (TRACESTATE, self.tracestate),
+        )
+        return tuple([(name, value) for name, value in named if value is not None])
+
+    @classmethod
+    def from_headers(cls, headers: Sequence[tuple[str, bytes]]) -> "Request":
+        """Read the headers of a request that may be a stranger's; raise ValueError that names a malformed one."""
+        found: Mapping[str, bytes] = dict(headers)
+        window = _sized(found, WINDOW, 8)
+        return cls(
+            correlation_id=found.get(CORRELATION_ID, b""),
+            reply_topic=_text(found, REPLY_TOPIC),
+            reply_partition=_number(found, REPLY_PARTITION, 4),
+            deadline_ms=_number(found, DEADLINE, 8),
+            request_id=_text(found, REQUEST_ID) or "",
+            attempt=_number(found, ATTEMPT, 4) or 1,
+            content_type=(_text(found, CONTENT_TYPE) or MSGPACK).partition(";")[0].strip().lower(),
+            frames=found.get(FRAMES) == b"1",
+            window=(int.from_bytes(window[:4], "big"), int.from_bytes(window[4:], "big")) if window else None,
+            traceparent=found.get(TRACEPARENT),
+            tracestate=found.get(TRACESTATE),
+        )
+
+
+class Started(msgspec.Struct, tag=0, array_like=True, frozen=True):
+    """An attempt other than the first begins: frames of lower attempts no longer count."""
+
+    correlation_id: bytes
+    attempt: int
+
+
+class Chunk(msgspec.Struct, tag=1, array_like=True, frozen=True):
+    """One item of a stream; `sequence` counts from 0."""
+
+    correlation_id: bytes
+    attempt: int
+    sequence: int
+    value: msgspec.Raw
+
+
+class Done(msgspec.Struct, tag=2, array_like=True, frozen=True):
+    """The end of a call: its result, or the number of `chunks` of the stream that ends here."""
+
+    correlation_id: bytes
+    attempt: int
+    chunks: int = 0
+    value: msgspec.Raw = msgspec.Raw()
+
+
+class Failed(msgspec.Struct, tag=3, array_like=True, frozen=True):
+    """The call failed, after `chunks` chunks."""
+
+    correlation_id: bytes
+    attempt: int
+    error: RemoteErrorDetail
+    chunks: int = 0
+
+
+class Cancelled(msgspec.Struct, tag=4, array_like=True, frozen=True):
+    """The call was cancelled, after `chunks` chunks."""
+
+    correlation_id: bytes
+    attempt: int
+    chunks: int = 0
+
+
+Frame = Started | Chunk | Done | Failed | Cancelled
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(list[Frame])
+
+
+def encode_frames(frames: Sequence[Frame]) -> bytes:
+    """Encode frames, of any calls, as the value of one reply record."""
+    return _encoder.encode(frames)
+
+
+def decode_frames(value: bytes) -> list[Frame]:
+    """Decode the value of a reply record; raise msgspec.DecodeError if it is none of ours."""
+    return _decoder.decode(value)
+
+
+def now_ms() -> int:
+    """Unix time in ms: the clock of deadlines, which cross machines."""
+    return time.time_ns() // 1_000_000
+
+
+def _sized(found: Mapping[str, bytes], name: str, size: int) -> bytes | None:
+    value = found.get(name)
+    if value is not None and len(value) != size:
+        msg = f"the header {name} must be {size} bytes long, and is {len(value)}"
+        raise ValueError(msg)
+    return value
+
+
+def _number(found: Mapping[str, bytes], name: str, size: int) -> int | None:
+    value = _sized(found, name, size)
+    return None if value is None else int.from_bytes(value, "big")
+
+
+def _text(found: Mapping[str, bytes], name: str) -> str | None:
+    value = found.get(name)
+    if value is None:
+        return None
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        msg = f"the header {name} must be UTF-8"
+        raise ValueError(msg) from None

@@ -1,0 +1,172 @@
+"""Deadlines, timeouts, and retries with backoff: the same for local, colocated and remote calls.
+
+`Scope` is what one request carries through all its hops: its id, its deadline, its trace. It lives in a context
+variable, so that a call made anywhere inside `run_remote`, in a task of its own too, belongs to the request that it
+serves.
+"""
+
+import asyncio
+import random
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import Protocol, TypeVar
+from weakref import WeakKeyDictionary
+
+import msgspec
+import structlog
+
+from chains_stream.errors import (
+    CallTimeoutError,
+    ChainsError,
+    DeadlineExceededError,
+    OverloadedError,
+    is_retryable,
+)
+from chains_stream.messages import now_ms
+from chains_stream.options import RPCOptions
+
+T = TypeVar("T")
+
+BACKOFF_BASE = 0.05  # seconds before the second try, doubled for each further one
+BACKOFF_CAP = 5.0  # seconds
+
+log = structlog.get_logger(__name__)
+
+
+class Abandonable(Protocol):
+    """Work started for a request, to be given up when the request ends first."""
+
+    def close(self) -> None: ...
+
+
+class Scope(msgspec.Struct, eq=False):
+    """One request as it passes through this process. `deadline_ms` is Unix time."""
+
+    request_id: str
+    deadline_ms: int
+    traceparent: bytes | None = None
+    tracestate: bytes | None = None
+    calls: set[Abandonable] = msgspec.field(default_factory=set)
+
+    @classmethod
+    def new(cls, seconds: float) -> "Scope":
+        """Begin a request that has `seconds` until its deadline."""
+        return cls(request_id=new_request_id(), deadline_ms=now_ms() + int(seconds * 1000))
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the deadline; negative once it has passed."""
+        return (self.deadline_ms - now_ms()) / 1000
+
+    def close(self) -> None:
+        """Give up the calls that were started for this request and are still open."""
+        for call in tuple(self.calls):
+            call.close()
+
+
+class Limit:
+    """At most `size` at once, the others in line; usable from one event loop after another, as `run_local` is."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._semaphores: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+
+    def here(self) -> asyncio.Semaphore:
+        """Give the semaphore of the running event loop."""
+        loop = asyncio.get_running_loop()
+        semaphore = self._semaphores.get(loop)
+        if semaphore is None:
+            semaphore = self._semaphores[loop] = asyncio.Semaphore(self._size)
+        return semaphore
+
+
+current: ContextVar[Scope | None] = ContextVar("current", default=None)
+
+
+def new_request_id() -> str:
+    """Give an id that can't be guessed."""
+    return secrets.token_urlsafe(16)
+
+
+def scope_or_new(seconds: float) -> Scope:
+    """Give the scope of the request being served, or begin one with `seconds` until its deadline."""
+    return current.get() or Scope.new(seconds)
+
+
+async def call(one_try: Callable[[int], Awaitable[T]], options: RPCOptions, scope: Scope, name: str) -> T:
+    """Run `one_try`, given the number of the try from 1, until it succeeds or trying again can't help.
+
+    Raises what the last try raised, CallTimeoutError or DeadlineExceededError.
+    """
+    attempt = 1
+    while True:
+        try:
+            return await _bounded(one_try(attempt), options, scope, name)
+        except Exception as error:  # noqa: BLE001 - raised again, unless the call is to be repeated
+            await _backoff_or_raise(error, attempt, options, scope, name)
+        attempt += 1
+
+
+async def stream(
+    one_try: Callable[[int], AsyncGenerator[T, None]], options: RPCOptions, scope: Scope, name: str
+) -> AsyncGenerator[T, None]:
+    """Yield the items of `one_try`; try again only while none has been handed on."""
+    attempt = 1
+    while True:
+        handed_on = False
+        items = one_try(attempt)
+        try:
+            async with aclosing(items):
+                while True:
+                    try:
+                        item = await _bounded(anext(items), options, scope, name)
+                    except StopAsyncIteration:
+                        return
+                    handed_on = True
+                    yield item
+        except Exception as error:
+            if handed_on:
+                raise
+            await _backoff_or_raise(error, attempt, options, scope, name)
+        attempt += 1
+
+
+async def _bounded(work: Awaitable[T], options: RPCOptions, scope: Scope, name: str) -> T:
+    remaining = scope.remaining
+    limit = asyncio.timeout(max(0.0, min(options.timeout_sec, remaining)))
+    try:
+        async with limit:
+            return await work
+    except TimeoutError as error:
+        if not limit.expired():
+            raise  # the user's own
+        if remaining <= options.timeout_sec:
+            raise DeadlineExceededError(f"{name}: the deadline of the request passed") from error
+        raise CallTimeoutError(f"{name}: no answer within timeout_sec={options.timeout_sec:g}") from error
+
+
+async def _backoff_or_raise(error: Exception, attempt: int, options: RPCOptions, scope: Scope, name: str) -> None:
+    """Wait before the next try, or raise `error` if there is to be none."""
+    if attempt >= options.retries or not is_retryable(error):
+        raise error
+    delay = backoff(attempt)
+    if isinstance(error, OverloadedError) and error.retry_after is not None:
+        delay = max(delay, error.retry_after)
+    if delay >= scope.remaining:
+        raise error
+    log.info("retry", call=name, attempt=attempt, of=options.retries, delay=round(delay, 3), error=_brief(error))
+    await asyncio.sleep(delay)
+
+
+def backoff(attempt: int) -> float:
+    """Seconds to wait after try number `attempt`: exponential with full jitter.
+
+    Source: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+    """
+    return random.uniform(0, min(BACKOFF_CAP, BACKOFF_BASE * 2 ** (attempt - 1)))  # noqa: S311 - spreads load, no secret
+
+
+def _brief(error: Exception) -> str:
+    return error.code if isinstance(error, ChainsError) else type(error).__name__
