@@ -1,0 +1,339 @@
+"""The caller's side of a call over the broker: the correlation table, reply streams, cancellation.
+
+One `Caller` a process. It reads one partition of the reply topic and hands each frame to the `Call` that waits for it.
+A `Call` registers first, then publishes, then waits, and always unregisters; one that is left before its end is
+cancelled where it runs.
+"""
+
+import asyncio
+import os
+import zlib
+from collections import deque
+from collections.abc import AsyncGenerator
+from itertools import count
+
+import msgspec
+import structlog
+
+from chains_stream.broker import Broker, Reader, TopicSpec
+from chains_stream.chain import Chain
+from chains_stream.chainlet import ChainletBase
+from chains_stream.control import Cancel, Control, Credit
+from chains_stream.errors import (
+    BrokerError,
+    CallCancelledError,
+    OffsetExpiredError,
+    StreamInterruptedError,
+    WorkerLostError,
+    from_detail,
+)
+from chains_stream.messages import Cancelled, Chunk, Done, Failed, Frame, Request, Started, decode_frames
+from chains_stream.policy import Scope
+from chains_stream.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+
+class Call:
+    """One request under way: folds its frames, in the order of the log, into a result or a stream.
+
+    Frames of a lower attempt than one already seen are dropped, and so is a repeated sequence; a gap or a wrong count
+    is an error, never a quiet end.
+    """
+
+    def __init__(self, caller: "Caller", topic: str, scope: Scope, modules: tuple[str, ...]) -> None:
+        self.id = os.urandom(16)
+        self.topic = topic
+        self.partition = 0
+        self.offset: int | None = None  # known once the broker has stored the request
+        self.scope = scope
+        self.ended = False
+        self._caller = caller
+        self._modules = modules
+        self._attempt = 0
+        self._next_sequence = 0
+        self._chunks: deque[msgspec.Raw] = deque()
+        self._value = msgspec.Raw()
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._taken = self._taken_size = 0  # by the reader of the stream
+        self._granted = self._granted_size = 0  # of these, what the worker was told
+
+    async def result(self) -> msgspec.Raw:
+        """Wait for the end of a unary call."""
+        while not self.ended:
+            await self._wait()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    async def next(self) -> msgspec.Raw | None:
+        """Wait for the next chunk of a stream; None at its end."""
+        while not self._chunks:
+            if self.ended:
+                if self._error is not None:
+                    raise self._error
+                return None
+            await self._wait()
+        chunk = self._chunks.popleft()
+        self._taken += 1
+        self._taken_size += len(memoryview(chunk))
+        if self._caller.wants_credit(self._taken - self._granted, self._taken_size - self._granted_size):
+            self._granted, self._granted_size = self._taken, self._taken_size
+            await self._caller.control.send(self.topic, Credit(self.id, self._taken, self._taken_size))
+        return chunk
+
+    async def stored(self) -> None:
+        """Wait until the broker has stored the request, or the call ended without."""
+        while self.offset is None and not self.ended:
+            await self._wait()
+        if self.offset is None and self._error is not None:
+            raise self._error
+
+    def stored_at(self, offset: int) -> None:
+        self.offset = offset
+        self._wake()
+
+    def close(self) -> None:
+        """Forget the call; if it has not ended, have it cancelled where it runs. May be called again."""
+        self._caller.forget(self)
+
+    def fail(self, error: Exception) -> None:
+        """End the call with an error of this side."""
+        if not self.ended:
+            self._end(error)
+
+    def feed(self, frame: Frame) -> None:
+        """Take one frame from the log."""
+        if self.ended or frame.attempt < self._attempt:
+            return
+        self._attempt = frame.attempt
+        match frame:
+            case Chunk(sequence=sequence, value=value):
+                self._feed_chunk(sequence, value)
+            case Done(chunks=chunks, value=value):
+                self._value = value
+                self._end(None if chunks == self._next_sequence else self._interrupted(f"{chunks} were sent"))
+            case Failed(error=detail):
+                self._end(from_detail(detail, modules=self._modules))
+            case Cancelled():
+                self._end(CallCancelledError("the request was cancelled"))
+            case Started():
+                pass
+
+    def _feed_chunk(self, sequence: int, value: msgspec.Raw) -> None:
+        if sequence < self._next_sequence:
+            return
+        if sequence > self._next_sequence:
+            self._end(self._interrupted(f"chunk {self._next_sequence} is missing"))
+            return
+        self._next_sequence += 1
+        self._chunks.append(value)
+        self._wake()
+
+    def _interrupted(self, reason: str) -> StreamInterruptedError:
+        received = self._next_sequence
+        return StreamInterruptedError(f"the stream broke off after {received} chunks: {reason}", chunks=received)
+
+    def _end(self, error: Exception | None) -> None:
+        self.ended = True
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+
+class Caller:
+    """Sends requests and receives their answers, thousands at once, for a whole process."""
+
+    def __init__(self, broker: Broker, control: Control, settings: Settings) -> None:
+        self.control = control
+        self._broker = broker
+        self._settings = settings
+        self._replies = f"{settings.namespace}.replies"
+        self._reply_partition = 0
+        self._calls: dict[bytes, Call] = {}
+        self._partitions: dict[str, int] = {}
+        self._rotation = count(int.from_bytes(os.urandom(2), "big"))
+        self._reader: Reader | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._cancelling: set[asyncio.Task[None]] = set()
+        self._broken: BrokerError | None = None
+
+    async def start(self) -> None:
+        """Find the reply partition, and be at its end before anything is published."""
+        settings = self._settings
+        await self._broker.ensure_topics(
+            [TopicSpec(self._replies, settings.reply_partitions, settings.reply_retention_ms)]
+        )
+        partitions = await self._broker.partitions(self._replies)
+        self._reply_partition = zlib.crc32(os.urandom(16)) % partitions
+        await self._open_reader()
+        self._task = asyncio.create_task(self._read(), name="replies")
+
+    async def close(self) -> None:
+        """Fail what still waits, and stop reading."""
+        self._fail_all(CallCancelledError("the connection was closed"))
+        if self._cancelling:
+            await asyncio.wait(self._cancelling)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        if self._reader is not None:
+            await self._reader.close()
+
+    async def use(self, topic: str) -> None:
+        """Make sure that a request topic exists: a request sent before the first worker joins must not be lost."""
+        settings = self._settings
+        await self._broker.ensure_topics([TopicSpec(topic, settings.partitions, settings.request_retention_ms)])
+        self._partitions[topic] = await self._broker.partitions(topic)
+
+    async def open(
+        self, topic: str, arguments: bytes, scope: Scope, attempt: int = 1, modules: tuple[str, ...] = ()
+    ) -> Call:
+        """Publish a request on a topic that `use` has prepared, and give its call. Close it, whatever happens."""
+        if self._broken is not None:
+            raise self._broken
+        call = Call(self, topic, scope, modules)
+        call.partition = next(self._rotation) % self._partitions[topic]
+        self._calls[call.id] = call
+        request = Request(
+            correlation_id=call.id,
+            reply_topic=self._replies,
+            reply_partition=self._reply_partition,
+            deadline_ms=scope.deadline_ms,
+            request_id=scope.request_id,
+            attempt=attempt,
+            frames=True,
+            window=(self._settings.stream_window, self._settings.stream_window_bytes),
+            traceparent=scope.traceparent,
+            tracestate=scope.tracestate,
+        )
+        try:
+            stored = await self._broker.publish(
+                topic, arguments, partition=call.partition, headers=request.to_headers()
+            )
+        except BaseException:
+            call.ended = True  # nothing was sent that could be cancelled
+            call.close()
+            raise
+        stored.add_done_callback(lambda future: _stored(call, future))
+        return call
+
+    def wants_credit(self, chunks: int, size: int) -> bool:
+        """Tell whether a reader that took this much since it last said so should say so again."""
+        return chunks * 2 >= self._settings.stream_window or size * 2 >= self._settings.stream_window_bytes
+
+    def forget(self, call: Call) -> None:
+        """Unregister a call, and cancel it if it has not ended."""
+        if self._calls.pop(call.id, None) is None:
+            return
+        call.scope.calls.discard(call)
+        if not call.ended:
+            call.fail(CallCancelledError("the request was cancelled by its caller"))
+            task = asyncio.get_running_loop().create_task(self._cancel(call), name="cancel")
+            self._cancelling.add(task)
+            task.add_done_callback(self._cancelling.discard)
+
+    async def _cancel(self, call: Call) -> None:
+        try:
+            await self.control.send(call.topic, Cancel(call.id, call.partition, call.offset or 0))
+        except BrokerError as error:
+            # The request then runs to its deadline, which it carries with it.
+            log.warning("cancel.unsent", request_id=call.scope.request_id, reason=str(error))
+
+    async def _open_reader(self) -> Reader:
+        if self._reader is not None:
+            await self._reader.close()
+        self._reader = await self._broker.read(self._replies, {self._reply_partition: None})
+        return self._reader
+
+    async def _read(self) -> None:
+        reader = self._reader
+        assert reader is not None, "opened by start"
+        while True:
+            try:
+                records = await reader.fetch()
+            except OffsetExpiredError as error:
+                self._fail_all(WorkerLostError(f"answers were lost before they were read: {error}"))
+                reader = await self._open_reader()
+                continue
+            except BrokerError as error:
+                log.error("replies.stopped", reason=str(error))  # noqa: TRY400 - the message says it all
+                self._broken = error
+                self._fail_all(error)
+                return
+            for record in records:
+                self._dispatch(record.value)
+
+    def _dispatch(self, value: bytes) -> None:
+        try:
+            frames = decode_frames(value)
+        except msgspec.DecodeError as error:
+            log.warning("reply.undecodable", reason=str(error))
+            return
+        for frame in frames:
+            call = self._calls.get(frame.correlation_id)
+            if call is not None:
+                call.feed(frame)
+
+    def _fail_all(self, error: Exception) -> None:
+        for call in tuple(self._calls.values()):
+            call.fail(error)
+
+
+class RemoteTarget:
+    """Calls a Chainlet over the broker; `modules` are where the user's exceptions may be found."""
+
+    def __init__(self, caller: Caller, topic: str, modules: tuple[str, ...] = ()) -> None:
+        self._caller = caller
+        self._topic = topic
+        self._modules = modules
+
+    async def open(self, arguments: bytes, scope: Scope, attempt: int) -> Call:
+        """Publish a request; whoever asked for the call closes it."""
+        return await self._caller.open(self._topic, arguments, scope, attempt, self._modules)
+
+    async def call(self, arguments: bytes, scope: Scope, attempt: int) -> msgspec.Raw:
+        call = await self.open(arguments, scope, attempt)
+        scope.calls.add(call)
+        try:
+            return await call.result()
+        finally:
+            call.close()
+
+    async def stream(self, arguments: bytes, scope: Scope, attempt: int) -> AsyncGenerator[msgspec.Raw, None]:
+        call = await self.open(arguments, scope, attempt)
+        scope.calls.add(call)
+        try:
+            while (chunk := await call.next()) is not None:
+                yield chunk
+        finally:
+            call.close()
+
+
+async def remote_target(chain: Chain, cls: type[ChainletBase], caller: Caller, settings: Settings) -> RemoteTarget:
+    """Give the way to a Chainlet of a Chain over the broker."""
+    topic = chain.topic(cls, settings.namespace)
+    await caller.use(topic)
+    modules = tuple(dict.fromkeys((cls.__module__, chain.entrypoint.__module__)))
+    return RemoteTarget(caller, topic, modules)
+
+
+def _stored(call: Call, stored: asyncio.Future[int]) -> None:
+    """Learn where the request lies in the log, or that it never got there."""
+    if stored.cancelled():
+        call.fail(BrokerError("the broker was closed before the request was stored"))
+    elif (error := stored.exception()) is not None:
+        call.fail(error if isinstance(error, Exception) else BrokerError(str(error)))
+    else:
+        call.stored_at(stored.result())

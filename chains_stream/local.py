@@ -1,0 +1,137 @@
+"""Chainlets in this process: `run_local`, and the target of a call that needs no broker.
+
+A local call passes through the same codec and the same policy as a remote one: what `run_local` accepts, Kafka accepts.
+"""
+
+import asyncio
+import types
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from chains_stream.chain import Chain
+from chains_stream.chainlet import (
+    METHOD,
+    ChainletBase,
+    ContextDependency,
+    Dependency,
+    chainlet_name,
+    injecting,
+    signature,
+)
+from chains_stream.codec import Buffer, Codec, codec_of
+from chains_stream.options import DeployedServiceDescriptor, DeploymentContext, RPCOptions
+from chains_stream.policy import Limit, Scope, current
+from chains_stream.stub import Stub
+
+LOCAL_DEADLINE = 600.0  # seconds, of a request made in `run_local`
+
+
+class Callee:
+    """An instance of a Chainlet, ready to be called with encoded arguments."""
+
+    def __init__(self, cls: type[ChainletBase], instance: ChainletBase) -> None:
+        self.name = chainlet_name(cls)
+        self.signature = signature(cls)
+        self.codec: Codec = codec_of(self.signature)
+        self.concurrency = cls.remote_config.compute.concurrency
+        self.slots = Limit(self.concurrency)
+        self.instance = instance
+        # The class's own: `run_local` puts a stub in its place on the instance.
+        self._method = types.MethodType(getattr(type(instance), METHOD), instance)
+
+    async def call(self, arguments: bytes) -> bytes:
+        """Run a unary `run_remote`; a sync one in a thread. Raises what it raises, and InvalidArgumentError."""
+        decoded = self.codec.decode_arguments(arguments)
+        if self.signature.is_async:
+            result = await self._method(**decoded)
+        else:
+            result = await asyncio.to_thread(self._method, **decoded)
+        return self.codec.encode_result(result)
+
+    async def stream(self, arguments: bytes) -> AsyncGenerator[bytes, None]:
+        """Run a streaming `run_remote`, closing its generator whatever happens."""
+        items = self._method(**self.codec.decode_arguments(arguments))
+        async with aclosing(items):
+            async for item in items:
+                yield self.codec.encode_result(item)
+
+
+class LocalTarget:
+    """Calls an instance in this process, as many at once as its `predict_concurrency` allows."""
+
+    def __init__(self, callee: Callee) -> None:
+        self._callee = callee
+
+    async def call(self, arguments: bytes, scope: Scope, attempt: int) -> Buffer:  # noqa: ARG002 - Target's
+        async with self._callee.slots.here():
+            token = current.set(scope)
+            try:
+                return await self._callee.call(arguments)
+            finally:
+                current.reset(token)
+
+    async def stream(self, arguments: bytes, scope: Scope, attempt: int) -> AsyncGenerator[Buffer, None]:  # noqa: ARG002 - Target's
+        async with self._callee.slots.here(), aclosing(self._callee.stream(arguments)) as chunks:
+            while True:
+                # Set anew for each step: between two of them the reader runs, in the same context.
+                token = current.set(scope)
+                try:
+                    chunk = await anext(chunks)
+                except StopAsyncIteration:
+                    return
+                finally:
+                    current.reset(token)
+                yield chunk
+
+
+class LocalRun:
+    """What `run_local` sets up: one instance a Chainlet, each dependency a stub on it."""
+
+    def __init__(self, context: DeploymentContext) -> None:
+        self._context = context
+        self._callees: dict[type[ChainletBase], Callee] = {}
+
+    def adopt(self, instance: ChainletBase) -> None:
+        """Put a new instance's `run_remote` behind the codec and the policy of a remote one."""
+        cls = type(instance)
+        if cls not in self._callees:  # the entrypoint: a dependency is checked with whom it belongs to
+            Chain.of(cls)
+        callee = self._callees[cls] = Callee(cls, instance)
+        setattr(instance, METHOD, self._stub(callee, RPCOptions()).run_remote)
+
+    def replacement(self, dependency: Dependency | ContextDependency) -> Any:
+        """Give what stands for a marker: the context, or a stub on the one instance of the Chainlet."""
+        if isinstance(dependency, ContextDependency):
+            return self._context
+        if dependency.chainlet not in self._callees:
+            dependency.chainlet()
+        return self._stub(self._callees[dependency.chainlet], dependency.options)
+
+    def _stub(self, callee: Callee, options: RPCOptions) -> Stub:
+        return Stub(callee.signature, LocalTarget(callee), options, LOCAL_DEADLINE)
+
+
+@contextmanager
+def run_local(
+    secrets: Mapping[str, str] | None = None,
+    data_dir: Path | None = None,
+    chainlet_to_service: Mapping[str, DeployedServiceDescriptor] | None = None,
+) -> Iterator[None]:
+    """Run a Chain in this process: inside the block, ``Entrypoint()`` is built with its dependencies.
+
+    Types, defaults, retries and timeouts are those of a remote call. A dependency passed as a keyword argument, a fake
+    say, is used as it is. Raises InvalidChainError, when a Chainlet is built, for mistakes in the Chain.
+
+    Example::
+
+        with chains.run_local():
+            print(asyncio.run(HelloAll().run_remote(["Ada"])))
+    """
+    context = DeploymentContext(secrets=secrets or {}, data_dir=data_dir, chainlet_to_service=chainlet_to_service or {})
+    token = injecting.set(LocalRun(context))
+    try:
+        yield
+    finally:
+        injecting.reset(token)

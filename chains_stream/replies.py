@@ -1,0 +1,181 @@
+"""How a worker answers one request: frames for our callers, bare values for anybody else's."""
+
+import asyncio
+import zlib
+from typing import Protocol
+
+import msgspec
+
+from chains_stream.broker import Broker
+from chains_stream.codec import Codec
+from chains_stream.errors import BrokerError, RemoteErrorDetail, to_detail
+from chains_stream.messages import (
+    CORRELATION_ID,
+    ERROR,
+    JSON,
+    Cancelled,
+    Chunk,
+    Done,
+    Failed,
+    Frame,
+    Headers,
+    Request,
+    encode_frames,
+)
+
+
+class Reply(Protocol):
+    """The answer to one request. Of the last three methods exactly one is called, once, and last.
+
+    Each of these returns when the broker has stored the whole answer: from then on the request may be committed.
+    """
+
+    async def chunk(self, value: bytes) -> None:
+        """Send the next item of a stream; waits while its reader lags behind."""
+
+    def credit(self, chunks: int, size: int) -> None:
+        """Note what the reader of the stream has taken in all."""
+
+    async def done(self, value: bytes | None) -> None:
+        """Send the result, or the end of a stream for None."""
+
+    async def failed(self, error: BaseException, chainlet: str) -> None:
+        """Send the error, as raised in the named Chainlet."""
+
+    async def cancelled(self) -> None:
+        """Say that the request was cancelled."""
+
+
+class FrameReply:
+    """Answers with frames: see `messages`."""
+
+    def __init__(self, broker: Broker, request: Request, attempt: int) -> None:
+        assert request.reply_topic is not None, "somebody waits for the answer"
+        self._broker = broker
+        self._topic = request.reply_topic
+        self._partition = request.reply_partition or 0
+        self._id = request.correlation_id
+        self._attempt = attempt
+        self._window = request.window
+        self._sent = self._sent_size = 0
+        self._taken = self._taken_size = 0
+        self._credited = asyncio.Event()
+        self._unstored: set[asyncio.Future[int]] = set()
+
+    async def chunk(self, value: bytes) -> None:
+        if self._window is not None:
+            await self._wait_for_credit(*self._window)
+        frame = Chunk(self._id, self._attempt, self._sent, msgspec.Raw(value))
+        self._sent += 1
+        self._sent_size += len(value)
+        stored = await self._publish(frame, durable=False)
+        if not stored.done():
+            self._unstored.add(stored)
+            stored.add_done_callback(self._stored)
+        elif stored.exception() is not None:
+            stored.result()
+
+    def credit(self, chunks: int, size: int) -> None:
+        self._taken = max(self._taken, chunks)
+        self._taken_size = max(self._taken_size, size)
+        self._credited.set()
+
+    async def done(self, value: bytes | None) -> None:
+        await self._end(Done(self._id, self._attempt, self._sent, msgspec.Raw(value or b"\xc0")))
+
+    async def failed(self, error: BaseException, chainlet: str) -> None:
+        await self._end(Failed(self._id, self._attempt, to_detail(error, chainlet), self._sent))
+
+    async def cancelled(self) -> None:
+        await self._end(Cancelled(self._id, self._attempt, self._sent))
+
+    async def _wait_for_credit(self, chunks: int, size: int) -> None:
+        while self._sent - self._taken >= chunks or self._sent_size - self._taken_size >= size:
+            self._credited.clear()
+            await self._credited.wait()
+
+    def _stored(self, stored: asyncio.Future[int]) -> None:
+        # One that failed stays, so that the end of the stream meets it.
+        if not stored.cancelled() and stored.exception() is None:
+            self._unstored.discard(stored)
+
+    async def _end(self, frame: Frame) -> None:
+        # Chunks go out by another producer than the end does: it may follow only when all of them are stored.
+        if self._unstored:
+            await asyncio.gather(*self._unstored)
+        await (await self._publish(frame, durable=True))
+
+    async def _publish(self, frame: Frame, *, durable: bool) -> asyncio.Future[int]:
+        return await self._broker.publish(
+            self._topic, encode_frames((frame,)), partition=self._partition, durable=durable
+        )
+
+
+class BareReply:
+    """Answers a caller that knows no frames: one record a value, in the content type of its request.
+
+    A failure is a record with an empty value and the header `chains-error`; a stream ends in a record with a null
+    value.
+    """
+
+    def __init__(self, broker: Broker, request: Request, codec: Codec, partitions: int) -> None:
+        assert request.reply_topic is not None, "somebody waits for the answer"
+        self._broker = broker
+        self._topic = request.reply_topic
+        self._id = request.correlation_id
+        self._partition = (
+            zlib.crc32(self._id) % partitions if request.reply_partition is None else request.reply_partition
+        )
+        self._json = request.content_type == JSON
+        self._codec = codec
+
+    async def chunk(self, value: bytes) -> None:
+        await self._publish(self._codec.result_to_json(value) if self._json else value)
+
+    def credit(self, chunks: int, size: int) -> None:
+        """Nothing to note: such a caller gives none."""
+
+    async def done(self, value: bytes | None) -> None:
+        if value is not None:
+            await self.chunk(value)
+        else:
+            await self._publish(b"")
+
+    async def failed(self, error: BaseException, chainlet: str) -> None:
+        await self._publish(b"", (ERROR, msgspec.json.encode(to_detail(error, chainlet))))
+
+    async def cancelled(self) -> None:
+        detail = RemoteErrorDetail(
+            "CallCancelledError", None, "the request was cancelled", code="cancelled", status=499
+        )
+        await self._publish(b"", (ERROR, msgspec.json.encode(detail)))
+
+    async def _publish(self, value: bytes, *headers: tuple[str, bytes]) -> None:
+        tagged: Headers = ((CORRELATION_ID, self._id), *headers)
+        await (await self._broker.publish(self._topic, value, partition=self._partition, headers=tagged))
+
+
+class NoReply:
+    """For a request that named no reply topic: it is run for its effect."""
+
+    async def chunk(self, value: bytes) -> None: ...
+
+    def credit(self, chunks: int, size: int) -> None: ...
+
+    async def done(self, value: bytes | None) -> None: ...
+
+    async def failed(self, error: BaseException, chainlet: str) -> None: ...
+
+    async def cancelled(self) -> None: ...
+
+
+async def reply_to(broker: Broker, request: Request, codec: Codec, attempt: int) -> Reply:
+    """Choose how to answer. Raises BrokerError if the reply topic that the request names can't be used."""
+    if request.reply_topic is None:
+        return NoReply()
+    if request.frames:
+        return FrameReply(broker, request, attempt)
+    partitions = await broker.partitions(request.reply_topic)
+    if request.reply_partition is not None and request.reply_partition >= partitions:
+        raise BrokerError(f"the reply topic {request.reply_topic} has no partition {request.reply_partition}")
+    return BareReply(broker, request, codec, partitions)
