@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator
 from itertools import count
 
 import msgspec
-import structlog
 
 from chains_stream.broker import Broker, Reader, TopicSpec
 from chains_stream.chain import Chain
@@ -27,11 +26,12 @@ from chains_stream.errors import (
     WorkerLostError,
     from_detail,
 )
+from chains_stream.log import get_logger
 from chains_stream.messages import Cancelled, Chunk, Done, Failed, Frame, Request, Started, decode_frames
 from chains_stream.policy import Scope
 from chains_stream.settings import Settings
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class Call:

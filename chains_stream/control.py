@@ -9,15 +9,15 @@ import zlib
 from collections.abc import Callable
 
 import msgspec
-import structlog
 
 from chains_stream.broker import Broker, Reader, TopicSpec
 from chains_stream.errors import OffsetExpiredError
+from chains_stream.log import get_logger
 from chains_stream.settings import Settings
 
 PARTITIONS = 64
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class Cancel(msgspec.Struct, tag=0, array_like=True, frozen=True):

@@ -1,6 +1,7 @@
 """What users configure on a Chainlet. Names, fields and defaults are those of Truss Chains."""
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -8,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field, PositiveInt
 
-from chains_stream.errors import MissingDependencyError
+from chains_stream.errors import ChainsUsageError, MissingDependencyError
 
 _Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)?([KMGT]i?)?$")]
 _Gpu = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(:\d+)?$")]
@@ -168,3 +169,10 @@ def _secret(key: str, folder: str | None) -> str | None:
     if folder and (path := Path(folder) / key).is_file():
         return path.read_text(encoding="utf-8").rstrip("\n")
     return os.environ.get(key)
+
+
+def make_abs_path_here(file_path: str) -> Path:
+    """Give the absolute path of a file named relative to the source file that calls this."""
+    if Path(file_path).is_absolute():
+        raise ChainsUsageError(f"{file_path} is absolute already; make_abs_path_here takes a path relative to this file")
+    return Path(sys._getframe(1).f_code.co_filename).resolve().parent / file_path  # noqa: SLF001 - the caller's file

@@ -15,7 +15,6 @@ from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import msgspec
-import structlog
 
 from chains_stream.errors import (
     CallTimeoutError,
@@ -24,6 +23,7 @@ from chains_stream.errors import (
     OverloadedError,
     is_retryable,
 )
+from chains_stream.log import get_logger
 from chains_stream.messages import now_ms
 from chains_stream.options import RPCOptions
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 BACKOFF_BASE = 0.05  # seconds before the second try, doubled for each further one
 BACKOFF_CAP = 5.0  # seconds
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class Abandonable(Protocol):

@@ -11,7 +11,6 @@ from contextlib import aclosing
 from typing import Literal
 
 import msgspec
-import structlog
 from structlog.contextvars import bind_contextvars
 
 from chains_stream import policy
@@ -30,6 +29,7 @@ from chains_stream.errors import (
     user_frames,
 )
 from chains_stream.local import Callee, LocalTarget
+from chains_stream.log import get_logger
 from chains_stream.messages import JSON, Request
 from chains_stream.offsets import Ledger
 from chains_stream.options import DeploymentContext, RPCOptions
@@ -42,7 +42,7 @@ COMMIT_INTERVAL = 0.1  # seconds between two commits: what a crash may repeat, a
 MAX_UNSTORED_ANSWERS = 1024  # a worker: answers that the broker has not acknowledged yet
 MAX_CANCELLED = 10_000  # a worker: cancelled requests remembered until they are met in the queue
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 Stop = Literal["cancelled", "lost", "drained"]
 

@@ -1,0 +1,111 @@
+"""Serve multi-step inference as a stream: typed Chainlets over Kafka, or in one process with no service at all.
+
+Everything a Chain file, a script or a test needs is here; see the README for a first program.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from chains_stream.chainlet import ChainletBase, depends, depends_context, mark_entrypoint
+from chains_stream.errors import (
+    BrokerAuthorizationError,
+    BrokerError,
+    CallCancelledError,
+    CallTimeoutError,
+    ChainsDeploymentError,
+    ChainsError,
+    ChainsRuntimeError,
+    ChainsUsageError,
+    DeadlineExceededError,
+    GatewayError,
+    GenericRemoteException,
+    InvalidArgumentError,
+    InvalidChainError,
+    InvalidResultError,
+    MissingDependencyError,
+    OffsetExpiredError,
+    OverloadedError,
+    RecordTooLargeError,
+    RemoteErrorDetail,
+    StackFrame,
+    StreamInterruptedError,
+    WorkerLostError,
+)
+from chains_stream.local import run_local
+from chains_stream.options import (
+    Assets,
+    BasetenImage,
+    ChainletOptions,
+    Compute,
+    CustomImage,
+    DeployedServiceDescriptor,
+    DeploymentContext,
+    DockerImage,
+    Environment,
+    RemoteConfig,
+    RPCOptions,
+    WeightsSource,
+    make_abs_path_here,
+)
+
+if TYPE_CHECKING:
+    from chains_stream.client import Connection, Handle, connect, run_chain
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Assets",
+    "BasetenImage",
+    "BrokerAuthorizationError",
+    "BrokerError",
+    "CallCancelledError",
+    "CallTimeoutError",
+    "ChainletBase",
+    "ChainletOptions",
+    "ChainsDeploymentError",
+    "ChainsError",
+    "ChainsRuntimeError",
+    "ChainsUsageError",
+    "Compute",
+    "Connection",
+    "CustomImage",
+    "DeadlineExceededError",
+    "DeployedServiceDescriptor",
+    "DeploymentContext",
+    "DockerImage",
+    "Environment",
+    "GatewayError",
+    "GenericRemoteException",
+    "Handle",
+    "InvalidArgumentError",
+    "InvalidChainError",
+    "InvalidResultError",
+    "MissingDependencyError",
+    "OffsetExpiredError",
+    "OverloadedError",
+    "RPCOptions",
+    "RecordTooLargeError",
+    "RemoteConfig",
+    "RemoteErrorDetail",
+    "StackFrame",
+    "StreamInterruptedError",
+    "WeightsSource",
+    "WorkerLostError",
+    "connect",
+    "depends",
+    "depends_context",
+    "make_abs_path_here",
+    "mark_entrypoint",
+    "run_chain",
+    "run_local",
+]
+
+# A Chain file needs none of these, and they bring HTTP and the brokers with them: imported when first asked for.
+_LATE = ("Connection", "Handle", "connect", "run_chain")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        from chains_stream import client
+
+        return getattr(client, name)
+    raise AttributeError(f"module `chains_stream` has no attribute `{name}`")
