@@ -32,6 +32,7 @@ class TopicSpec(msgspec.Struct, frozen=True):
     name: str
     partitions: int
     retention_ms: int
+    ring: bool = False  # the embedded broker, when full, drops the oldest record instead of making publishers wait
 
 
 class Committed(NamedTuple):
@@ -112,8 +113,8 @@ class Broker(Protocol):
         """Append a record. Returns once it has a place in the send buffer, waiting for one if the buffer is full.
 
         Records of one `durable` kind that go to one partition keep their order. The future gives the offset once the
-        broker has stored the record: on all in-sync replicas if `durable`, else on the leader. It raises BrokerError,
-        RecordTooLargeError; nobody needs to await it.
+        broker has stored the record: on all in-sync replicas if `durable`, else on the leader; it raises BrokerError, and
+        nobody needs to await it. A value over `max_record_bytes` raises RecordTooLargeError at once.
         """
 
     async def consume(

@@ -173,7 +173,7 @@ class Caller:
         """Find the reply partition, and be at its end before anything is published."""
         settings = self._settings
         await self._broker.ensure_topics(
-            [TopicSpec(self._replies, settings.reply_partitions, settings.reply_retention_ms)]
+            [TopicSpec(self._replies, settings.reply_partitions, settings.reply_retention_ms, ring=True)]
         )
         partitions = await self._broker.partitions(self._replies)
         self._reply_partition = zlib.crc32(os.urandom(16)) % partitions

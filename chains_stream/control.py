@@ -55,7 +55,7 @@ class Control:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        await self._broker.ensure_topics([TopicSpec(self._topic, PARTITIONS, self._retention_ms)])
+        await self._broker.ensure_topics([TopicSpec(self._topic, PARTITIONS, self._retention_ms, ring=True)])
 
     async def send(self, request_topic: str, message: Message) -> None:
         """Publish a message about a request on `request_topic`."""

@@ -56,6 +56,7 @@ class Settings(pydantic.BaseModel):
     grace_period: PositiveFloat = 30.0  # for running work, after SIGTERM
     stream_window: PositiveInt = 1024  # chunks of one stream that may be on their way to its reader
     stream_window_bytes: PositiveInt = 4 << 20
+    max_record_bytes: PositiveInt = 1_000_000  # of a value in one record; the cluster must take some more, for headers
     max_body_bytes: PositiveInt = 16 << 20  # of an HTTP request
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000  # of the gateway; 0 picks a free one

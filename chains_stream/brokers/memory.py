@@ -1,0 +1,360 @@
+"""The embedded broker: topics, partitions, offsets and consumer groups in the memory of one process.
+
+It behaves as Kafka does where `tests/contract` can tell, and is bounded. A partition of a topic that groups consume makes
+publishers wait while too much of it is not committed; one of a `TopicSpec.ring` drops its oldest records, and a reader
+that has fallen behind them gets OffsetExpiredError.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping, Sequence
+from itertools import islice
+
+from chains_stream.broker import Committed, PartitionsChanged, Record, TopicSpec
+from chains_stream.errors import BrokerError, OffsetExpiredError, RecordTooLargeError
+from chains_stream.log import get_logger
+from chains_stream.messages import Headers, now_ms
+from chains_stream.settings import Settings
+
+MAX_RECORDS = 50_000  # in a partition
+MAX_BYTES = 32 << 20  # of values in a partition
+FETCH_RECORDS = 500  # that a reader gets at once
+
+log = get_logger(__name__)
+
+
+class Partition:
+    """One log: the records from `begin` to `end`, and who waits for more of them, or for room."""
+
+    def __init__(self, topic: str, number: int, *, ring: bool) -> None:
+        self.topic = topic
+        self.number = number
+        self.ring = ring
+        self.begin = 0
+        self.readers: set[_Follower] = set()
+        self._records: deque[Record] = deque()
+        self._size = 0
+        self._room: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self._records)
+
+    def full(self, size: int) -> bool:
+        """Tell whether a value of `size` bytes has no place; an empty partition takes any."""
+        return len(self._records) >= MAX_RECORDS or (self._size + size > MAX_BYTES and bool(self._records))
+
+    async def wait_for_room(self, size: int) -> None:
+        """Wait, in line, until a value has its place."""
+        while self.full(size):
+            waiter = asyncio.get_running_loop().create_future()
+            self._room.append(waiter)
+            try:
+                await waiter
+            finally:
+                if waiter in self._room:
+                    self._room.remove(waiter)
+        # Each commit wakes the first in line only; there may be room for the next one too.
+        self._wake_publisher()
+
+    def append(self, key: bytes | None, value: bytes, headers: Headers) -> int:
+        offset = self.end
+        self._records.append(Record(self.topic, self.number, offset, now_ms(), key, value, headers))
+        self._size += len(value)
+        for reader in self.readers:
+            reader.wake(self)
+        return offset
+
+    def make_room(self, size: int) -> None:
+        while self.full(size):
+            self._drop_first()
+
+    def drop_before(self, offset: int) -> None:
+        """Forget the records that every group is done with."""
+        while self._records and self.begin < offset:
+            self._drop_first()
+        self._wake_publisher()
+
+    def slice(self, offset: int, limit: int) -> list[Record]:
+        if offset < self.begin:
+            raise OffsetExpiredError(
+                f"{self.topic}[{self.number}]: offset {offset} is gone; the oldest record is {self.begin}"
+            )
+        start = offset - self.begin
+        return list(islice(self._records, start, start + limit))
+
+    def _drop_first(self) -> None:
+        self._size -= len(self._records.popleft().value)
+        self.begin += 1
+
+    def _wake_publisher(self) -> None:
+        while self._room:
+            waiter = self._room.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+
+class _Follower:
+    """Reads partitions in turn, from positions of its own."""
+
+    def __init__(self) -> None:
+        self._positions: dict[Partition, int] = {}
+        self._ready: dict[Partition, None] = {}  # those with records to read, the longest waiting first
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: BrokerError | None = None
+
+    def wake(self, partition: Partition) -> None:
+        """Note that a partition has records."""
+        self._ready[partition] = None
+        self._wake()
+
+    def fail(self, error: BrokerError) -> None:
+        """Have `fetch` raise this from now on."""
+        self._error = error
+        self._wake()
+
+    def _follow(self, positions: Mapping[Partition, int]) -> None:
+        for partition in self._positions:
+            partition.readers.discard(self)
+        self._positions = dict(positions)
+        self._ready = dict.fromkeys(positions)
+        for partition in positions:
+            partition.readers.add(self)
+        self._wake()
+
+    async def _fetch(self, limit: int) -> list[Record]:
+        while True:
+            if self._error is not None:
+                raise self._error
+            if taken := self._take(limit):
+                return taken
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    def _take(self, limit: int) -> list[Record]:
+        taken: list[Record] = []
+        while self._ready and len(taken) < limit:
+            partition = next(iter(self._ready))
+            del self._ready[partition]
+            position = self._positions[partition]
+            records = partition.slice(position, limit - len(taken))
+            taken += records
+            position = self._positions[partition] = position + len(records)
+            if position < partition.end:
+                self._ready[partition] = None  # at the end of the line
+        return taken
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class MemoryReader(_Follower):
+    """Follows named partitions."""
+
+    def __init__(self, positions: Mapping[Partition, int]) -> None:
+        super().__init__()
+        self._follow(positions)
+
+    def position(self, partition: int) -> int:
+        return next(position for followed, position in self._positions.items() if followed.number == partition)
+
+    async def fetch(self) -> list[Record]:
+        return await self._fetch(FETCH_RECORDS)
+
+    async def close(self) -> None:
+        self._follow({})
+
+
+class Group:
+    """A consumer group on one topic: its members, which partitions each has, and how far the work is done."""
+
+    def __init__(self, partitions: Sequence[Partition]) -> None:
+        self.committed: dict[int, Committed] = {}
+        self.members: list[MemoryConsumer] = []
+        self._partitions = partitions
+        self._changing = asyncio.Lock()
+
+    async def join(self, member: "MemoryConsumer") -> None:
+        async with self._changing:
+            await self._revoke_all()
+            self.members.append(member)
+            await self._assign_all()
+
+    async def leave(self, member: "MemoryConsumer") -> None:
+        async with self._changing:
+            if member in self.members:
+                await self._revoke_all()
+                self.members.remove(member)
+                await self._assign_all()
+
+    def position(self, partition: Partition) -> int:
+        """Where work on a partition goes on."""
+        committed = self.committed.get(partition.number)
+        return max(committed.offset if committed else 0, partition.begin)
+
+    # All partitions are revoked before any is assigned, as Kafka's eager protocol does: a member never works on a
+    # partition that another one still commits.
+    async def _revoke_all(self) -> None:
+        for member in self.members:
+            await member.revoke()
+
+    async def _assign_all(self) -> None:
+        for index, member in enumerate(self.members):
+            await member.assign(self._partitions[index :: len(self.members)])
+
+
+class MemoryConsumer(_Follower):
+    """A member of a group."""
+
+    def __init__(
+        self, topic: "Topic", group: Group, on_assigned: PartitionsChanged, on_revoked: PartitionsChanged
+    ) -> None:
+        super().__init__()
+        self._topic = topic
+        self._group = group
+        self._on_assigned = on_assigned
+        self._on_revoked = on_revoked
+        self._held: frozenset[int] = frozenset()
+
+    async def fetch(self, max_records: int) -> list[Record]:
+        return await self._fetch(max_records)
+
+    async def commit(self, positions: Mapping[int, Committed]) -> None:
+        for partition, committed in positions.items():
+            if partition in self._held:
+                self._group.committed[partition] = committed
+                self._topic.committed(partition)
+
+    async def committed(self, partition: int) -> Committed | None:
+        return self._group.committed.get(partition)
+
+    async def close(self) -> None:
+        await self._group.leave(self)
+
+    async def assign(self, partitions: Sequence[Partition]) -> None:
+        self._held = frozenset(partition.number for partition in partitions)
+        await self._tell(self._on_assigned)
+        self._follow({partition: self._group.position(partition) for partition in partitions})
+
+    async def revoke(self) -> None:
+        self._follow({})
+        await self._tell(self._on_revoked)
+        self._held = frozenset()
+
+    async def _tell(self, callback: PartitionsChanged) -> None:
+        try:
+            await callback(self._held)
+        except Exception as error:
+            # It is this member's fault, and not that of the one whose coming or going moved the partitions.
+            log.exception("broker.callback_failed", topic=self._topic.name)
+            self.fail(BrokerError(f"{self._topic.name}: a callback of the consumer failed: {error!r}"))
+
+
+class Topic:
+    """Partitions, and the groups that consume them."""
+
+    def __init__(self, spec: TopicSpec) -> None:
+        self.name = spec.name
+        self.partitions = [Partition(spec.name, number, ring=spec.ring) for number in range(spec.partitions)]
+        self.groups: dict[str, Group] = {}
+
+    def group(self, name: str) -> Group:
+        if name not in self.groups:
+            self.groups[name] = Group(self.partitions)
+        return self.groups[name]
+
+    def committed(self, number: int) -> None:
+        """Drop what all groups are done with; a group that has committed nothing yet is done with nothing."""
+        partition = self.partitions[number]
+        partition.drop_before(min(group.position(partition) for group in self.groups.values()))
+
+
+class MemoryBroker:
+    """The broker of ``memory://``: what is in it is gone with the process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._topics: dict[str, Topic] = {}
+        self._max_record_bytes = settings.max_record_bytes
+
+    @property
+    def url(self) -> str:
+        return "memory://"
+
+    @property
+    def max_record_bytes(self) -> int:
+        return self._max_record_bytes
+
+    async def start(self) -> None:
+        """Nothing to connect to."""
+
+    async def close(self) -> None:
+        """Nothing is buffered."""
+
+    async def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
+        for spec in topics:
+            if spec.name not in self._topics:
+                self._topics[spec.name] = Topic(spec)
+
+    async def partitions(self, topic: str) -> int:
+        return len(self._topic(topic).partitions)
+
+    async def publish(
+        self,
+        topic: str,
+        value: bytes,
+        *,
+        partition: int,
+        key: bytes | None = None,
+        headers: Headers = (),
+        durable: bool = True,  # noqa: ARG002 - nothing here outlives the process
+    ) -> asyncio.Future[int]:
+        if len(value) > self._max_record_bytes:
+            raise RecordTooLargeError(
+                f"a record of {len(value)} bytes for {topic} is over the limit of {self._max_record_bytes}"
+            )
+        log = self._partition(topic, partition)
+        if log.full(len(value)):
+            if log.ring:
+                log.make_room(len(value))
+            else:
+                await log.wait_for_room(len(value))
+        stored = asyncio.get_running_loop().create_future()
+        stored.set_result(log.append(key, value, headers))
+        return stored
+
+    async def consume(
+        self, topic: str, group: str, *, on_assigned: PartitionsChanged, on_revoked: PartitionsChanged
+    ) -> MemoryConsumer:
+        found = self._topic(topic)
+        joined = found.group(group)
+        consumer = MemoryConsumer(found, joined, on_assigned, on_revoked)
+        await joined.join(consumer)
+        return consumer
+
+    async def read(self, topic: str, positions: Mapping[int, int | None]) -> MemoryReader:
+        partitions = {self._partition(topic, number): offset for number, offset in positions.items()}
+        return MemoryReader(
+            {partition: partition.end if offset is None else offset for partition, offset in partitions.items()}
+        )
+
+    async def end_offset(self, topic: str, partition: int) -> int:
+        return self._partition(topic, partition).end
+
+    async def members(self, group: str) -> int:
+        return sum(len(topic.groups[group].members) for topic in self._topics.values() if group in topic.groups)
+
+    def _topic(self, name: str) -> Topic:
+        if name not in self._topics:
+            raise BrokerError(f"there is no topic {name}")
+        return self._topics[name]
+
+    def _partition(self, topic: str, number: int) -> Partition:
+        partitions = self._topic(topic).partitions
+        if not 0 <= number < len(partitions):
+            raise BrokerError(f"the topic {topic} has no partition {number}; it has {len(partitions)}")
+        return partitions[number]

@@ -1,0 +1,58 @@
+"""The JSON Schema of what a Chainlet takes and gives, for OpenAPI 3.1."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import pydantic
+
+from chains_stream import foreign
+
+_TEMPLATE = "#/components/schemas/{name}"
+
+
+def of(arguments: Any, result: Any) -> dict[str, Any]:
+    """Describe the Struct of a call's arguments, and its result: ``{"arguments": …, "result": …, "$defs": …}``.
+
+    ``$defs`` holds the classes that the two refer to, as an OpenAPI document's ``components/schemas``. Raises TypeError
+    for a type that has no form in JSON.
+    """
+    models = _models(arguments, result)
+    for suffix in ("", ".model"):  # a model that shares its name with a class of another kind steps aside
+        references, definitions = _model_schemas(models, suffix)
+        schemas, classes = msgspec.json.schema_components(
+            (arguments, result), schema_hook=functools.partial(_refer, references), ref_template=_TEMPLATE
+        )
+        if not classes.keys() & definitions.keys():
+            break
+    own = classes.pop(schemas[0]["$ref"].rpartition("/")[2])
+    for documentation in ("title", "description"):  # that of a class that we made
+        own.pop(documentation, None)
+    return {"arguments": own, "result": schemas[1], "$defs": classes | definitions}
+
+
+def _models(arguments: Any, result: Any) -> Mapping[Any, str]:
+    """Find the pydantic models, each with pydantic's mode: one that is both taken and given is shown as it is taken."""
+    found: dict[Any, str] = {}
+
+    def learn(mode: str, kind: Any) -> dict[str, Any]:
+        if foreign.is_model(kind):
+            found.setdefault(kind, mode)
+        return {"type": "object"}
+
+    for kind, mode in ((arguments, "validation"), (result, "serialization")):
+        msgspec.json.schema_components((kind,), schema_hook=functools.partial(learn, mode))
+    return found
+
+
+def _model_schemas(models: Mapping[Any, Any], suffix: str) -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
+    """Give a reference to each model, and what the references refer to."""
+    template = _TEMPLATE.replace("{name}", "{model}") + suffix
+    found, schemas = pydantic.json_schema.models_json_schema(list(models.items()), ref_template=template)
+    definitions = {f"{name}{suffix}": schema for name, schema in schemas.get("$defs", {}).items()}
+    return {kind: dict(schema) for (kind, _), schema in found.items()}, definitions
+
+
+def _refer(references: Mapping[Any, dict[str, Any]], kind: Any) -> dict[str, Any]:
+    return references[kind] if foreign.is_model(kind) else foreign.array_schema()

@@ -1,0 +1,123 @@
+"""How the command line logs: everything to stderr, one event a line, in one of two formats.
+
+Events come from three sides: the package's own loggers (`log`), structlog and `logging` in the user's Chainlets, and
+the libraries below. All pass through one handler and one renderer, with the same time stamp, level, and context: the
+request and the correlation id that the event belongs to.
+
+Nothing imports this module but the command line. What is logged never holds arguments or results at the level info and
+above, and fields named like secrets are masked at every level.
+"""
+
+import logging
+import re
+import sys
+import traceback
+from typing import Literal, TextIO
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+Format = Literal["console", "json"]
+
+# Libraries that report their daily work at info; at warning they speak of what an operator should know.
+_NOISY = ("aiokafka", "kafka", "uvicorn", "asyncio", "httpx", "httpcore")
+_SECRET = re.compile(r"password|passwd|secret|token(?!s)|api_?key|authorization|cookie|credential", re.IGNORECASE)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+
+
+def configure(log_format: Format, log_level: str, stream: TextIO | None = None) -> None:
+    """Log from `log_level` on (``debug``, ``info``, ``warning`` or ``error``), in `log_format`.
+
+    `stream` is stderr unless given. Console lines are coloured on a terminal alone. Tracebacks are a part of JSON
+    lines, and follow console lines at debug; else an exception is its class, its message, and the line that raised it.
+    Called again, it replaces what it set up before.
+    """
+    to = sys.stderr if stream is None else stream
+    level = logging.getLevelNamesMapping()[log_level.upper()]
+    handler = logging.StreamHandler(to)
+    handler.setFormatter(_formatter(log_format, colors=to.isatty(), debug=level <= logging.DEBUG))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(max(level, logging.WARNING))
+    # For `structlog.get_logger()` in a Chainlet; the package's own loggers are wired by `log`.
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.contextvars.merge_contextvars,
+            structlog.stdlib.PositionalArgumentsFormatter(),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+
+
+def _formatter(log_format: Format, *, colors: bool, debug: bool) -> logging.Formatter:
+    renderers: list[Processor] = [structlog.processors.JSONRenderer()]
+    if log_format == "console":
+        console = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
+        renderers = [_one_line, console]
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[structlog.contextvars.merge_contextvars],
+        processors=[
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _origin,
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            _mask_secrets,
+            _exceptions(log_format, debug=debug),
+            *renderers,
+        ],
+    )
+
+
+def _origin(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Add the level and the logger's name, which the record of `logging` has whoever made it."""
+    record: logging.LogRecord = event["_record"]
+    first = {"timestamp": event.pop("timestamp"), "level": record.levelname.lower(), "event": event.pop("event")}
+    return {**first, **event, "logger": record.name}
+
+
+def _mask_secrets(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    for name in event:
+        if _SECRET.search(name):
+            event[name] = "***"
+    return event
+
+
+def _exceptions(log_format: Format, *, debug: bool) -> Processor:
+    """Make the processor that renders exceptions: as a traceback, or in brief."""
+
+    def render(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+        error = _exception(event)
+        if error is None:
+            return event
+        if debug or (log_format == "json" and not event["logger"].startswith(_NOISY)):
+            event["exception"] = "".join(traceback.format_exception(error)).rstrip()
+            return event
+        event["raised"] = f"{type(error).__name__}: {error}"
+        if error.__traceback__ is not None:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            event["at"] = f"{last.filename}:{last.lineno}"
+        return event
+
+    return render
+
+
+def _exception(event: EventDict) -> BaseException | None:
+    """Take the exception out of an event, in any of the forms that `logging` and structlog allow."""
+    given: object = event.pop("exc_info", None)
+    if isinstance(given, tuple):
+        given = given[1]
+    elif given is True:
+        given = sys.exception()
+    return given if isinstance(given, BaseException) else None
+
+
+def _one_line(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Keep what a value holds from breaking the line, or from steering the terminal."""
+    for name, value in event.items():
+        if isinstance(value, str) and name != "exception":
+            event[name] = " ".join(_CONTROL.split(value))
+    return event
