@@ -1,8 +1,8 @@
 """The embedded broker: topics, partitions, offsets and consumer groups in the memory of one process.
 
-It behaves as Kafka does where `tests/contract` can tell, and is bounded. A partition of a topic that groups consume makes
-publishers wait while too much of it is not committed; one of a `TopicSpec.ring` drops its oldest records, and a reader
-that has fallen behind them gets OffsetExpiredError.
+It behaves as Kafka does where `tests/contract` can tell, and is bounded. A partition of a topic that groups consume
+makes publishers wait while too much of it is not committed; one of a `TopicSpec.ring` drops its oldest records, and a
+reader that has fallen behind them gets OffsetExpiredError.
 """
 
 import asyncio

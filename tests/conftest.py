@@ -1,0 +1,37 @@
+"""What all tests share: a real Apache Kafka, started when the first test asks for one."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+KAFKA = Path(__file__).parents[1] / "deploy" / "kafka" / "kafka"
+REPORTED = pytest.StashKey[dict[str, int | str]]()
+
+
+@pytest.fixture(scope="session")
+def kafka_url(pytestconfig: pytest.Config) -> Iterator[str]:
+    """The URL of a Kafka: the one that KAFKA_URL names, else one of our own on a free port."""
+    given = os.environ.get("KAFKA_URL")
+    if given:
+        pytestconfig.stash[REPORTED] = {"url": given}
+        yield given
+        return
+    started = subprocess.run([KAFKA, "start", "--port", "0"], stdout=subprocess.PIPE, text=True, check=False)
+    if started.returncode:
+        reason = "no Apache Kafka could be started (see above); it needs Java 17+ and, once, Maven"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    url = started.stdout.split()[-1]
+    pytestconfig.stash[REPORTED] = {"url": url}
+    yield url
+    subprocess.run([KAFKA, "clean", "--port", url.rpartition(":")[2]], check=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    passed = [report for report in terminalreporter.getreports("passed") if "kafka" in report.keywords]
+    where = config.stash.get(REPORTED, {"url": "none was started"})["url"]
+    terminalreporter.write_line(f"{len(passed)} tests passed against Apache Kafka ({where})")
