@@ -3,52 +3,52 @@
 Everything a Chain file, a script or a test needs is here; see the README for a first program.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from chains_stream.chainlet import ChainletBase, depends, depends_context, mark_entrypoint
-from chains_stream.errors import (
-    BrokerAuthorizationError,
-    BrokerError,
-    CallCancelledError,
-    CallTimeoutError,
-    ChainsDeploymentError,
-    ChainsError,
-    ChainsRuntimeError,
-    ChainsUsageError,
-    DeadlineExceededError,
-    GatewayError,
-    GenericRemoteException,
-    InvalidArgumentError,
-    InvalidChainError,
-    InvalidResultError,
-    MissingDependencyError,
-    OffsetExpiredError,
-    OverloadedError,
-    RecordTooLargeError,
-    RemoteErrorDetail,
-    StackFrame,
-    StreamInterruptedError,
-    WorkerLostError,
-)
-from chains_stream.local import run_local
-from chains_stream.options import (
-    Assets,
-    BasetenImage,
-    ChainletOptions,
-    Compute,
-    CustomImage,
-    DeployedServiceDescriptor,
-    DeploymentContext,
-    DockerImage,
-    Environment,
-    RemoteConfig,
-    RPCOptions,
-    WeightsSource,
-    make_abs_path_here,
-)
-
 if TYPE_CHECKING:
+    from chains_stream.chainlet import ChainletBase, depends, depends_context, mark_entrypoint
     from chains_stream.client import Connection, Handle, connect, run_chain
+    from chains_stream.errors import (
+        BrokerAuthorizationError,
+        BrokerError,
+        CallCancelledError,
+        CallTimeoutError,
+        ChainsDeploymentError,
+        ChainsError,
+        ChainsRuntimeError,
+        ChainsUsageError,
+        DeadlineExceededError,
+        GatewayError,
+        GenericRemoteException,
+        InvalidArgumentError,
+        InvalidChainError,
+        InvalidResultError,
+        MissingDependencyError,
+        OffsetExpiredError,
+        OverloadedError,
+        RecordTooLargeError,
+        RemoteErrorDetail,
+        StackFrame,
+        StreamInterruptedError,
+        WorkerLostError,
+    )
+    from chains_stream.local import run_local
+    from chains_stream.options import (
+        Assets,
+        BasetenImage,
+        ChainletOptions,
+        Compute,
+        CustomImage,
+        DeployedServiceDescriptor,
+        DeploymentContext,
+        DockerImage,
+        Environment,
+        RemoteConfig,
+        RPCOptions,
+        WeightsSource,
+        make_abs_path_here,
+    )
 
 __version__ = "0.1.0"
 
@@ -99,13 +99,20 @@ __all__ = [
     "run_local",
 ]
 
-# A Chain file needs none of these, and they bring HTTP and the brokers with them: imported when first asked for.
-_LATE = ("Connection", "Handle", "connect", "run_chain")
+# Where the names above live: imported when first asked for, in this order. A Chain file gets by without `client`, which
+# brings HTTP and the brokers with it, and `chains --help` without any of them.
+_HOMES = ("errors", "options", "chainlet", "local", "client")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATE:
-        from chains_stream import client
+    if name in __all__:
+        for home in _HOMES:
+            found = getattr(import_module(f"{__name__}.{home}"), name, None)
+            if found is not None:
+                globals()[name] = found  # the next time it is here
+                return found
+    raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
 
-        return getattr(client, name)
-    raise AttributeError(f"module `chains_stream` has no attribute `{name}`")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -113,8 +113,8 @@ class Broker(Protocol):
         """Append a record. Returns once it has a place in the send buffer, waiting for one if the buffer is full.
 
         Records of one `durable` kind that go to one partition keep their order. The future gives the offset once the
-        broker has stored the record: on all in-sync replicas if `durable`, else on the leader; it raises BrokerError, and
-        nobody needs to await it. A value over `max_record_bytes` raises RecordTooLargeError at once.
+        broker has stored the record: on all in-sync replicas if `durable`, else on the leader; it raises BrokerError,
+        and nobody needs to await it. A value over `max_record_bytes` raises RecordTooLargeError at once.
         """
 
     async def consume(
@@ -122,8 +122,9 @@ class Broker(Protocol):
     ) -> GroupConsumer:
         """Join a group on a topic; a group without a committed offset begins at the oldest record.
 
-        `on_assigned` runs before records of the partitions are delivered, `on_revoked` before others may get them; it
-        may commit.
+        Returns when the first partitions are assigned, which may be none. `on_assigned` runs before records of the
+        partitions are delivered, `on_revoked` before others may get them; it may commit. What they raise is raised
+        here, or by the next `fetch`, as BrokerError.
         """
 
     async def read(self, topic: str, positions: Mapping[int, int | None]) -> Reader:

@@ -74,6 +74,10 @@ def describe_value(value: Any) -> Json:
             return describe_one(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _described_object(value, [field.name for field in dataclasses.fields(value)])
+    if hasattr(type(value), "__attrs_attrs__"):
+        return _described_object(value, [field.name for field in type(value).__attrs_attrs__])
+    if foreign.is_numpy(value):
+        return {"numpy": describe_value(foreign.encode_hook(value))}
     if callable(value):
         return {"callable": getattr(value, "__qualname__", type(value).__qualname__)}
     return {"object": type(value).__name__}

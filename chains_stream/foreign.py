@@ -65,6 +65,12 @@ def is_array(kind: Any) -> bool:
     return numpy is not None and (get_origin(kind) or kind) is numpy.ndarray
 
 
+def is_numpy(value: Any) -> bool:
+    """Tell whether a value is an array, or a scalar, of numpy's."""
+    numpy = _numpy()
+    return numpy is not None and isinstance(value, numpy.ndarray | numpy.generic)
+
+
 def array_spec(kind: Any) -> ArraySpec:
     """Read ``np.ndarray[shape, np.dtype[scalar]]``; raise ValueError for data that can't travel."""
     numpy = _numpy()

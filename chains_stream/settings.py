@@ -4,11 +4,11 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
-import pydantic_settings
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from chains_stream.errors import ChainsUsageError
@@ -74,29 +74,69 @@ class Settings(pydantic.BaseModel):
             raise ChainsUsageError(_explain(error, source="")) from None
 
 
-class _Environment(pydantic_settings.BaseSettings, Settings):
-    model_config = pydantic_settings.SettingsConfigDict(
-        frozen=True, extra="ignore", env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="_", env_nested_max_split=1
-    )
-
-
 def from_environment(**flags: Any) -> Settings:
-    """Read `Settings` from the variables ``CHAINS_…``; a flag that is not None wins over its variable."""
+    """Read `Settings` from the variables ``CHAINS_…``; a flag that is not None wins over its variable.
+
+    `model_fields_set` names those that were given. An empty variable counts as none.
+    """
+    import pydantic_settings  # the command line alone reads the environment
+
+    class Environment(pydantic_settings.BaseSettings, Settings):
+        model_config = pydantic_settings.SettingsConfigDict(
+            frozen=True,
+            extra="ignore",
+            env_prefix=ENVIRONMENT_PREFIX,
+            env_ignore_empty=True,
+            env_nested_delimiter="_",
+            env_nested_max_split=1,
+        )
+
     given = {name: value for name, value in flags.items() if value is not None}
     try:
-        return Settings.model_validate(_Environment(**given).model_dump())
+        return Settings.model_validate(Environment(**given).model_dump(exclude_unset=True))
     except pydantic.ValidationError as error:
         raise ChainsUsageError(_explain(error, source=ENVIRONMENT_PREFIX, flags=given)) from None
+    except pydantic_settings.SettingsError as error:
+        # It keeps the field's name in its text alone, and the value, which may be secret, out of it.
+        field = re.search(r'field "(\w+)"', str(error))
+        raise ChainsUsageError(f"{_variable(field[1]) if field else ENVIRONMENT_PREFIX}: should be JSON") from None
+
+
+def misspelled(variables: Iterable[str]) -> dict[str, str]:
+    """Give those of the `variables` that look like a setting and are none, each with the one that may be meant."""
+    known = [_variable(name) for name in (*Settings.model_fields, *_nested_names())]
+    others = sorted(name for name in variables if name.startswith(ENVIRONMENT_PREFIX) and name not in known)
+    near = {name: get_close_matches(name, known, n=1, cutoff=0.9) for name in others}
+    return {name: found[0] for name, found in near.items() if found}
 
 
 def _explain(error: pydantic.ValidationError, *, source: str, flags: Mapping[str, Any] | None = None) -> str:
+    """Say what is wrong with each setting, where it came from, and what is allowed; a secret's value is not shown."""
     lines = []
-    for problem in error.errors():
+    for problem in error.errors(include_url=False):
         name = "_".join(str(part) for part in problem["loc"])
-        shown = (
-            f"--{name.replace('_', '-')}" if flags and name in flags else f"{source}{name.upper() if source else name}"
-        )
-        said = re.sub(r"^Input should", "should", problem["msg"])
-        value = "" if "password" in name else f" (got {problem['input']!r})"
-        lines.append(f"{shown}: {said}{value}")
+        shown = name
+        if source:
+            shown = f"--{name.replace('_', '-')}" if flags and name in flags else _variable(name)
+        if problem["type"] == "extra_forbidden":
+            near = get_close_matches(name, [*Settings.model_fields, *_nested_names()], n=1)
+            hint = f"; did you mean {_variable(near[0]) if source else near[0]}?" if near else ""
+            lines.append(f"{shown}: there is no such setting{hint}")
+            continue
+        said = re.sub(r"^(Input|String) should", "should", problem["msg"]).partition(", unable to parse")[0]
+        plain = name in _PLAIN and isinstance(problem["input"], str | int | float)
+        lines.append(f"{shown}: {said}" + (f" (got {problem['input']!r})" if plain else ""))
     return "; ".join(lines)
+
+
+def _variable(name: str) -> str:
+    return f"{ENVIRONMENT_PREFIX}{name.upper()}"
+
+
+def _nested_names() -> list[str]:
+    return [f"kafka_{name}" for name in KafkaSettings.model_fields]
+
+
+_PLAIN = frozenset(
+    name for name in (*Settings.model_fields, *_nested_names()) if not re.search("password|secret", name)
+)

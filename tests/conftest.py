@@ -19,9 +19,9 @@ def kafka_url(pytestconfig: pytest.Config) -> Iterator[str]:
         pytestconfig.stash[REPORTED] = {"url": given}
         yield given
         return
-    started = subprocess.run([KAFKA, "start", "--port", "0"], stdout=subprocess.PIPE, text=True, check=False)
+    started = subprocess.run([KAFKA, "start", "--port", "0"], capture_output=True, text=True, check=False)
     if started.returncode:
-        reason = "no Apache Kafka could be started (see above); it needs Java 17+ and, once, Maven"
+        reason = f"no Apache Kafka (it needs Java 17+ and, once, Maven): {started.stderr.strip()}"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)

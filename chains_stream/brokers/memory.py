@@ -102,7 +102,7 @@ class _Follower:
         self._positions: dict[Partition, int] = {}
         self._ready: dict[Partition, None] = {}  # those with records to read, the longest waiting first
         self._waiter: asyncio.Future[None] | None = None
-        self._error: BrokerError | None = None
+        self.error: BrokerError | None = None
 
     def wake(self, partition: Partition) -> None:
         """Note that a partition has records."""
@@ -111,7 +111,7 @@ class _Follower:
 
     def fail(self, error: BrokerError) -> None:
         """Have `fetch` raise this from now on."""
-        self._error = error
+        self.error = error
         self._wake()
 
     def _follow(self, positions: Mapping[Partition, int]) -> None:
@@ -125,8 +125,8 @@ class _Follower:
 
     async def _fetch(self, limit: int) -> list[Record]:
         while True:
-            if self._error is not None:
-                raise self._error
+            if self.error is not None:
+                raise self.error
             if taken := self._take(limit):
                 return taken
             self._waiter = asyncio.get_running_loop().create_future()
@@ -269,7 +269,7 @@ class Topic:
         return self.groups[name]
 
     def committed(self, number: int) -> None:
-        """Drop what all groups are done with; a group that has committed nothing yet is done with nothing."""
+        """Drop what all groups that have joined so far are done with."""
         partition = self.partitions[number]
         partition.drop_before(min(group.position(partition) for group in self.groups.values()))
 
@@ -334,6 +334,9 @@ class MemoryBroker:
         joined = found.group(group)
         consumer = MemoryConsumer(found, joined, on_assigned, on_revoked)
         await joined.join(consumer)
+        if consumer.error is not None:
+            await consumer.close()
+            raise consumer.error
         return consumer
 
     async def read(self, topic: str, positions: Mapping[int, int | None]) -> MemoryReader:

@@ -19,6 +19,7 @@ ORDER = [
     "foreign",
     "descriptor",
     "signature",
+    "schema",
     "messages",
     "codec",
     "policy",

@@ -1,0 +1,324 @@
+"""What every broker does: one suite, run on the embedded one and on a real Apache Kafka."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from chains_stream.broker import Broker, Committed, GroupConsumer, Record, TopicSpec
+from chains_stream.brokers import open_broker
+from chains_stream.errors import BrokerError, OffsetExpiredError, RecordTooLargeError
+from chains_stream.settings import Settings
+
+HOUR_MS = 3_600_000
+
+
+@pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.kafka)])
+async def broker(request: pytest.FixtureRequest) -> AsyncIterator[Broker]:
+    url = "memory://" if request.param == "memory" else request.getfixturevalue("kafka_url")
+    opened = open_broker(Settings.of(broker=url))
+    try:
+        await opened.start()
+        yield opened
+    finally:
+        await opened.close()
+
+
+@pytest.fixture
+async def topic(broker: Broker) -> str:
+    name = f"contract.{uuid4().hex}"
+    await broker.ensure_topics([TopicSpec(name, 4, HOUR_MS)])
+    return name
+
+
+class Member:
+    """A member of a group that notes what it is told and can wait for it."""
+
+    def __init__(self, broker: Broker, topic: str) -> None:
+        self.held: frozenset[int] = frozenset()
+        self.revoked: list[frozenset[int]] = []
+        self.commit_on_revoke: dict[int, Committed] = {}
+        self.consumer: GroupConsumer
+        self._broker = broker
+        self._topic = topic
+        self._changed = asyncio.Event()
+
+    async def join(self, group: str = "") -> "Member":
+        self.consumer = await self._broker.consume(
+            self._topic, group or self._topic, on_assigned=self._assigned, on_revoked=self._revoked
+        )
+        return self
+
+    async def until(self, count: int) -> None:
+        async with asyncio.timeout(30):
+            while len(self.held) != count:
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def take(self, count: int) -> list[Record]:
+        """Fetch so many records, in all."""
+        records: list[Record] = []
+        async with asyncio.timeout(30):
+            while len(records) < count:
+                records += await self.consumer.fetch(count - len(records))
+        return records
+
+    async def _assigned(self, partitions: frozenset[int]) -> None:
+        self.held = partitions
+        self._changed.set()
+
+    async def _revoked(self, partitions: frozenset[int]) -> None:
+        self.revoked.append(partitions)
+        due = {partition: at for partition, at in self.commit_on_revoke.items() if partition in partitions}
+        if due:
+            await self.consumer.commit(due)
+
+
+async def fill(broker: Broker, topic: str, values: int, partition: int = 0) -> list[int]:
+    stored = [await broker.publish(topic, str(n).encode(), partition=partition) for n in range(values)]
+    return list(await asyncio.gather(*stored))
+
+
+async def take(reader: Any, count: int) -> list[Record]:
+    records: list[Record] = []
+    async with asyncio.timeout(30):
+        while len(records) < count:
+            records += await reader.fetch()
+    return records
+
+
+async def test_a_record_comes_back_as_it_was_sent(broker: Broker, topic: str) -> None:
+    headers = (("kafka_correlationId", bytes(range(16))), ("twice", b"1"), ("twice", b""))
+    value = bytes(range(256)) * 10
+    reader = await broker.read(topic, {2: None})
+    offset = await (await broker.publish(topic, value, partition=2, key=b"\x00key", headers=headers))
+    (record,) = await take(reader, 1)
+    await reader.close()
+    assert (record.topic, record.partition, record.offset) == (topic, 2, offset)
+    assert (record.key, record.value, record.headers) == (b"\x00key", value, headers)
+    assert record.timestamp_ms > 1_700_000_000_000
+
+
+@pytest.mark.parametrize("durable", [True, False])
+async def test_a_partition_keeps_the_order_of_publishing(broker: Broker, topic: str, *, durable: bool) -> None:
+    reader = await broker.read(topic, {0: 0})
+    stored = [await broker.publish(topic, str(n).encode(), partition=0, durable=durable) for n in range(500)]
+    assert await asyncio.gather(*stored) == list(range(500))
+    assert [record.value for record in await take(reader, 500)] == [str(n).encode() for n in range(500)]
+    await reader.close()
+
+
+async def test_readers_begin_where_they_are_told(broker: Broker, topic: str) -> None:
+    await fill(broker, topic, 10)
+    await fill(broker, topic, 3, partition=1)
+    at_end = await broker.read(topic, {0: None})
+    inside = await broker.read(topic, {0: 7, 1: None, 2: None})
+    assert (at_end.position(0), inside.position(0), inside.position(1), inside.position(2)) == (10, 7, 3, 0)
+    await (await broker.publish(topic, b"new", partition=0))
+    await (await broker.publish(topic, b"else", partition=1))
+    assert [record.value for record in await take(at_end, 1)] == [b"new"]
+    by_partition = defaultdict(list)
+    for record in await take(inside, 5):
+        by_partition[record.partition].append(record.value)
+    assert by_partition == {0: [b"7", b"8", b"9", b"new"], 1: [b"else"]}
+    assert inside.position(0) == 11
+    await at_end.close()
+    await inside.close()
+
+
+async def test_end_offset_is_that_of_the_next_record(broker: Broker, topic: str) -> None:
+    assert await broker.end_offset(topic, 3) == 0
+    await fill(broker, topic, 5, partition=3)
+    assert await broker.end_offset(topic, 3) == 5
+
+
+async def test_a_fetch_that_is_cancelled_loses_nothing(broker: Broker, topic: str) -> None:
+    reader = await broker.read(topic, {0: 0})
+    waiting = asyncio.ensure_future(reader.fetch())
+    for n in range(50):
+        stored = await broker.publish(topic, str(n).encode(), partition=0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+        waiting = asyncio.ensure_future(reader.fetch())
+        await asyncio.sleep(0)
+        if waiting.done():  # it got records: they count
+            break
+        await stored
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    got = [] if waiting.cancelled() else waiting.result()
+    await (await broker.publish(topic, b"last", partition=0))
+    while not got or got[-1].value != b"last":
+        got += await reader.fetch()
+    assert [record.offset for record in got] == list(range(got[-1].offset + 1))
+    await reader.close()
+
+
+async def test_a_new_group_begins_with_the_oldest_record(broker: Broker, topic: str) -> None:
+    await fill(broker, topic, 20)
+    member = await Member(broker, topic).join()
+    assert [record.value for record in await member.take(20)] == [str(n).encode() for n in range(20)]
+    await member.consumer.close()
+
+
+async def test_fetch_gives_no_more_than_asked_for(broker: Broker, topic: str) -> None:
+    await fill(broker, topic, 20)
+    member = await Member(broker, topic).join()
+    assert len(await member.consumer.fetch(1)) == 1
+    assert 1 <= len(await member.consumer.fetch(7)) <= 7
+    await member.consumer.close()
+
+
+async def test_what_is_not_committed_is_delivered_again(broker: Broker, topic: str) -> None:
+    await fill(broker, topic, 10)
+    first = await Member(broker, topic).join()
+    await first.take(10)
+    await first.consumer.commit({0: Committed(4)})
+    await first.consumer.close()
+    second = await Member(broker, topic).join()
+    assert [record.offset for record in await second.take(6)] == list(range(4, 10))
+    await second.consumer.close()
+
+
+async def test_a_note_is_kept_with_the_position(broker: Broker, topic: str) -> None:
+    await fill(broker, topic, 3)
+    member = await Member(broker, topic).join()
+    assert await member.consumer.committed(0) is None
+    note = "x" * 4_000
+    await member.consumer.commit({0: Committed(2, note), 1: Committed(0, "")})
+    assert await member.consumer.committed(0) == Committed(2, note)
+    assert await member.consumer.committed(1) == Committed(0, "")
+    await member.consumer.close()
+
+
+async def test_members_share_the_partitions_and_get_them_back(broker: Broker, topic: str) -> None:
+    first = await Member(broker, topic).join()
+    assert first.held == {0, 1, 2, 3}
+    second = await Member(broker, topic).join()
+    await first.until(2)
+    assert first.held | second.held == {0, 1, 2, 3}
+    assert first.revoked == [frozenset({0, 1, 2, 3})]
+    assert await broker.members(topic) == 2
+    await second.consumer.close()
+    await first.until(4)
+    await first.consumer.close()
+    assert first.revoked[-1] == {0, 1, 2, 3}
+    assert await broker.members(topic) == 0
+
+
+async def test_a_commit_while_partitions_are_revoked_counts(broker: Broker, topic: str) -> None:
+    for partition in range(4):
+        await fill(broker, topic, 2, partition=partition)
+    first = await Member(broker, topic).join()
+    await first.take(8)
+    first.commit_on_revoke = {partition: Committed(1) for partition in range(4)}
+    second = await Member(broker, topic).join()
+    await first.until(2)
+    again = await second.take(2) + await first.take(2)
+    assert sorted((record.partition, record.offset) for record in again) == [(n, 1) for n in range(4)]
+    await first.consumer.close()
+    await second.consumer.close()
+
+
+async def test_a_commit_for_a_partition_that_went_to_another_changes_nothing(broker: Broker, topic: str) -> None:
+    for partition in range(4):
+        await fill(broker, topic, 3, partition=partition)
+    first = await Member(broker, topic).join()
+    await first.take(12)
+    second = await Member(broker, topic).join()
+    await first.until(2)
+    lost = min(second.held)
+    await second.consumer.commit({lost: Committed(1)})
+    await first.consumer.commit({lost: Committed(3)})
+    assert await second.consumer.committed(lost) == Committed(1)
+    await first.consumer.close()
+    await second.consumer.close()
+
+
+async def test_groups_do_not_see_each_other(broker: Broker, topic: str) -> None:
+    await fill(broker, topic, 5)
+    one = await Member(broker, topic).join(f"{topic}.one")
+    other = await Member(broker, topic).join(f"{topic}.other")
+    await one.take(5)
+    await one.consumer.commit({0: Committed(5)})
+    assert len(await other.take(5)) == 5
+    await one.consumer.close()
+    await other.consumer.close()
+
+
+async def test_a_waiting_fetch_wakes_for_a_record_on_any_partition(broker: Broker, topic: str) -> None:
+    member = await Member(broker, topic).join()
+    for partition in range(4):
+        waiting = asyncio.ensure_future(member.consumer.fetch(10))
+        await (await broker.publish(topic, b"x", partition=partition))
+        async with asyncio.timeout(20):
+            assert [record.partition for record in await waiting] == [partition]
+    await member.consumer.close()
+
+
+async def test_an_unknown_member_count_is_nothing_to_fear(broker: Broker) -> None:
+    assert await broker.members(f"nobody.{uuid4().hex}") == 0
+
+
+async def test_topics_are_created_once_and_kept(broker: Broker, topic: str) -> None:
+    await fill(broker, topic, 3)
+    await broker.ensure_topics([TopicSpec(topic, 9, HOUR_MS), TopicSpec(f"{topic}.more", 2, HOUR_MS)])
+    assert await broker.partitions(topic) == 4
+    assert await broker.partitions(f"{topic}.more") == 2
+    assert await broker.end_offset(topic, 0) == 3
+    await broker.ensure_topics([])
+
+
+async def test_what_does_not_exist_is_named(broker: Broker, topic: str) -> None:
+    with pytest.raises(BrokerError, match=f"no topic {topic}.none"):
+        await broker.partitions(f"{topic}.none")
+
+
+async def test_a_record_over_the_limit_is_refused_and_the_next_one_taken(broker: Broker, topic: str) -> None:
+    with pytest.raises(RecordTooLargeError, match="over the limit"):
+        await broker.publish(topic, b"x" * (broker.max_record_bytes + 1), partition=0)
+    assert await (await broker.publish(topic, b"x" * broker.max_record_bytes, partition=0)) == 0
+
+
+async def test_an_offset_that_the_log_does_not_hold_is_expired(broker: Broker, topic: str) -> None:
+    if broker.url == "memory://":
+        await broker.ensure_topics([TopicSpec(f"{topic}.ring", 1, HOUR_MS, ring=True)])
+        for _ in range(40):
+            await broker.publish(f"{topic}.ring", b"x" * 1_000_000, partition=0)
+        reader = await broker.read(f"{topic}.ring", {0: 0})
+    else:
+        await fill(broker, topic, 3)
+        reader = await broker.read(topic, {0: 1_000})
+    with pytest.raises(OffsetExpiredError):
+        async with asyncio.timeout(20):
+            await reader.fetch()
+    await reader.close()
+
+
+async def test_a_callback_that_fails_is_raised(broker: Broker, topic: str) -> None:
+    assignments = 0
+
+    async def second_fails(_partitions: frozenset[int]) -> None:
+        nonlocal assignments
+        assignments += 1
+        if assignments == 2:
+            raise ValueError("in the callback")
+
+    async def fails(_partitions: frozenset[int]) -> None:
+        raise ValueError("in the callback")
+
+    async def fine(_partitions: frozenset[int]) -> None: ...
+
+    with pytest.raises(BrokerError, match="in the callback"):
+        await broker.consume(topic, f"{topic}.early", on_assigned=fails, on_revoked=fine)
+    consumer = await broker.consume(topic, topic, on_assigned=second_fails, on_revoked=fine)
+    other = await Member(broker, topic).join()
+    with pytest.raises(BrokerError, match="in the callback"):
+        async with asyncio.timeout(20):
+            await consumer.fetch(1)
+    await other.consumer.close()
+    await consumer.close()
