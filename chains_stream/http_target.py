@@ -93,7 +93,8 @@ class HttpTarget:
         return self._codec.result_from_json(data)
 
     def _unreachable(self, error: httpx.TransportError) -> GatewayError:
-        return GatewayError(f"no answer from the gateway at {self._url}: {str(error) or type(error).__name__}", status=503)
+        reason = str(error) or type(error).__name__
+        return GatewayError(f"no answer from the gateway at {self._url}: {reason}", status=503)
 
 
 async def _events(lines: AsyncIterator[str]) -> AsyncGenerator[tuple[str, bytes], None]:

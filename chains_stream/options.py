@@ -174,5 +174,5 @@ def _secret(key: str, folder: str | None) -> str | None:
 def make_abs_path_here(file_path: str) -> Path:
     """Give the absolute path of a file named relative to the source file that calls this."""
     if Path(file_path).is_absolute():
-        raise ChainsUsageError(f"{file_path} is absolute already; make_abs_path_here takes a path relative to this file")
+        raise ChainsUsageError(f"{file_path} is absolute already; make_abs_path_here takes a relative path")
     return Path(sys._getframe(1).f_code.co_filename).resolve().parent / file_path  # noqa: SLF001 - the caller's file

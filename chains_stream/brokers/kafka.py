@@ -72,17 +72,17 @@ class KafkaBroker:
             "max_batch_size": BATCH_BYTES,
             "max_request_size": self._settings.max_record_bytes + HEADER_ROOM,
         }
-        self._admin = AIOKafkaAdminClient(**common)
-        self._durable = AIOKafkaProducer(acks="all", enable_idempotence=True, **sending, **common)
-        self._fast = AIOKafkaProducer(acks=1, **sending, **common)
-        async with self.errors("connect"):
-            for start, stop in (
-                (self._admin.start, self._admin.close),
-                (self._durable.start, self._durable.stop),
-                (self._fast.start, self._fast.stop),
-            ):
-                self._clients.append(stop)
-                await start()
+        # Each is started as soon as it is made, and stopped even if its start fails.
+        async with self.errors("write to", right="WRITE on a topic, or IDEMPOTENT_WRITE,", what="the cluster"):
+            self._admin = AIOKafkaAdminClient(**common)
+            self._clients.append(self._admin.close)
+            await self._admin.start()
+            self._durable = AIOKafkaProducer(acks="all", enable_idempotence=True, **sending, **common)
+            self._clients.append(self._durable.stop)
+            await self._durable.start()
+            self._fast = AIOKafkaProducer(acks=1, **sending, **common)
+            self._clients.append(self._fast.stop)
+            await self._fast.start()
 
     async def close(self) -> None:
         while self._clients:
@@ -215,6 +215,9 @@ class KafkaBroker:
             case kafka.OffsetOutOfRangeError() | kafka.NoOffsetForPartitionError():
                 kind = OffsetExpiredError
                 text = f"{self.url} no longer holds the offset asked for of {what}"
+            case kafka.KafkaConnectionError():
+                wants = "if it wants TLS or SASL, set CHAINS_KAFKA_SECURITY_PROTOCOL"
+                text = f"{self.url} closed the connection ({_said(error)}); {wants}"
             case kafka.UnknownTopicOrPartitionError():
                 text = f"{self.url}: there is no such topic or partition: {what}"
             case _:
