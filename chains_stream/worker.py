@@ -145,7 +145,8 @@ class Worker:
     async def _take(self, consumer: GroupConsumer) -> None:
         concurrency = self.callee.concurrency
         while True:
-            free = min(concurrency - self._running, MAX_UNSTORED_ANSWERS - len(self._tasks))
+            unstored = len(self._tasks) - self._running
+            free = min(concurrency - self._running, MAX_UNSTORED_ANSWERS - unstored)
             if free <= 0:
                 self._freed.clear()
                 await self._freed.wait()
@@ -256,7 +257,7 @@ class Worker:
         policy.current.set(scope)  # this task's own context
         limit = asyncio.timeout(scope.remaining)
         try:
-            async with self.callee.slots.here(), limit:
+            async with limit, self.callee.slots.here():
                 return await self._run(job)
         except asyncio.CancelledError as error:
             return self._stopped(job, error)
@@ -374,8 +375,7 @@ class Host:
             self._callees[cls] = Callee(cls, await self._build(cls))
             self.workers.append(Worker(self._callees[cls], topic, self._broker, settings))
         await self._caller.control.follow({worker.topic: worker.handle for worker in self.workers})
-        for worker in self.workers:
-            await worker.start()
+        await asyncio.gather(*(worker.start() for worker in self.workers))
 
     async def failed(self) -> None:
         """Wait until a worker can't go on. Raises what stopped it."""

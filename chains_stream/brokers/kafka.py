@@ -52,6 +52,7 @@ class KafkaBroker:
         self._settings = settings
         self._connection = connection_arguments(settings.kafka)
         self._clients: list[Any] = []
+        self._partitions: dict[str, int] = {}  # of topics, once known; they may grow, and never shrink
         self._admin: AIOKafkaAdminClient
         self._durable: AIOKafkaProducer
         self._fast: AIOKafkaProducer
@@ -111,10 +112,13 @@ class KafkaBroker:
             await self._wait_for_leaders(list(wanted))
 
     async def partitions(self, topic: str) -> int:
-        async with self.errors("read the partitions", right="DESCRIBE", what=topic):
-            if topic not in await self._admin.list_topics():
-                raise BrokerError(f"{self.url}: there is no topic {topic}")
-            return len(await self._durable.partitions_for(topic))
+        if topic not in self._partitions:
+            async with self.errors("read the partitions", right="DESCRIBE", what=topic):
+                # Asked by name, a topic that is missing might be created.
+                if topic not in await self._admin.list_topics():
+                    raise BrokerError(f"{self.url}: there is no topic {topic}")
+                self._partitions[topic] = len(await self._durable.partitions_for(topic))
+        return self._partitions[topic]
 
     async def publish(
         self,
