@@ -292,14 +292,11 @@ def _same_names(classes: Sequence[type[ChainletBase]]) -> Iterator[Problem]:
 
 
 def _entrypoints(classes: Sequence[type[ChainletBase]]) -> Iterator[Problem]:
-    marked = [(cls, name) for cls in classes if (name := entrypoint_name(cls)) is not None]
-    for cls, name in marked:
-        fault = name_fault(name)
+    for cls in classes:
+        name = entrypoint_name(cls)
+        fault = name_fault(name) if name is not None else None
         if fault:
             yield _at_class(cls, None, "NAME", f"the Chain's name `{name}` {fault}; mend it in `mark_entrypoint`")
-    for cls, _ in marked[1:]:
-        message = f"`{marked[0][0].__name__}` is the entrypoint already, and a file has one; unmark one of them"
-        yield _at_class(cls, None, "ENTRYPOINT", message)
 
 
 def _with_dependencies(classes: Sequence[type[ChainletBase]]) -> list[type[ChainletBase]]:

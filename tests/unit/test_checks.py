@@ -363,10 +363,10 @@ outside = Leaf()
 class A(ChainletBase):
     async def run_remote(self) -> None: ...
 @mark_entrypoint("Named")
-class B(ChainletBase):  #! ENTRYPOINT B
+class B(ChainletBase):
     async def run_remote(self) -> None: ...
 @mark_entrypoint
-class C(B):  #! ENTRYPOINT C
+class C(B):
     ...
 """,
     "everything at once": """
