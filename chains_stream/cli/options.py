@@ -1,0 +1,71 @@
+"""What the commands have in common: their options, the settings made of them, and the Chain file."""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from chains_stream.chain import Chain
+    from chains_stream.settings import Settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# No types here: `Settings` checks a flag and its variable alike, and says the same of either.
+_OPTIONS = {
+    "broker": ("URL", "memory:// (embedded, the default) or kafka://host:port[,host:port]."),
+    "cluster": ("URL", "The Kafka cluster: kafka://host:port[,host:port]."),
+    "namespace": ("NAME", "Prefix of all topics; default chains."),
+    "host": ("ADDRESS", "Where to listen; default 127.0.0.1."),
+    "port": ("NUMBER", "Where to listen; default 8000, and 0 picks a free one."),
+    "health_port": ("NUMBER", "Serve /healthz and /readyz here; 0 picks a free one."),
+    "log_format": ("console|json", "How to log, on stderr; default console."),
+    "log_level": ("debug|info|warning|error", "How much to log; default info."),
+    "quiet_log_level": ("debug|info|warning|error", "How much to log; default error."),
+}
+_SETTINGS = {
+    "cluster": "broker",
+    "quiet_log_level": "log_level",
+}  # that an option stands for, where it has another name
+
+file_argument = click.argument("file", metavar="FILE")
+
+
+def options(*names: str, quiet: bool = False) -> Callable[[F], F]:
+    """Add the named options, and those about logs, to a command."""
+
+    def add(command: F) -> F:
+        for option in (*names, "log_format", "quiet_log_level" if quiet else "log_level")[::-1]:
+            name = _SETTINGS.get(option, option)
+            metavar, text = _OPTIONS[option]
+            shown = f"{text} [CHAINS_{name.upper()}]"
+            command = click.option(f"--{name.replace('_', '-')}", name, metavar=metavar, help=shown)(command)
+        return command
+
+    return add
+
+
+def read_settings(flags: dict[str, str | None], *, quiet: bool = False) -> "Settings":
+    """Make the settings of flags and environment, and log by them; errors alone if `quiet` and no level is given."""
+    from chains_stream import telemetry  # late, as in every command: `chains --help` needs none of it
+    from chains_stream.log import get_logger
+    from chains_stream.settings import from_environment, misspelled
+
+    settings = from_environment(**flags)
+    level = "error" if quiet and "log_level" not in settings.model_fields_set else settings.log_level
+    telemetry.configure(settings.log_format, level)
+    for variable, meant in misspelled(os.environ).items():
+        get_logger(__name__).warning("setting.unknown", variable=variable, meant=meant)
+    return settings
+
+
+def load_chain(file: str) -> "Chain":
+    """Import a Chain file. Raises ChainsUsageError, InvalidChainError."""
+    from chains_stream.chain import Chain
+
+    # What the file prints is not what the command prints.
+    with redirect_stdout(sys.stderr):
+        return Chain.load(file)

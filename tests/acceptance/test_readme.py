@@ -1,0 +1,81 @@
+"""The README is true: its commands and its code run as they stand there, but for ports."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.command import Commands, chains, environment
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+SHELL = re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+CHAIN, CLIENT, TEST = CODE
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the README's Chain in it."""
+    (tmp_path / "cheer.py").write_text(CHAIN, encoding="utf-8")
+    return tmp_path
+
+
+def python(code: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env=environment(),
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_first_request_prints_a_summary(start: Commands) -> None:
+    url = start("run", "chainlets/summarize.py", "--port", "0", cwd=ROOT).ready()
+    first = next(block for block in SHELL if block.startswith("curl"))
+    assert "http://127.0.0.1:8000" in first
+    command = shlex.split(first.replace("http://127.0.0.1:8000", url))
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=60)
+    assert "The whale of to-day is as big as his ancestors" in done.stdout
+    assert len(done.stdout.splitlines()) == 5
+
+
+def test_the_commands_on_a_chain_file(folder: Path) -> None:
+    block = next(block for block in SHELL if block.startswith("chains check"))
+    commands = [shlex.split(line, comments=True) for line in block.splitlines()]
+    answers = {words[1]: chains(*words[1:], cwd=folder) for words in commands if words[1] != "run"}
+    assert set(answers) == {"check", "call", "graph"}
+    for answer in answers.values():
+        assert answer.returncode == 0, answer.stderr
+    assert answers["call"].stdout.splitlines() == ['"ADA!"', '"GRACE!"']
+
+
+def test_the_test_runs(folder: Path) -> None:
+    assert python(TEST, folder) == ""
+
+
+@pytest.mark.kafka
+def test_processes_on_kafka_and_the_client(start: Commands, folder: Path, kafka_url: str, namespace: str) -> None:
+    block = next(block for block in SHELL if block.startswith("export CHAINS_BROKER"))
+    variables = {"CHAINS_BROKER": kafka_url, "CHAINS_NAMESPACE": namespace, "CHAINS_PORT": "0"}
+    started = [
+        start(*shlex.split(line)[1:], cwd=folder, variables=variables)
+        for line in block.splitlines()
+        if line.startswith("chains")
+    ]
+    gateway = [command.ready() for command in started][-1]
+    assert '"kafka://127.0.0.1:9092", Cheer' in CLIENT
+    over_kafka = CLIENT.replace('"kafka://127.0.0.1:9092", Cheer', f'"{kafka_url}", Cheer, namespace="{namespace}"')
+    lines = python(over_kafka, folder).splitlines()
+    assert lines[:2] == ["ADA!", "GRACE!"]
+    assert lines[2].endswith("['ALAN!']")
+    over_http = CLIENT.replace("kafka://127.0.0.1:9092", gateway).partition("        handle =")[0]
+    assert python(f"{over_http}\n\nasyncio.run(main())", folder).splitlines() == ["ADA!", "GRACE!"]
