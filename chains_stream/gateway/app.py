@@ -1,0 +1,179 @@
+"""The gateway of one Chain: its routes, and what stands behind them."""
+
+import asyncio
+import base64
+import hashlib
+import re
+from http import HTTPStatus
+from importlib import resources
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from chains_stream.broker import Broker
+from chains_stream.calls import Caller, remote_target
+from chains_stream.chain import Chain
+from chains_stream.chainlet import chainlet_name, signature
+from chains_stream.codec import codec_of
+from chains_stream.errors import BrokerError
+from chains_stream.gateway import openapi, problems
+from chains_stream.gateway.exchange import Entry, exchange_of
+from chains_stream.gateway.problems import Refusal
+from chains_stream.gateway.run_remote import RunRemote
+from chains_stream.settings import Settings
+
+READY_FOR = 1.0  # seconds that an answer of `/readyz` is kept
+READY_WITHIN = 2.0  # seconds that the broker has to answer: less than a probe's usual patience
+
+_INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
+
+
+class Gateway:
+    """Serves a Chain's entrypoint over HTTP; `app` is for any ASGI server, `Server` is ours.
+
+    Args:
+        chain: whose entrypoint is served.
+        caller: started, and closed by whoever started it; after the server has stopped.
+        broker: that the caller uses.
+        settings: of the process.
+    """
+
+    app: Starlette
+
+    def __init__(self, chain: Chain, caller: Caller, broker: Broker, settings: Settings) -> None:
+        self._chain = chain
+        self._caller = caller
+        self._broker = broker
+        self._settings = settings
+        self._run_remote: RunRemote | None = None
+
+    async def start(self) -> None:
+        """Make sure that the entrypoint's topic exists, and build `app`.
+
+        Raises BrokerError, and ChainsUsageError for a type that JSON can't hold.
+        """
+        chain, settings = self._chain, self._settings
+        codec = codec_of(signature(chain.entrypoint))
+        document = msgspec.json.encode(openapi.document(chain, codec, settings))
+        target = await remote_target(chain, chain.entrypoint, self._caller, settings)
+        self._run_remote = RunRemote(codec, target, settings)
+        topic = chain.topic(chain.entrypoint, settings.namespace)
+        readiness = Readiness(self._broker, topic, chainlet_name(chain.entrypoint))
+        self.app = _app(
+            [
+                Route("/run_remote", self._run_remote, methods=["POST"]),
+                Route("/healthz", _healthz),
+                Route("/readyz", readiness.readyz),
+                Route("/openapi.json", Response(document, media_type="application/json"), methods=["GET"]),
+                Route("/docs", _docs(), methods=["GET"]),
+            ]
+        )
+
+    def interrupt(self) -> None:
+        """Answer the requests that are still under way with 503. They are not cancelled: they run to their deadline."""
+        if self._run_remote is not None:
+            self._run_remote.interrupt()
+
+
+async def create_app(chain: Chain, caller: Caller, broker: Broker, settings: Settings) -> Starlette:
+    """Give the app of a started `Gateway`."""
+    gateway = Gateway(chain, caller, broker, settings)
+    await gateway.start()
+    return gateway.app
+
+
+class Readiness:
+    """What is missing until requests can be served; asked of the broker, and kept for a moment."""
+
+    def __init__(self, broker: Broker, topic: str, entrypoint: str) -> None:
+        self._broker = broker
+        self._topic = topic
+        self._entrypoint = entrypoint
+        self._missing: tuple[str, str] | None = None
+        self._until = 0.0
+        self._looking = asyncio.Lock()
+
+    async def readyz(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's
+        clock = asyncio.get_running_loop().time
+        async with self._looking:
+            if clock() >= self._until:
+                self._missing = await self._look()
+                self._until = clock() + READY_FOR
+        if self._missing is not None:
+            what, text = self._missing
+            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "not-ready", text, missing=[what])
+        return JSONResponse({"status": "ok"})
+
+    async def _look(self) -> tuple[str, str] | None:
+        """Give what is missing, in a word and in a sentence. The reply position is known since the caller started."""
+        try:
+            async with asyncio.timeout(READY_WITHIN):
+                members = await self._broker.members(self._topic)
+        except TimeoutError:
+            return "broker", f"the broker {self._broker.url} did not answer within {READY_WITHIN:g} s"
+        except BrokerError as error:
+            return "broker", str(error)
+        return None if members else ("worker", f"no worker serves {self._entrypoint} (topic {self._topic})")
+
+
+def _app(routes: list[Route]) -> Starlette:
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(Entry)],
+        exception_handlers={HTTPException: _on_http, Refusal: _on_refusal},
+    )
+    app.router.redirect_slashes = False  # one path, one route
+    return app
+
+
+async def _healthz(request: Request) -> Response:  # noqa: ARG001 - Starlette's
+    return JSONResponse({"status": "ok"})
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    """Answer what Starlette itself turns down: an unknown route, a wrong method."""
+    assert isinstance(error, HTTPException)
+    status = HTTPStatus(error.status_code)
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+    if "allow" in headers:
+        allowed = headers["allow"] = ", ".join(sorted(headers["allow"].split(", ")))
+        refusal = Refusal(status, "method-not-allowed", f"this route takes {allowed}", headers=headers)
+    else:
+        refusal = Refusal(
+            status, status.phrase.lower().replace(" ", "-"), "there is no such route; /docs shows those there are"
+        )
+    return await _on_refusal(request, refusal)
+
+
+async def _on_refusal(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    exchange = exchange_of(request.scope)
+    exchange.error = error.code
+    return problems.respond(problems.of_refusal(error, exchange.request_id), error.headers)
+
+
+def _docs() -> Response:
+    """Give the page that shows the API, with a policy that lets run what is written in it and nothing else."""
+    page = resources.files("chains_stream.gateway").joinpath("static/docs.html").read_text(encoding="utf-8")
+    inline: dict[str, list[str]] = {"script": [], "style": []}
+    for kind, text in _INLINE.findall(page):
+        digest = hashlib.sha256(text.encode()).digest()
+        inline[kind].append(f"'sha256-{base64.b64encode(digest).decode()}'")
+    policy = "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src {' '.join(inline['script'])}",
+            f"style-src {' '.join(inline['style'])}",
+            "connect-src 'self'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        ]
+    )
+    return HTMLResponse(page, headers={"content-security-policy": policy, "referrer-policy": "no-referrer"})

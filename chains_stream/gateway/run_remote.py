@@ -1,0 +1,135 @@
+"""``POST /run_remote``: arguments as a JSON object in, the result or the stream of the Chain's entrypoint out."""
+
+import asyncio
+from http import HTTPStatus
+
+import msgspec
+from starlette.datastructures import Headers
+from starlette.types import Receive, Send
+from starlette.types import Scope as ASGIScope
+
+from chains_stream.calls import RemoteTarget
+from chains_stream.codec import Codec
+from chains_stream.errors import GatewayError, OverloadedError
+from chains_stream.gateway import problems
+from chains_stream.gateway.exchange import CLIENT_CLOSED, ClientLeftError, Exchange, exchange_of
+from chains_stream.gateway.negotiation import choose
+from chains_stream.gateway.problems import Refusal
+from chains_stream.gateway.streaming import Form, Stream, form_of, media_types
+from chains_stream.policy import Scope
+from chains_stream.settings import Settings
+
+JSON = "application/json"
+MAX_REQUESTS = 10_000  # under way at once: more would fill the memory of a process before a queue says so
+
+_HINT = f"send the arguments as a JSON object with `content-type: {JSON}` (curl --json does)"
+
+
+class RunRemote:
+    """The endpoint; an ASGI app."""
+
+    def __init__(self, codec: Codec, target: RemoteTarget, settings: Settings) -> None:
+        self._codec = codec
+        self._target = target
+        self._settings = settings
+        self._streaming = codec.signature.streaming
+        self._exchanges: set[Exchange] = set()
+        self.media_types = media_types(codec) if self._streaming else [JSON]
+
+    def interrupt(self) -> None:
+        """End the requests that are still under way, with an answer that says so."""
+        for exchange in tuple(self._exchanges):
+            exchange.interrupt(GatewayError("the gateway stopped before the answer was complete", status=503))
+
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - the exchange has both
+        exchange = exchange_of(scope)
+        form: Form | None = None
+        self._exchanges.add(exchange)
+        try:
+            form = self._form(exchange.headers)
+            request = exchange.begin(self._settings.deadline)
+            async with exchange.wanted(request):
+                await self._serve(exchange, request, form)
+        except ClientLeftError:
+            exchange.status = CLIENT_CLOSED
+        except Refusal as refusal:
+            await exchange.answer(problems.of_refusal(refusal, exchange.request_id), refusal.headers)
+        except Exception as error:
+            if not problems.is_known(error):
+                raise
+            await _fail(exchange, form, error)
+        finally:
+            self._exchanges.discard(exchange)
+
+    async def _serve(self, exchange: Exchange, request: Scope, form: Form | None) -> None:
+        if len(self._exchanges) > MAX_REQUESTS:
+            raise OverloadedError(f"the gateway has {MAX_REQUESTS} requests under way", retry_after=1)
+        _check_content(exchange.headers)
+        body = await exchange.body(self._settings.max_body_bytes)
+        call = await self._target.open(self._codec.arguments_from_json(body or b"{}"), request, 1)
+        del body  # not kept for as long as the answer takes
+        try:
+            if form is not None:
+                await Stream(exchange, call, form).run()
+            else:
+                result = self._codec.result_to_json(await call.result())
+                await exchange.start(HTTPStatus.OK, {"content-type": JSON, "content-length": str(len(result))})
+                await exchange.finish(result)
+        except asyncio.CancelledError:
+            # A gateway that ends cancels nothing: the request runs on to its deadline.
+            if not exchange.interrupted:
+                call.close()
+            raise
+        except BaseException:
+            call.close()
+            raise
+        call.close()
+
+    def _form(self, headers: Headers) -> Form | None:
+        """Choose how to write the stream; None for a unary result. Raises Refusal."""
+        accept = ", ".join(headers.getlist("accept")) or None
+        chosen = choose(accept, self.media_types)
+        if chosen is None and choose(accept, [JSON]):
+            # `curl --json` and many libraries ask for it whatever they call; no stream can be had so, and the client
+            # sees by the content type what it got.
+            chosen = self.media_types[0]
+        if chosen is None:
+            raise Refusal(
+                HTTPStatus.NOT_ACCEPTABLE,
+                "not-acceptable",
+                f"the answer can be had as {', '.join(self.media_types)}, and `accept` allows none of these",
+                offered=self.media_types,
+            )
+        return form_of(chosen, self._codec) if self._streaming else None
+
+
+async def _fail(exchange: Exchange, form: Form | None, error: Exception) -> None:
+    """Tell the client of an error, in the way that is left at this point of the answer."""
+    problem = problems.of_error(error, exchange.request_id)
+    if not exchange.started:
+        await exchange.answer(problem)
+    elif not exchange.complete:
+        exchange.error = problem.code
+        await exchange.end_early(None if form is None else form.failure(msgspec.json.encode(problem)))
+
+
+def _check_content(headers: Headers) -> None:
+    """Refuse a body that is not JSON, before it is read."""
+    if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
+        return
+    coding = headers.get("content-encoding", "identity")
+    if coding != "identity":
+        raise _unsupported(f"the body is encoded as `{coding}`; send it as it is")
+    given = headers.get("content-type")
+    if given is None:
+        raise _unsupported(f"the body has no content type; {_HINT}")
+    essence = given.partition(";")[0].strip().lower()
+    if essence != JSON and not (essence.startswith("application/") and essence.endswith("+json")):
+        raise _unsupported(f"the body is `{given}`; {_HINT}")
+    charset = given.lower().partition("charset=")[2].partition(";")[0].strip(' "')
+    if charset not in ("", "utf-8", "utf8", "us-ascii"):
+        raise _unsupported(f"the body is in `{charset}`; JSON is UTF-8")
+
+
+def _unsupported(text: str) -> Refusal:
+    return Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type", text, offered=[JSON])
