@@ -1,0 +1,41 @@
+"""What the tests of the command share: commands that are ended, and whose logs are shown when a test fails."""
+
+from collections.abc import Generator, Iterator
+from uuid import uuid4
+
+import pytest
+
+from tests.acceptance.command import HERE, Commands, commands
+
+STARTED = pytest.StashKey[Commands]()
+
+
+@pytest.fixture
+def start(request: pytest.FixtureRequest) -> Iterator[Commands]:
+    """Start a command: ``start("run", "chain.py", …)``."""
+    with commands() as started:
+        request.node.stash[STARTED] = started
+        yield started
+
+
+@pytest.fixture
+def namespace() -> str:
+    return f"t{uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[dict[str, str]]:
+    """The URLs of the two entrypoints of `chains/orders.py`, each served on the embedded broker."""
+    file = str(HERE / "chains" / "orders.py")
+    with commands() as started:
+        running = {name: started("run", f"{file}:{name}", "--port", "0") for name in ("Order", "Tell")}
+        yield {name: command.ready() for name, command in running.items()}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    started = item.stash.get(STARTED, None)
+    if report.when == "call" and report.failed and started is not None:
+        report.sections.append(("commands", started.report()))
+    return report
