@@ -54,8 +54,11 @@ class GroupConsumer(Protocol):
         Cancelling it loses no record. Raises BrokerError.
         """
 
-    async def commit(self, positions: Mapping[int, Committed]) -> None:
-        """Store, by partition, how far the work is done. A partition that was lost meanwhile is left alone."""
+    async def commit(self, positions: Mapping[int, Committed]) -> frozenset[int]:
+        """Store, by partition, how far the work is done. A partition that was lost meanwhile is left alone.
+
+        Returns the partitions whose position was stored. Raises BrokerError.
+        """
 
     async def committed(self, partition: int) -> Committed | None:
         """Read what the group has stored for a partition, or None."""
@@ -98,7 +101,7 @@ class Broker(Protocol):
         """Create the topics that don't exist; return when all can be used."""
 
     async def partitions(self, topic: str) -> int:
-        """Give the number of partitions of a topic. Raises BrokerError if there is no such topic."""
+        """Give the number of partitions of a topic. Raises UnknownTopicError, BrokerError."""
 
     async def publish(
         self,

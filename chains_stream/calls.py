@@ -17,7 +17,7 @@ import msgspec
 from chains_stream.broker import Broker, Reader, TopicSpec
 from chains_stream.chain import Chain
 from chains_stream.chainlet import ChainletBase
-from chains_stream.control import Cancel, Control, Credit
+from chains_stream.control import Cancel, Control, Credit, Message
 from chains_stream.errors import (
     BrokerError,
     CallCancelledError,
@@ -30,6 +30,8 @@ from chains_stream.log import get_logger
 from chains_stream.messages import Cancelled, Chunk, Done, Failed, Frame, Request, Started, decode_frames
 from chains_stream.policy import Scope
 from chains_stream.settings import Settings
+
+CLOSE_SECONDS = 5.0  # for what is still to be said to the workers
 
 log = get_logger(__name__)
 
@@ -48,6 +50,7 @@ class Call:
         self.offset: int | None = None  # known once the broker has stored the request
         self.scope = scope
         self.ended = False
+        self.answered = False  # by the callee: there is nothing left to cancel
         self._caller = caller
         self._modules = modules
         self._attempt = 0
@@ -55,7 +58,8 @@ class Call:
         self._chunks: deque[msgspec.Raw] = deque()
         self._value = msgspec.Raw()
         self._error: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._repeated = 0  # chunks that came again, from a worker that took the request over
+        self._changed = asyncio.Event()
         self._taken = self._taken_size = 0  # by the reader of the stream
         self._granted = self._granted_size = 0  # of these, what the worker was told
 
@@ -79,9 +83,13 @@ class Call:
         self._taken += 1
         self._taken_size += len(memoryview(chunk))
         if self._caller.wants_credit(self._taken - self._granted, self._taken_size - self._granted_size):
-            self._granted, self._granted_size = self._taken, self._taken_size
-            await self._caller.control.send(self.topic, Credit(self.id, self._taken, self._taken_size))
+            self._grant()
         return chunk
+
+    def _grant(self) -> None:
+        self._granted, self._granted_size = self._taken, self._taken_size
+        if not self.ended:
+            self._caller.tell(self, Credit(self.id, self._taken, self._taken_size))
 
     async def stored(self) -> None:
         """Wait until the broker has stored the request, or the call ended without."""
@@ -113,16 +121,24 @@ class Call:
                 self._feed_chunk(sequence, value)
             case Done(chunks=chunks, value=value):
                 self._value = value
+                self.answered = True
                 self._end(None if chunks == self._next_sequence else self._interrupted(f"{chunks} were sent"))
             case Failed(error=detail):
+                self.answered = True
                 self._end(from_detail(detail, modules=self._modules))
             case Cancelled():
+                self.answered = True
                 self._end(CallCancelledError("the request was cancelled"))
             case Started():
                 pass
 
     def _feed_chunk(self, sequence: int, value: msgspec.Raw) -> None:
         if sequence < self._next_sequence:
+            # The worker that runs it again knows nothing of what was taken, and may wait for credit.
+            self._repeated += 1
+            if self._caller.wants_credit(self._repeated, 0):
+                self._repeated = 0
+                self._grant()
             return
         if sequence > self._next_sequence:
             self._end(self._interrupted(f"chunk {self._next_sequence} is missing"))
@@ -138,18 +154,16 @@ class Call:
     def _end(self, error: Exception | None) -> None:
         self.ended = True
         self._error = error
+        if self.answered:
+            self._caller.forget(self)
         self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._changed.set()
 
     async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        self._changed.clear()
+        await self._changed.wait()
 
 
 class Caller:
@@ -166,7 +180,7 @@ class Caller:
         self._rotation = count(int.from_bytes(os.urandom(2), "big"))
         self._reader: Reader | None = None
         self._task: asyncio.Task[None] | None = None
-        self._cancelling: set[asyncio.Task[None]] = set()
+        self._telling: set[asyncio.Task[None]] = set()
         self._broken: BrokerError | None = None
 
     async def start(self) -> None:
@@ -181,15 +195,23 @@ class Caller:
         self._task = asyncio.create_task(self._read(), name="replies")
 
     async def close(self) -> None:
-        """Fail what still waits, and stop reading."""
-        self._fail_all(CallCancelledError("the connection was closed"))
-        if self._cancelling:
-            await asyncio.wait(self._cancelling)
+        """Cancel the calls that somebody waits in, leave what was submitted to run on, and stop reading."""
+        for call in tuple(self._calls.values()):
+            if call in call.scope.calls:
+                call.close()
+        self.fail(BrokerError("the connection was closed"))
+        if self._telling:
+            await asyncio.wait(self._telling, timeout=CLOSE_SECONDS)
         if self._task is not None:
             self._task.cancel()
-            await asyncio.wait([self._task])
+            await asyncio.gather(self._task, return_exceptions=True)  # `failed` tells what it died of
         if self._reader is not None:
             await self._reader.close()
+
+    async def failed(self) -> None:
+        """Wait until reading answers can't go on. Raises what stopped it."""
+        if self._task is not None:
+            await asyncio.shield(self._task)
 
     async def use(self, topic: str) -> None:
         """Make sure that a request topic exists: a request sent before the first worker joins must not be lost."""
@@ -223,7 +245,7 @@ class Caller:
                 topic, arguments, partition=call.partition, headers=request.to_headers()
             )
         except BaseException:
-            call.ended = True  # nothing was sent that could be cancelled
+            call.ended = call.answered = True  # nothing was sent that could be cancelled
             call.close()
             raise
         stored.add_done_callback(lambda future: _stored(call, future))
@@ -234,22 +256,26 @@ class Caller:
         return chunks * 2 >= self._settings.stream_window or size * 2 >= self._settings.stream_window_bytes
 
     def forget(self, call: Call) -> None:
-        """Unregister a call, and cancel it if it has not ended."""
+        """Unregister a call, and have it cancelled if no answer of the callee has ended it."""
         if self._calls.pop(call.id, None) is None:
             return
         call.scope.calls.discard(call)
-        if not call.ended:
-            call.fail(CallCancelledError("the request was cancelled by its caller"))
-            task = asyncio.get_running_loop().create_task(self._cancel(call), name="cancel")
-            self._cancelling.add(task)
-            task.add_done_callback(self._cancelling.discard)
+        call.fail(CallCancelledError("the request was cancelled by its caller"))
+        if not call.answered and self._broken is None:
+            self.tell(call, Cancel(call.id, call.partition, call.offset or 0))
 
-    async def _cancel(self, call: Call) -> None:
+    def tell(self, call: Call, message: Message) -> None:
+        """Send the workers a message about a call, without waiting for it."""
+        task = asyncio.get_running_loop().create_task(self._send(call, message), name="tell")
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _send(self, call: Call, message: Message) -> None:
         try:
-            await self.control.send(call.topic, Cancel(call.id, call.partition, call.offset or 0))
+            await self.control.send(call.topic, message)
         except BrokerError as error:
-            # The request then runs to its deadline, which it carries with it.
-            log.warning("cancel.unsent", request_id=call.scope.request_id, reason=str(error))
+            # A request that is not cancelled runs to its deadline, which it carries with it.
+            log.warning("control.unsent", request_id=call.scope.request_id, reason=str(error))
 
     async def _open_reader(self) -> Reader:
         if self._reader is not None:
@@ -258,27 +284,35 @@ class Caller:
         return self._reader
 
     async def _read(self) -> None:
+        try:
+            while True:
+                await self._follow()
+        except BrokerError as error:
+            self.fail(error)
+            raise
+        except Exception as error:
+            # A defect, here or in aiokafka: whoever waits must not wait for ever.
+            log.exception("replies.stopped")
+            self.fail(BrokerError(f"reading answers stopped: {error!r}"))
+            raise
+
+    async def _follow(self) -> None:
+        """Read answers for as long as the log holds them."""
         reader = self._reader
         assert reader is not None, "opened by start"
-        while True:
-            try:
-                records = await reader.fetch()
-            except OffsetExpiredError as error:
-                self._fail_all(WorkerLostError(f"answers were lost before they were read: {error}"))
-                reader = await self._open_reader()
-                continue
-            except BrokerError as error:
-                log.error("replies.stopped", reason=str(error))  # noqa: TRY400 - the message says it all
-                self._broken = error
-                self._fail_all(error)
-                return
-            for record in records:
-                self._dispatch(record.value)
+        try:
+            while True:
+                for record in await reader.fetch():
+                    self._dispatch(record.value)
+        except OffsetExpiredError as error:
+            for call in tuple(self._calls.values()):
+                call.fail(WorkerLostError(f"answers were lost before they were read: {error}"))
+            await self._open_reader()
 
     def _dispatch(self, value: bytes) -> None:
         try:
             frames = decode_frames(value)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:  # a stranger's record
             log.warning("reply.undecodable", reason=str(error))
             return
         for frame in frames:
@@ -286,7 +320,10 @@ class Caller:
             if call is not None:
                 call.feed(frame)
 
-    def _fail_all(self, error: Exception) -> None:
+    def fail(self, error: BrokerError) -> None:
+        """Fail all calls, and those to come."""
+        if self._broken is None:
+            self._broken = error
         for call in tuple(self._calls.values()):
             call.fail(error)
 

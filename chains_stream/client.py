@@ -12,7 +12,7 @@ from chains_stream.chain import Chain
 from chains_stream.chainlet import ChainletBase, signature
 from chains_stream.codec import Codec, codec_of
 from chains_stream.control import Control
-from chains_stream.errors import ChainsUsageError, DeadlineExceededError
+from chains_stream.errors import BrokerError, ChainsUsageError, DeadlineExceededError
 from chains_stream.http_target import HttpTarget
 from chains_stream.options import RPCOptions
 from chains_stream.policy import scope_or_new
@@ -46,7 +46,10 @@ class Handle:
         self._name = signature.chainlet
 
     async def result(self) -> Any:
-        """Wait for the result; of a stream, for the list of all its chunks. Raises what the Chainlet raised."""
+        """Wait for the result; of a stream, for the list of its chunks that were not read yet.
+
+        Raises what the Chainlet raised.
+        """
         if self._streaming:
             return [chunk async for chunk in self]
         return self._codec.decode_result(await self._bounded(self._call.result()))
@@ -107,11 +110,19 @@ class Submitter:
 
     async def submit(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Handle:
         arguments = self._codec.encode_arguments(args, dict(kwargs))
-        call = await self._target.open(arguments, scope_or_new(self._settings.deadline), 1)
+        scope = scope_or_new(self._settings.deadline)
+        limit = asyncio.timeout(max(0.0, scope.remaining))
         try:
-            await call.stored()
-        except BaseException:
-            call.close()
+            async with limit:
+                call = await self._target.open(arguments, scope, 1)
+                try:
+                    await call.stored()
+                except BaseException:
+                    call.close()
+                    raise
+        except TimeoutError as error:
+            if limit.expired():
+                raise DeadlineExceededError(f"{self._signature.chainlet}: not stored before the deadline") from error
             raise
         return Handle(call, self._codec, self._signature)
 
@@ -159,6 +170,8 @@ async def run_chain(
         host = Host(chain, chain.chainlets, opened, caller, checked)
         stack.push_async_callback(host.drain)
         await host.start()
+        watch = asyncio.create_task(_watch(host, caller), name="watch host")
+        stack.callback(watch.cancel)
         yield await _connection(chain, caller, checked)
 
 
@@ -179,6 +192,14 @@ async def open_caller(stack: AsyncExitStack, broker: Broker, settings: Settings)
     stack.push_async_callback(caller.close)
     await caller.start()
     return caller
+
+
+async def _watch(host: Host, caller: Caller) -> None:
+    """Fail the calls to a host that can't go on: nobody would answer them."""
+    try:
+        await host.failed()
+    except BrokerError as error:
+        caller.fail(error)
 
 
 async def _connection(chain: Chain, caller: Caller, settings: Settings) -> Connection[Any, Any]:

@@ -53,14 +53,16 @@ class Control:
         self._handlers: dict[bytes, Handler] = {}
         self._reader: Reader | None = None
         self._task: asyncio.Task[None] | None = None
+        self._partitions = PARTITIONS
 
     async def start(self) -> None:
         await self._broker.ensure_topics([TopicSpec(self._topic, PARTITIONS, self._retention_ms, ring=True)])
+        self._partitions = await self._broker.partitions(self._topic)  # one that existed may have another number
 
     async def send(self, request_topic: str, message: Message) -> None:
         """Publish a message about a request on `request_topic`."""
         key = request_topic.encode()
-        await self._broker.publish(self._topic, _encoder.encode(message), partition=_partition(key), key=key)
+        await self._broker.publish(self._topic, _encoder.encode(message), partition=self._partition(key), key=key)
 
     async def follow(self, handlers: dict[str, Handler]) -> None:
         """Hand each message about the given request topics to its handler, from now on. Called once."""
@@ -69,17 +71,22 @@ class Control:
         await self._open_reader()
         self._task = asyncio.create_task(self._read(), name="control")
 
+    async def failed(self) -> None:
+        """Wait until reading can't go on. Raises what stopped it."""
+        if self._task is not None:
+            await asyncio.shield(self._task)
+
     async def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
-            await asyncio.wait([self._task])
+            await asyncio.gather(self._task, return_exceptions=True)  # `failed` tells what it died of
         if self._reader is not None:
             await self._reader.close()
 
     async def _open_reader(self) -> Reader:
         if self._reader is not None:
             await self._reader.close()
-        self._reader = await self._broker.read(self._topic, dict.fromkeys(map(_partition, self._handlers)))
+        self._reader = await self._broker.read(self._topic, dict.fromkeys(map(self._partition, self._handlers)))
         return self._reader
 
     async def _read(self) -> None:
@@ -100,11 +107,10 @@ class Control:
     def _handle(self, handler: Handler, value: bytes) -> None:
         try:
             message = _decoder.decode(value)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:  # a stranger's record
             log.warning("control.undecodable", reason=str(error))
         else:
             handler(message)
 
-
-def _partition(key: bytes) -> int:
-    return zlib.crc32(key) % PARTITIONS
+    def _partition(self, key: bytes) -> int:
+        return zlib.crc32(key) % self._partitions

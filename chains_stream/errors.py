@@ -12,7 +12,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, ClassVar
 
 import msgspec
@@ -92,6 +92,8 @@ class ChainsDeploymentError(ChainsError):
 class ChainsRuntimeError(ChainsError):
     """A call, or the process that serves it, failed while running."""
 
+    code = "runtime"
+
 
 class BrokerError(ChainsRuntimeError):
     """The broker can't be reached, refused us, or failed. The message names its address and what it said."""
@@ -113,6 +115,14 @@ class RecordTooLargeError(BrokerError):
 
     code = "record-too-large"
     status = 413
+    retryable = False
+
+
+class UnknownTopicError(BrokerError):
+    """There is no such topic, or no such partition of it. Check the namespace, and who was to create it."""
+
+    code = "unknown-topic"
+    status = 404
     retryable = False
 
 
@@ -194,7 +204,10 @@ class GatewayError(ChainsRuntimeError):
 
     code = "gateway"
     fields = ("status",)
-    status: int  # type: ignore[misc] # an instance's own here, a class's elsewhere
+    status: int = 503  # type: ignore[misc] # an instance's own here, a class's elsewhere
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message, status=status or 503)
 
     @property
     def retryable(self) -> bool:  # type: ignore[override] # it depends on the status
@@ -284,20 +297,28 @@ def to_detail(error: BaseException, chainlet: str | None = None) -> RemoteErrorD
         if below is not None:
             hops += below.hops
             break
-    ours = isinstance(error, ChainsError)
     kind = type(error)
     return RemoteErrorDetail(
         exception_cls_name=remote.exception_cls_name if remote else kind.__qualname__,
         exception_module_name=remote.exception_module_name if remote else kind.__module__,
-        exception_message=remote.exception_message if remote else str(error),
+        exception_message=remote.exception_message if remote else message_of(error),
         user_stack_trace=frames,
-        code=error.code if ours else "remote",  # type: ignore[attr-defined] # narrowed by `ours`
+        code=error.code if isinstance(error, ChainsError) and _BY_CODE.get(error.code) is kind else "remote",
         status=http_status(error),
         retryable=is_retryable(error),
         exception_args=remote.exception_args if remote else _plain_args(error),
-        fields={name: getattr(error, name) for name in error.fields} if isinstance(error, ChainsError) else {},
+        fields=_plain_fields(error) if isinstance(error, ChainsError) else {},
         hops=hops,
     )
+
+
+def message_of(error: BaseException) -> str:
+    """Give an exception's message as text that can be sent, whatever its class makes of ``str``."""
+    try:
+        text = str(error)
+    except Exception as broken:  # noqa: BLE001 - code of the user's
+        text = f"(its message can't be shown: {type(broken).__name__})"
+    return _sendable(text)
 
 
 def from_detail(detail: RemoteErrorDetail, *, modules: tuple[str, ...] = ()) -> Exception:
@@ -344,8 +365,31 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _plain_args(error: BaseException) -> list[str | int | float | bool | None] | None:
+    """Give the arguments of an exception if all of them can be sent as they are."""
     args = error.args
-    return list(args) if all(a is None or type(a) in (str, int, float, bool) for a in args) else None
+    return list(args) if all(map(_is_plain, args)) else None
+
+
+def _plain_fields(error: ChainsError) -> dict[str, str | int | float | bool | None]:
+    values = {name: getattr(error, name, None) for name in error.fields}
+    return {name: value for name, value in values.items() if _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    match value:
+        case None | bool() | float():
+            return True
+        case int():
+            return -(2**63) <= value < 2**64
+        case str():
+            return value == _sendable(value)
+        case _:
+            return False
+
+
+def _sendable(text: str) -> str:
+    """Escape what UTF-8 can't hold: lone surrogates, of file names above all."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _ours(detail: RemoteErrorDetail) -> Exception | None:
@@ -364,21 +408,27 @@ def _user_error(detail: RemoteErrorDetail, modules: tuple[str, ...]) -> Exceptio
     for name in (detail.exception_module_name, *modules):
         found: Any = sys.modules.get(name) if name else builtins
         for part in detail.exception_cls_name.split("."):
-            found = getattr(found, part, None)
+            # Looked up, never asked for: a module's own `__getattr__` may import.
+            found = vars(found).get(part) if isinstance(found, ModuleType | type) else None
         if isinstance(found, type) and issubclass(found, Exception):
             try:
-                return found(*detail.exception_args)
+                return _marked(found(*detail.exception_args), detail)
             except Exception:  # noqa: BLE001 - a constructor of the user's: whatever it wants, it is not these arguments
                 return None
     return None
 
 
+def _marked(error: Exception, detail: RemoteErrorDetail) -> Exception:
+    """Keep what the exception says of itself where its class, built again, does not."""
+    if isinstance(error, ChainsError):
+        for name, value in (("status", detail.status), ("retryable", detail.retryable), *detail.fields.items()):
+            _set(error, name, value)
+    return error
+
+
 def _set(error: Exception, name: str, value: object) -> None:
-    """Set an attribute on an exception that may have slots."""
-    try:
-        object.__setattr__(error, name, value)
-    except AttributeError:
-        error.__dict__[name] = value
+    """Set an attribute, over a property of its class too."""
+    error.__dict__[name] = value
 
 
 def _subclasses(kind: type[ChainsError]) -> Iterator[type[ChainsError]]:

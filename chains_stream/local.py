@@ -4,6 +4,7 @@ A local call passes through the same codec and the same policy as a remote one: 
 """
 
 import asyncio
+import contextvars
 import types
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
@@ -37,6 +38,7 @@ class Callee:
         self.codec: Codec = codec_of(self.signature)
         self.concurrency = cls.remote_config.compute.concurrency
         self.slots = Limit(self.concurrency)
+        self._threads = Limit(self.concurrency)
         self.instance = instance
         # The class's own: `run_local` puts a stub in its place on the instance.
         self._method = types.MethodType(getattr(type(instance), METHOD), instance)
@@ -47,8 +49,29 @@ class Callee:
         if self.signature.is_async:
             result = await self._method(**decoded)
         else:
-            result = await asyncio.to_thread(self._method, **decoded)
+            result = await self._in_thread(decoded)
         return self.codec.encode_result(result)
+
+    async def _in_thread(self, arguments: dict[str, Any]) -> Any:
+        """Run a sync `run_remote`. A thread can't be cancelled: it counts as running until it has ended."""
+        limit = self._threads.here()
+        await limit.acquire()
+        context = contextvars.copy_context()
+        running = asyncio.get_running_loop().run_in_executor(None, context.run, self._guarded, arguments)
+
+        def ended(thread: asyncio.Future[Any]) -> None:
+            limit.release()
+            if not thread.cancelled():
+                thread.exception()  # seen: nobody waits for it any more if the call was cancelled
+
+        running.add_done_callback(ended)
+        return await asyncio.shield(running)
+
+    def _guarded(self, arguments: dict[str, Any]) -> Any:
+        try:
+            return self._method(**arguments)
+        except StopIteration as error:  # which no future can hold
+            raise RuntimeError("run_remote raised StopIteration") from error
 
     async def stream(self, arguments: bytes) -> AsyncGenerator[bytes, None]:
         """Run a streaming `run_remote`, closing its generator whatever happens."""

@@ -74,7 +74,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         found: Mapping[str, bytes] = dict(headers)
         window = _sized(found, WINDOW, 8)
         return cls(
-            correlation_id=found.get(CORRELATION_ID, b""),
+            correlation_id=found.get(CORRELATION_ID) or b"",
             reply_topic=_text(found, REPLY_TOPIC),
             reply_partition=_number(found, REPLY_PARTITION, 4),
             deadline_ms=_number(found, DEADLINE, 8),
@@ -82,7 +82,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             attempt=_number(found, ATTEMPT, 4) or 1,
             content_type=(_text(found, CONTENT_TYPE) or MSGPACK).partition(";")[0].strip().lower(),
             frames=found.get(FRAMES) == b"1",
-            window=(int.from_bytes(window[:4], "big"), int.from_bytes(window[4:], "big")) if window else None,
+            window=(_at_least_one(window[:4]), _at_least_one(window[4:])) if window else None,
             traceparent=found.get(TRACEPARENT),
             tracestate=found.get(TRACESTATE),
         )
@@ -157,6 +157,11 @@ def _sized(found: Mapping[str, bytes], name: str, size: int) -> bytes | None:
         msg = f"the header {name} must be {size} bytes long, and is {len(value)}"
         raise ValueError(msg)
     return value
+
+
+def _at_least_one(value: bytes) -> int:
+    """A stream for which nothing may be under way could not move."""
+    return max(1, int.from_bytes(value, "big"))
 
 
 def _number(found: Mapping[str, bytes], name: str, size: int) -> int | None:

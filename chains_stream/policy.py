@@ -135,7 +135,11 @@ async def stream(
 
 async def _bounded(work: Awaitable[T], options: RPCOptions, scope: Scope, name: str) -> T:
     remaining = scope.remaining
-    limit = asyncio.timeout(max(0.0, min(options.timeout_sec, remaining)))
+    if remaining <= 0:
+        if asyncio.iscoroutine(work):
+            work.close()  # it was never begun
+        raise DeadlineExceededError(f"{name}: the deadline of the request passed")
+    limit = asyncio.timeout(min(options.timeout_sec, remaining))
     try:
         async with limit:
             return await work

@@ -8,7 +8,7 @@ import msgspec
 
 from chains_stream.broker import Broker
 from chains_stream.codec import Codec
-from chains_stream.errors import BrokerError, RemoteErrorDetail, to_detail
+from chains_stream.errors import RemoteErrorDetail, StreamInterruptedError, UnknownTopicError, to_detail
 from chains_stream.messages import (
     CORRELATION_ID,
     ERROR,
@@ -61,19 +61,22 @@ class FrameReply:
         self._taken = self._taken_size = 0
         self._credited = asyncio.Event()
         self._unstored: set[asyncio.Future[int]] = set()
+        self._lost: StreamInterruptedError | None = None
 
     async def chunk(self, value: bytes) -> None:
         if self._window is not None:
             await self._wait_for_credit(*self._window)
+        if self._lost is not None:
+            raise self._lost
         frame = Chunk(self._id, self._attempt, self._sent, msgspec.Raw(value))
+        stored = await self._publish(frame, durable=False)
         self._sent += 1
         self._sent_size += len(value)
-        stored = await self._publish(frame, durable=False)
         if not stored.done():
             self._unstored.add(stored)
             stored.add_done_callback(self._stored)
-        elif stored.exception() is not None:
-            stored.result()
+        else:
+            self._stored(stored)
 
     def credit(self, chunks: int, size: int) -> None:
         self._taken = max(self._taken, chunks)
@@ -95,14 +98,18 @@ class FrameReply:
             await self._credited.wait()
 
     def _stored(self, stored: asyncio.Future[int]) -> None:
-        # One that failed stays, so that the end of the stream meets it.
-        if not stored.cancelled() and stored.exception() is None:
-            self._unstored.discard(stored)
+        self._unstored.discard(stored)
+        if stored.cancelled() or stored.exception() is not None:
+            self._lost = StreamInterruptedError("a chunk could not be stored by the broker", chunks=self._sent)
 
     async def _end(self, frame: Frame) -> None:
         # Chunks go out by another producer than the end does: it may follow only when all of them are stored.
-        if self._unstored:
-            await asyncio.gather(*self._unstored)
+        if unstored := tuple(self._unstored):
+            await asyncio.wait(unstored)
+            for stored in unstored:
+                self._stored(stored)
+        if self._lost is not None and isinstance(frame, Done):
+            frame = Failed(self._id, self._attempt, to_detail(self._lost), self._sent)
         await (await self._publish(frame, durable=True))
 
     async def _publish(self, frame: Frame, *, durable: bool) -> asyncio.Future[int]:
@@ -114,7 +121,7 @@ class FrameReply:
 class BareReply:
     """Answers a caller that knows no frames: one record a value, in the content type of its request.
 
-    A failure is a record with an empty value and the header `chains-error`; a stream ends in a record with a null
+    A failure is a record with an empty value and the header `chains-error`; a stream ends in a record with an empty
     value.
     """
 
@@ -170,12 +177,11 @@ class NoReply:
 
 
 async def reply_to(broker: Broker, request: Request, codec: Codec, attempt: int) -> Reply:
-    """Choose how to answer. Raises BrokerError if the reply topic that the request names can't be used."""
-    if request.reply_topic is None:
+    """Choose how to answer. Raises UnknownTopicError if the request names a place that does not exist; BrokerError."""
+    topic = request.reply_topic
+    if topic is None:
         return NoReply()
-    if request.frames:
-        return FrameReply(broker, request, attempt)
-    partitions = await broker.partitions(request.reply_topic)
+    partitions = await broker.partitions(topic)
     if request.reply_partition is not None and request.reply_partition >= partitions:
-        raise BrokerError(f"the reply topic {request.reply_topic} has no partition {request.reply_partition}")
-    return BareReply(broker, request, codec, partitions)
+        raise UnknownTopicError(f"the reply topic {topic} has no partition {request.reply_partition}")
+    return FrameReply(broker, request, attempt) if request.frames else BareReply(broker, request, codec, partitions)

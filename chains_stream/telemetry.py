@@ -9,6 +9,7 @@ above, and fields named like secrets are masked at every level.
 """
 
 import logging
+import math
 import re
 import sys
 import traceback
@@ -21,6 +22,8 @@ Format = Literal["console", "json"]
 
 # Libraries that report their daily work at info; at warning they speak of what an operator should know.
 _NOISY = ("aiokafka", "kafka", "uvicorn", "asyncio", "httpx", "httpcore")
+REPEAT_EVERY = 30.0  # seconds
+_REMEMBERED = 100  # different lines
 _SECRET = re.compile(r"password|passwd|secret|token(?!s)|api_?key|authorization|cookie|credential", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
@@ -35,6 +38,9 @@ def configure(log_format: Format, log_level: str, stream: TextIO | None = None) 
     to = sys.stderr if stream is None else stream
     level = logging.getLevelNamesMapping()[log_level.upper()]
     handler = logging.StreamHandler(to)
+    if level > logging.DEBUG:
+        handler.addFilter(_worth_a_line)
+        handler.addFilter(_Repeats())
     handler.setFormatter(_formatter(log_format, colors=to.isatty(), debug=level <= logging.DEBUG))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
@@ -52,6 +58,38 @@ def configure(log_format: Format, log_level: str, stream: TextIO | None = None) 
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
+
+
+def _worth_a_line(record: logging.LogRecord) -> bool:
+    """Leave out what aiokafka calls an error and tries again at once: a coordinator that is being elected, say."""
+    arguments = record.args if isinstance(record.args, tuple) else ()
+    retried = any(getattr(argument, "retriable", False) for argument in arguments)
+    return not (retried and record.name.startswith("aiokafka"))
+
+
+class _Repeats(logging.Filter):
+    """Lets a library say the same once in a while: of a broker that is away aiokafka tells a hundred times a second.
+
+    A line that comes again after `REPEAT_EVERY` tells in ``repeated`` how many were left out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[tuple[str, str], tuple[float, int]] = {}  # when last, and how often since
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.name.startswith(_NOISY):
+            return True
+        key = record.name, record.getMessage()
+        last, count = self._said.pop(key, (-math.inf, 0))
+        if record.created - last < REPEAT_EVERY:
+            self._said[key] = last, count + 1
+            return False
+        self._said[key] = record.created, 0
+        if len(self._said) > _REMEMBERED:
+            del self._said[next(iter(self._said))]
+        record.repeated = count
+        return True
 
 
 def _formatter(log_format: Format, *, colors: bool, debug: bool) -> logging.Formatter:
@@ -76,7 +114,8 @@ def _origin(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     """Add the level and the logger's name, which the record of `logging` has whoever made it."""
     record: logging.LogRecord = event["_record"]
     first = {"timestamp": event.pop("timestamp"), "level": record.levelname.lower(), "event": event.pop("event")}
-    return {**first, **event, "logger": record.name}
+    repeated = {"repeated": count} if (count := getattr(record, "repeated", 0)) else {}
+    return {**first, **event, **repeated, "logger": record.name}
 
 
 def _mask_secrets(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

@@ -1,4 +1,4 @@
-"""The callee's side: take requests from a Chainlet's topic, run them, answer, acknowledge; and drain.
+"""The callee's side: take requests from a Chainlet's topic, have them served, acknowledge; and drain.
 
 A `Worker` serves one Chainlet, a `Host` all those of one process. A request is committed only after the broker has
 stored its whole answer, and only when all requests before it on its partition are finished.
@@ -7,59 +7,27 @@ stored its whole answer, and only when all requests before it on its partition a
 import asyncio
 import inspect
 from collections.abc import Sequence
-from contextlib import aclosing
-from typing import Literal
 
-import msgspec
-from structlog.contextvars import bind_contextvars
-
-from chains_stream import policy
 from chains_stream.broker import Broker, Committed, GroupConsumer, Record, TopicSpec
 from chains_stream.calls import Caller, remote_target
 from chains_stream.chain import Chain
 from chains_stream.chainlet import ChainletBase, chainlet_name, dependencies, instantiate, signature
 from chains_stream.control import Cancel, Credit, Message
-from chains_stream.errors import (
-    BrokerError,
-    ChainsRuntimeError,
-    ChainsUsageError,
-    DeadlineExceededError,
-    RecordTooLargeError,
-    http_status,
-    user_frames,
-)
+from chains_stream.errors import BrokerError, ChainsUsageError, user_frames
 from chains_stream.local import Callee, LocalTarget
 from chains_stream.log import get_logger
-from chains_stream.messages import JSON, Request
 from chains_stream.offsets import Ledger
 from chains_stream.options import DeploymentContext, RPCOptions
-from chains_stream.policy import Scope
-from chains_stream.replies import Reply, reply_to
+from chains_stream.serving import Job, Outcome
 from chains_stream.settings import Settings
 from chains_stream.stub import Stub
 
 COMMIT_INTERVAL = 0.1  # seconds between two commits: what a crash may repeat, against requests to the broker
 MAX_UNSTORED_ANSWERS = 1024  # a worker: answers that the broker has not acknowledged yet
 MAX_CANCELLED = 10_000  # a worker: cancelled requests remembered until they are met in the queue
+CANCEL_PATIENCE = 5.0  # seconds for cancelled work to end, when the process does
 
 log = get_logger(__name__)
-
-Stop = Literal["cancelled", "lost", "drained"]
-
-
-class Job(msgspec.Struct, eq=False):
-    """One request that is being served. `stop` is why it was told to stop, if it was."""
-
-    record: Record
-    request: Request
-    reply: Reply
-    task: asyncio.Task[None] | None = None
-    stop: Stop | None = None
-
-    def cancel(self, stop: Stop) -> None:
-        if self.stop is None and self.task is not None:
-            self.stop = stop
-            self.task.cancel()
 
 
 class Worker:
@@ -71,16 +39,17 @@ class Worker:
         self._broker = broker
         self._settings = settings
         self._consumer: GroupConsumer | None = None
+        self._held: frozenset[int] = frozenset()
         self._ledgers: dict[int, Ledger] = {}
         self._committed: dict[int, int] = {}
         self._running = 0
-        self._jobs: set[Job] = set()
+        self._jobs: dict[asyncio.Task[None], Job] = {}
         self._by_id: dict[bytes, Job] = {}  # a stranger's requests may have no id, or repeat one
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._cancelled: dict[bytes, None] = {}
+        self._cancelled: dict[bytes, tuple[int, int]] = {}  # partition and offset, from which on they may be met
         self._freed = asyncio.Event()
         self._finished = asyncio.Event()
-        self._loops: list[asyncio.Task[None]] = []
+        self._taking: asyncio.Task[None] | None = None
+        self._committing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Join the group and begin to take requests."""
@@ -88,49 +57,46 @@ class Worker:
             self.topic, self.topic, on_assigned=self._assigned, on_revoked=self._revoked
         )
         name = self.callee.name
-        self._loops = [
-            asyncio.create_task(self._take(self._consumer), name=f"take {name}"),
-            asyncio.create_task(self._commit_regularly(), name=f"commit {name}"),
-        ]
+        self._taking = asyncio.create_task(self._take(self._consumer), name=f"take {name}")
+        self._committing = asyncio.create_task(self._commit_regularly(), name=f"commit {name}")
         log.info("worker.started", chainlet=name, topic=self.topic)
 
     async def failed(self) -> None:
         """Wait until the worker can't go on. Raises what stopped it."""
-        await asyncio.gather(*self._loops)
+        await asyncio.gather(*(asyncio.shield(task) for task in (self._taking, self._committing) if task is not None))
 
     async def drain(self, grace: float) -> None:
         """Stop taking, give running requests `grace` seconds, commit, and leave; the unfinished are left to others."""
-        for loop in self._loops:
-            loop.cancel()
-        if self._loops:
-            await asyncio.wait(self._loops)
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=grace)
-        for job in tuple(self._jobs):
-            job.cancel("drained")
-        if self._tasks:
-            log.warning("worker.unfinished", chainlet=self.callee.name, requests=len(self._tasks))
-            for task in self._tasks:
+        await _end(self._taking)
+        if self._jobs:
+            await asyncio.wait(self._jobs, timeout=grace)
+        if self._jobs:
+            log.warning("worker.unfinished", chainlet=self.callee.name, requests=len(self._jobs))
+            for task, job in self._jobs.items():
+                job.cancel("drained")
                 task.cancel()
-            await asyncio.wait(self._tasks)
+            _, ignoring = await asyncio.wait(self._jobs, timeout=CANCEL_PATIENCE)
+            if ignoring:
+                log.warning("worker.abandoned", chainlet=self.callee.name, requests=len(ignoring))
+        await _end(self._committing)
         if self._consumer is not None:
-            await self._consumer.close()
+            await self._consumer.close()  # which commits, when the partitions are revoked
         log.info("worker.stopped", chainlet=self.callee.name)
 
     def handle(self, message: Message) -> None:
         """Take a control message about a request on this worker's topic, which may be another worker's."""
         job = self._by_id.get(message.correlation_id)
         match message:
-            case Cancel(correlation_id=correlation_id, partition=partition):
+            case Cancel(correlation_id=correlation_id, partition=partition, offset=offset):
                 if job is not None:
                     job.cancel("cancelled")
-                elif partition in self._ledgers:
-                    self._cancelled[correlation_id] = None
+                elif partition in self._held:
+                    self._cancelled[correlation_id] = (partition, offset)
                     if len(self._cancelled) > MAX_CANCELLED:
                         del self._cancelled[next(iter(self._cancelled))]
             case Credit(chunks=chunks, size=size):
                 if job is not None:
-                    job.reply.credit(chunks, size)
+                    job.credit(chunks, size)
 
     async def healthy(self) -> bool:
         """Ask the Chainlet's own `is_healthy`, if it has one."""
@@ -140,12 +106,12 @@ class Worker:
         answer = check()
         return bool(await answer if inspect.isawaitable(answer) else answer)
 
-    # --- taking and committing
+    # --- taking and serving
 
     async def _take(self, consumer: GroupConsumer) -> None:
         concurrency = self.callee.concurrency
         while True:
-            unstored = len(self._tasks) - self._running
+            unstored = len(self._jobs) - self._running
             free = min(concurrency - self._running, MAX_UNSTORED_ANSWERS - unstored)
             if free <= 0:
                 self._freed.clear()
@@ -158,19 +124,44 @@ class Worker:
 
     def _begin(self, record: Record, ledger: Ledger) -> None:
         self._running += 1
-        task = asyncio.create_task(self._serve(record, ledger))
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
+        job = Job(record, self.callee, self._broker, self._settings)
+        task = asyncio.create_task(self._serve(job, ledger))
+        self._jobs[task] = job
+        task.add_done_callback(self._ended)
 
-    def _task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        job = self._jobs.pop(task)
         self._freed.set()
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("worker.defect", chainlet=self.callee.name, exc_info=error)
+            log.error("worker.defect", offset=job.record.offset, chainlet=self.callee.name, exc_info=error)
 
-    def _finish(self, record: Record, ledger: Ledger) -> None:
-        ledger.finish(record.offset)
+    async def _serve(self, job: Job, ledger: Ledger) -> None:
+        outcome: Outcome | None = None
+        try:
+            request = await job.read()
+            if request is not None:
+                outcome = await self._outcome(job, request.correlation_id)
+        finally:
+            self._running -= 1
+            self._freed.set()
+        if job.stop in ("lost", "drained"):
+            return  # it is not finished: another worker takes it up
+        if outcome is not None:
+            await job.answer(outcome)
+        ledger.finish(job.record.offset)
         self._finished.set()
+
+    async def _outcome(self, job: Job, correlation_id: bytes) -> Outcome | None:
+        if self._cancelled.pop(correlation_id, None) is not None:
+            return Outcome(cancelled=True)
+        self._by_id[correlation_id] = job
+        try:
+            return await job.run()
+        finally:
+            if self._by_id.get(correlation_id) is job:
+                del self._by_id[correlation_id]
+
+    # --- committing
 
     async def _commit_regularly(self) -> None:
         while True:
@@ -189,160 +180,64 @@ class Worker:
         if not due:
             return
         try:
-            await self._consumer.commit({partition: Committed(position) for partition, position in due.items()})
+            stored = await self._consumer.commit(
+                {partition: Committed(position) for partition, position in due.items()}
+            )
         except BrokerError as error:
             # The next commit covers it; until then a crash repeats more.
             log.warning("commit.failed", chainlet=self.callee.name, reason=str(error))
-        else:
-            self._committed.update(due)
+            self._finished.set()
+            return
+        self._committed.update({partition: due[partition] for partition in stored})
+        self._forget_cancelled()
+
+    def _forget_cancelled(self) -> None:
+        """Drop the cancellations of requests that were finished long since."""
+        done = [
+            correlation_id
+            for correlation_id, (partition, offset) in self._cancelled.items()
+            if 0 < offset < self._committed.get(partition, 0)
+        ]
+        for correlation_id in done:
+            del self._cancelled[correlation_id]
 
     async def _assigned(self, partitions: frozenset[int]) -> None:
         """Go on with what was kept, and stop work on partitions that went to others."""
-        lost = self._ledgers.keys() - partitions
-        for job in tuple(self._jobs):
+        lost = {partition for partition in self._ledgers if partition not in partitions}
+        for partition in self._ledgers.keys() - lost:
+            if await self._overtaken(partition):
+                lost.add(partition)
+        for job in self._jobs.values():
             if job.record.partition in lost:
                 job.cancel("lost")
         for partition in lost:
             del self._ledgers[partition]
-            self._committed.pop(partition, None)
-        log.info("worker.assigned", chainlet=self.callee.name, partitions=sorted(partitions), lost=sorted(lost))
+        self._held = partitions
+        # What was committed while the partitions moved may not have counted: say it again.
+        self._committed.clear()
+        self._finished.set()
+        log.info("worker.assigned", chainlet=self.callee.name, partitions=len(partitions), lost=sorted(lost))
+
+    async def _overtaken(self, partition: int) -> bool:
+        """Tell whether another worker has had a partition since, which we seem to have kept: its position tells."""
+        assert self._consumer is not None, "there are ledgers only after the first assignment"
+        try:
+            committed = await self._consumer.committed(partition)
+        except BrokerError as error:
+            log.warning("commit.unknown", chainlet=self.callee.name, partition=partition, reason=str(error))
+            return False
+        position = self._ledgers[partition].position
+        return committed is not None and position is not None and committed.offset > position
 
     async def _revoked(self, partitions: frozenset[int]) -> None:  # noqa: ARG002 - the broker's callback
-        await self._commit()
-
-    # --- serving one request
-
-    async def _serve(self, record: Record, ledger: Ledger) -> None:
-        try:
-            job = await self._open(record)
-            outcome = await self._outcome(job) if job is not None else None
-        finally:
-            self._running -= 1
-            self._freed.set()
-        if job is not None:
-            if outcome is None:
-                return  # another worker takes the request up: it is not finished
-            await self._answer(job, outcome)
-        self._finish(record, ledger)
-
-    async def _open(self, record: Record) -> Job | None:
-        """Read a request's headers; None if there is no way to answer it."""
-        try:
-            request = Request.from_headers(record.headers)
-            reply = await reply_to(self._broker, request, self.callee.codec, attempt=1)
-        except (ValueError, BrokerError) as error:
-            log.error(  # noqa: TRY400 - what a stranger wrote has no stack of ours
-                "request.refused",
-                topic=record.topic,
-                partition=record.partition,
-                offset=record.offset,
-                reason=str(error),
-            )
-            return None
-        return Job(record, request, reply, task=asyncio.current_task())
-
-    async def _outcome(self, job: Job) -> "Outcome | None":
-        """Run a request; None if its answer is left to another worker."""
-        request = job.request
-        deadline = request.deadline_ms or job.record.timestamp_ms + int(self._settings.deadline * 1000)
-        scope = Scope(request.request_id or policy.new_request_id(), deadline, request.traceparent, request.tracestate)
-        bind_contextvars(request_id=scope.request_id, correlation_id=request.correlation_id.hex())
-        if request.correlation_id in self._cancelled:
-            del self._cancelled[request.correlation_id]
-            return Outcome(cancelled=True)
-        if scope.remaining <= 0:
-            return Outcome(error=self._expired("before it was run"))
-        self._jobs.add(job)
-        self._by_id[request.correlation_id] = job
-        policy.current.set(scope)  # this task's own context
-        limit = asyncio.timeout(scope.remaining)
-        try:
-            async with limit, self.callee.slots.here():
-                return await self._run(job)
-        except asyncio.CancelledError as error:
-            return self._stopped(job, error)
-        except TimeoutError as error:
-            return Outcome(error=self._expired("while it ran") if limit.expired() else error)
-        except Exception as error:  # noqa: BLE001 - whatever user code raises is the caller's to see
-            return Outcome(error=error)
-        finally:
-            self._jobs.discard(job)
-            if self._by_id.get(request.correlation_id) is job:
-                del self._by_id[request.correlation_id]
-            scope.close()
-
-    def _stopped(self, job: Job, error: asyncio.CancelledError) -> "Outcome | None":
-        """Tell why a request was cancelled: by `Job.cancel`, by our own end, or by the user's code itself."""
-        task = asyncio.current_task()
-        assert task is not None, "requests run in tasks"
-        if job.stop is not None:
-            task.uncancel()
-            return Outcome(cancelled=True) if job.stop == "cancelled" else None
-        if task.cancelling():
-            raise error
-        reason = f"{self.callee.name}.run_remote ended in the cancellation of something that it waited for"
-        return Outcome(error=ChainsRuntimeError(reason))
-
-    async def _run(self, job: Job) -> "Outcome":
-        arguments = job.record.value
-        if job.request.content_type == JSON:
-            arguments = self.callee.codec.arguments_from_json(arguments)
-        if not self.callee.signature.streaming:
-            return Outcome(value=await self.callee.call(arguments))
-        async with aclosing(self.callee.stream(arguments)) as chunks:
-            async for chunk in chunks:
-                await job.reply.chunk(chunk)
-        return Outcome()
-
-    async def _answer(self, job: Job, outcome: "Outcome") -> None:
-        """Send the answer, for as long as it takes to have it stored."""
-        attempt = 1
-        while True:
-            try:
-                await self._send(job.reply, outcome)
-            except RecordTooLargeError as error:
-                outcome = Outcome(error=error)
-            except BrokerError as error:
-                if not error.retryable:
-                    log.error("answer.unsent", reason=str(error))  # noqa: TRY400 - the message says it all
-                    return
-                log.warning("answer.retry", attempt=attempt, reason=str(error))
-                await asyncio.sleep(policy.backoff(attempt))
-                attempt += 1
-            else:
-                return
-
-    async def _send(self, reply: Reply, outcome: "Outcome") -> None:
-        if outcome.cancelled:
-            log.info("request.cancelled", chainlet=self.callee.name)
-            await reply.cancelled()
-        elif outcome.error is not None:
-            self._log_error(outcome.error)
-            await reply.failed(outcome.error, self.callee.name)
-        else:
-            await reply.done(outcome.value)
-
-    def _log_error(self, error: Exception) -> None:
-        frames = user_frames(error.__traceback__)
-        log.warning(
-            "request.failed",
-            chainlet=self.callee.name,
-            error=type(error).__name__,
-            status=http_status(error),
-            message=str(error),
-            at=f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None,
-        )
-
-    def _expired(self, when: str) -> DeadlineExceededError:
-        return DeadlineExceededError(f"{self.callee.name}.run_remote: the deadline of the request passed {when}")
+        if self._consumer is not None:
+            await self._commit()
 
 
-class Outcome(msgspec.Struct, frozen=True, eq=False):
-    """How a request ended: a result (None for a stream), an error, or its cancellation."""
-
-    value: bytes | None = None
-    error: Exception | None = None
-    cancelled: bool = False
+async def _end(task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)  # `failed` tells what it died of
 
 
 class Host:
@@ -375,11 +270,17 @@ class Host:
             self._callees[cls] = Callee(cls, await self._build(cls))
             self.workers.append(Worker(self._callees[cls], topic, self._broker, settings))
         await self._caller.control.follow({worker.topic: worker.handle for worker in self.workers})
-        await asyncio.gather(*(worker.start() for worker in self.workers))
+        try:
+            async with asyncio.TaskGroup() as joining:
+                for worker in self.workers:
+                    joining.create_task(worker.start())
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None  # one is enough to know, and the others follow from it
 
     async def failed(self) -> None:
         """Wait until a worker can't go on. Raises what stopped it."""
-        await asyncio.gather(*(worker.failed() for worker in self.workers))
+        control = self._caller.control
+        await asyncio.gather(*(worker.failed() for worker in self.workers), control.failed(), self._caller.failed())
 
     async def drain(self) -> None:
         """Stop, callers before those they call: what still runs may need an answer from below."""

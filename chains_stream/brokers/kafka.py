@@ -18,8 +18,8 @@ from aiokafka.structs import RecordMetadata
 
 from chains_stream.broker import Committed, PartitionsChanged, TopicSpec
 from chains_stream.brokers.kafka_cluster import PAUSE, Cluster, said
-from chains_stream.brokers.kafka_reading import KafkaGroupConsumer, KafkaReader
-from chains_stream.errors import BrokerError, RecordTooLargeError
+from chains_stream.brokers.kafka_reading import PATIENCE, KafkaGroupConsumer, KafkaReader
+from chains_stream.errors import BrokerError, RecordTooLargeError, UnknownTopicError
 from chains_stream.log import get_logger
 from chains_stream.messages import Headers
 from chains_stream.settings import Settings
@@ -76,9 +76,12 @@ class KafkaBroker:
 
     async def close(self) -> None:
         while self._clients:
+            stop = self._clients.pop()
             try:
-                await self._clients.pop()()
-            except kafka.KafkaError as error:
+                # A producer flushes for as long as the broker is away.
+                async with asyncio.timeout(PATIENCE):
+                    await stop()
+            except (kafka.KafkaError, TimeoutError) as error:
                 log.warning("broker.close_failed", broker=self.url, reason=said(error))
 
     async def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
@@ -105,7 +108,7 @@ class KafkaBroker:
             async with self._cluster.errors("read the partitions", right="DESCRIBE", what=topic):
                 # Asked by name, a topic that is missing might be created.
                 if topic not in await self._admin.list_topics():
-                    raise BrokerError(f"{self.url}: there is no topic {topic}")
+                    raise UnknownTopicError(f"{self.url}: there is no topic {topic}")
                 self._partitions[topic] = len(await self._durable.partitions_for(topic))
         return self._partitions[topic]
 

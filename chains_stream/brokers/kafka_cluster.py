@@ -15,6 +15,7 @@ from chains_stream.errors import (
     ChainsUsageError,
     OffsetExpiredError,
     RecordTooLargeError,
+    UnknownTopicError,
 )
 from chains_stream.log import get_logger
 from chains_stream.settings import KafkaSettings
@@ -92,7 +93,8 @@ class Cluster:
             case kafka.KafkaConnectionError():
                 wants = "if it wants TLS or SASL, set CHAINS_KAFKA_SECURITY_PROTOCOL"
                 text = f"{self.url} closed the connection ({said(error)}); {wants}"
-            case kafka.UnknownTopicOrPartitionError():
+            case kafka.UnknownTopicOrPartitionError() | kafka.InvalidTopicError():
+                kind = UnknownTopicError
                 text = f"{self.url}: there is no such topic or partition: {what}"
             case _:
                 text = f"{self.url} failed to {doing} {what}".rstrip() + f": {said(error)}"

@@ -13,7 +13,9 @@ from chains_stream.brokers.kafka_cluster import PAUSE, Cluster, said
 from chains_stream.errors import BrokerError
 from chains_stream.log import get_logger
 
-QUEUE_RECORDS = 1000  # fetched and not yet taken, a consumer
+QUEUE_RECORDS = 1000  # fetched and not yet taken, a consumer; one more fetch may come on top
+QUEUE_BYTES = 16 << 20
+PATIENCE = 5.0  # seconds for a commit, or for leaving: aiokafka would try for as long as the broker is away
 
 log = get_logger(__name__)
 
@@ -37,6 +39,7 @@ class Queue:
         self._records: deque[Record] = deque()
         self._error: BrokerError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._size = 0  # bytes of their values
         self._taken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._when_failed: Callable[[BrokerError], None] = lambda _: None
@@ -59,6 +62,7 @@ class Queue:
 
     def clear(self) -> None:
         self._records.clear()
+        self._size = 0
         self._taken.set()
 
     async def take(self, limit: int) -> list[Record]:
@@ -72,13 +76,17 @@ class Queue:
                 self._waiter = None
         records = self._records
         taken = [records.popleft() for _ in range(min(limit, len(records)))]
-        if len(records) < QUEUE_RECORDS:
+        self._size -= sum(len(record.value) for record in taken)
+        if not self._full():
             self._taken.set()
         return taken
 
+    def _full(self) -> bool:
+        return len(self._records) >= QUEUE_RECORDS or self._size >= QUEUE_BYTES
+
     async def _fill(self) -> None:
         while True:
-            while len(self._records) >= QUEUE_RECORDS:
+            while self._full():
                 self._taken.clear()
                 await self._taken.wait()
             try:
@@ -90,8 +98,12 @@ class Queue:
                     continue
                 self.fail(self._cluster.translated(error, "read", right="READ", what=self._topic))
                 return
+            except Exception as error:  # noqa: BLE001 - whatever it is, `fetch` has to say so
+                self.fail(BrokerError(f"{self._cluster.url}: {self._topic} can't be read: {error!r}"))
+                return
             for records in fetched.values():
                 self._records.extend(map(_record, records))
+                self._size += sum(len(record.value or b"") for record in records)
             if fetched:
                 self._wake()
 
@@ -165,6 +177,7 @@ class KafkaGroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aio
         self._queue = Queue(cluster, client, topic)
         self._held: frozenset[int] = frozenset()
         self._read_committed = read_committed
+        self._committing = asyncio.Lock()
         self._patience = patience
         self._joined: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.on_failure(self._not_joined)
@@ -184,21 +197,25 @@ class KafkaGroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aio
     async def fetch(self, max_records: int) -> list[Record]:
         return await self._queue.take(max_records)
 
-    async def commit(self, positions: Mapping[int, Committed]) -> None:
+    async def commit(self, positions: Mapping[int, Committed]) -> frozenset[int]:
         offsets = {
             TopicPartition(self._topic, partition): OffsetAndMetadata(committed.offset, committed.metadata)
             for partition, committed in positions.items()
             if partition in self._held
         }
         if not offsets:
-            return
+            return frozenset()
         try:
-            async with self._cluster.errors("commit", right="READ", what=self._group):
+            translated = self._cluster.errors("commit", right="READ", what=self._group)
+            # One after the other: an older position must not come after a newer one.
+            async with translated, asyncio.timeout(PATIENCE), self._committing:
                 await self._client.commit(offsets)
         except BrokerError as error:
             if not isinstance(error.__cause__, _LOST):
                 raise
             log.info("commit.too_late", topic=self._topic, reason=said(error.__cause__))
+            return frozenset()
+        return frozenset(place.partition for place in offsets)
 
     async def committed(self, partition: int) -> Committed | None:
         return await self._read_committed(partition)
@@ -254,11 +271,18 @@ def _record(record: ConsumerRecord) -> Record:
 
 
 async def _stop(consumer: AIOKafkaConsumer) -> None:
-    """Stop a consumer; while the broker is away, aiokafka lets the cancellation of a task of its own come out of it."""
+    """Stop a consumer, within a time.
+
+    While the broker is away, aiokafka lets the cancellation of a task of its own come out of it.
+    """
     try:
-        await consumer.stop()
+        async with asyncio.timeout(PATIENCE):
+            await consumer.stop()
+            return
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        await consumer._client.close()  # noqa: SLF001 - what `stop` did not get to
+    except TimeoutError:
+        log.warning("consumer.not_stopped", seconds=PATIENCE)
+    await consumer._client.close()  # noqa: SLF001 - what `stop` did not get to

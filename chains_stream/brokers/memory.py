@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 
 from chains_stream.broker import Committed, PartitionsChanged, Record, TopicSpec
-from chains_stream.errors import BrokerError, OffsetExpiredError, RecordTooLargeError
+from chains_stream.errors import BrokerError, OffsetExpiredError, RecordTooLargeError, UnknownTopicError
 from chains_stream.log import get_logger
 from chains_stream.messages import Headers, now_ms
 from chains_stream.settings import Settings
 
 MAX_RECORDS = 50_000  # in a partition
 MAX_BYTES = 32 << 20  # of values in a partition
+MAX_TURNS = 100  # of the event loop that a reader of a full ring is given
 FETCH_RECORDS = 500  # that a reader gets at once
 
 log = get_logger(__name__)
@@ -51,9 +52,12 @@ class Partition:
             self._room.append(waiter)
             try:
                 await waiter
-            finally:
-                if waiter in self._room:
+            except asyncio.CancelledError:
+                if waiter.done() and not waiter.cancelled():
+                    self._wake_publisher()  # the room that it was told of is the next one's
+                elif waiter in self._room:
                     self._room.remove(waiter)
+                raise
         # Each commit wakes the first in line only; there may be room for the next one too.
         self._wake_publisher()
 
@@ -64,6 +68,17 @@ class Partition:
         for reader in self.readers:
             reader.wake(self)
         return offset
+
+    async def let_readers_catch_up(self) -> None:
+        """Let other tasks run while a reader is still in the older half of a ring, up to a bound.
+
+        Publishing never suspends otherwise: a burst could push the ring past a reader that had no chance to read.
+        """
+        for _ in range(MAX_TURNS):
+            middle = self.begin + len(self._records) // 2
+            if all(reader.position_in(self) > middle for reader in self.readers):
+                return
+            await asyncio.sleep(0)
 
     def make_room(self, size: int) -> None:
         while self.full(size):
@@ -108,6 +123,9 @@ class _Follower:
         """Note that a partition has records."""
         self._ready[partition] = None
         self._wake()
+
+    def position_in(self, partition: Partition) -> int:
+        return self._positions[partition]
 
     def fail(self, error: BrokerError) -> None:
         """Have `fetch` raise this from now on."""
@@ -224,11 +242,12 @@ class MemoryConsumer(_Follower):
     async def fetch(self, max_records: int) -> list[Record]:
         return await self._fetch(max_records)
 
-    async def commit(self, positions: Mapping[int, Committed]) -> None:
-        for partition, committed in positions.items():
-            if partition in self._held:
-                self._group.committed[partition] = committed
-                self._topic.committed(partition)
+    async def commit(self, positions: Mapping[int, Committed]) -> frozenset[int]:
+        stored = self._held & positions.keys()
+        for partition in stored:
+            self._group.committed[partition] = positions[partition]
+            self._topic.committed(partition)
+        return stored
 
     async def committed(self, partition: int) -> Committed | None:
         return self._group.committed.get(partition)
@@ -320,6 +339,7 @@ class MemoryBroker:
         log = self._partition(topic, partition)
         if log.full(len(value)):
             if log.ring:
+                await log.let_readers_catch_up()
                 log.make_room(len(value))
             else:
                 await log.wait_for_room(len(value))
@@ -353,11 +373,11 @@ class MemoryBroker:
 
     def _topic(self, name: str) -> Topic:
         if name not in self._topics:
-            raise BrokerError(f"there is no topic {name}")
+            raise UnknownTopicError(f"there is no topic {name}")
         return self._topics[name]
 
     def _partition(self, topic: str, number: int) -> Partition:
         partitions = self._topic(topic).partitions
         if not 0 <= number < len(partitions):
-            raise BrokerError(f"the topic {topic} has no partition {number}; it has {len(partitions)}")
+            raise UnknownTopicError(f"the topic {topic} has no partition {number}; it has {len(partitions)}")
         return partitions[number]

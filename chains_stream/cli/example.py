@@ -1,9 +1,14 @@
-"""A small valid value for a JSON Schema: what the example request of a Chain is made of."""
+"""Arguments to try a Chain with: small, and valid wherever that can be had."""
 
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
+
+import msgspec
+
+from chains_stream.codec import Codec
+from chains_stream.errors import InvalidArgumentError
 
 _DEEP = 8  # levels; below, what may be empty is: a type that refers to itself ends here
 _FORMATS = {
@@ -18,15 +23,46 @@ _FORMATS = {
     "ipv4": "127.0.0.1",
 }
 _BASE64 = "SGVsbG8="
+_STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
+_TEXTS = ("2026-01-31T12:00:00Z", "2026-01-31T12:00:00", "12:00:00Z", "12:00:00")  # a schema need not tell these apart
 
 Schema = Mapping[str, Any]
+
+
+def example_arguments(codec: Codec) -> tuple[bytes, bool]:
+    """Make arguments as a JSON object, and tell whether they are valid: patterns can't be made up."""
+    schema = codec.schema()
+    made = example(schema["arguments"], schema["$defs"])
+    for _ in range(len(_TEXTS) * _DEEP):
+        json = msgspec.json.encode(made)
+        try:
+            codec.arguments_from_json(json)
+        except InvalidArgumentError as error:
+            if not _mend(made, error.path or ""):
+                return json, False
+        else:
+            return json, True
+    return json, False
+
+
+def _mend(value: Any, path: str) -> bool:
+    """Try the next kind of text at the path, ``$.items[0].at`` say; False if there is none."""
+    steps = [name or int(index) for name, index in _STEP.findall(path)]
+    try:
+        for step in steps[:-1]:
+            value = value[step]
+        found = value[steps[-1]]
+        value[steps[-1]] = _TEXTS[_TEXTS.index(found) + 1 if found in _TEXTS else 0]
+    except (IndexError, KeyError, TypeError):
+        return False
+    return isinstance(found, str)
 
 
 def example(schema: Schema, definitions: Mapping[str, Schema]) -> Any:
     """Make a value of `schema`: its own example or default where it has one, else a small value.
 
     Objects have their required properties alone. `definitions` are what ``$ref`` refers to, by their last part.
-    Patterns are not looked at: whoever needs the value to be valid has it checked.
+    Patterns are not looked at.
     """
     return _Maker(definitions).value(schema, "", 0)
 

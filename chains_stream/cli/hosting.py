@@ -6,16 +6,14 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
-import msgspec
-
 from chains_stream.chain import Chain
 from chains_stream.chainlet import ChainletBase, chainlet_name, signature
 from chains_stream.checks import advice
-from chains_stream.cli.example import example
+from chains_stream.cli.example import example_arguments
 from chains_stream.cli.health import Health
 from chains_stream.cli.process import Serving, Signals, connect, run, serve
 from chains_stream.codec import codec_of
-from chains_stream.errors import ChainsUsageError, InvalidArgumentError
+from chains_stream.errors import ChainsUsageError
 from chains_stream.gateway.app import Gateway
 from chains_stream.gateway.server import Server
 from chains_stream.log import get_logger
@@ -113,14 +111,8 @@ def _ready(chain: Chain, url: str) -> str:
 
 def try_it(chain: Chain, url: str) -> str:
     """Write a request to try: a command for a shell, with arguments that the entrypoint takes."""
-    codec = codec_of(signature(chain.entrypoint))
-    schema = codec.schema()
-    arguments = msgspec.json.encode(example(schema["arguments"], schema["$defs"]))
-    text = "Try it:"
-    try:
-        codec.arguments_from_json(arguments)
-    except InvalidArgumentError:
-        text = "Try it, with arguments of your own:"
+    arguments, valid = example_arguments(codec_of(signature(chain.entrypoint)))
+    text = "Try it:" if valid else "Try it, with arguments of your own:"
     header = "content-type: application/json"
     command = ["curl", "-N", f"{url}/run_remote", "-H", header, "-d", arguments.decode()]
     return f"{text}\n  {shlex.join(command)}"

@@ -65,7 +65,12 @@ def read_settings(flags: dict[str, str | None], *, quiet: bool = False) -> "Sett
 def load_chain(file: str) -> "Chain":
     """Import a Chain file. Raises ChainsUsageError, InvalidChainError."""
     from chains_stream.chain import Chain
+    from chains_stream.errors import ChainsUsageError
 
     # What the file prints is not what the command prints.
     with redirect_stdout(sys.stderr):
-        return Chain.load(file)
+        try:
+            return Chain.load(file)
+        except SystemExit as error:
+            reason = "it ends the process when it is imported; put that under `if __name__ == '__main__':`"
+            raise ChainsUsageError(f"{file}: {reason}") from error

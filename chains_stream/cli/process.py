@@ -17,11 +17,12 @@ from chains_stream.brokers import open_broker
 from chains_stream.calls import Caller
 from chains_stream.cli.report import StoppedError, report
 from chains_stream.client import open_caller
-from chains_stream.errors import BrokerError
+from chains_stream.errors import BrokerError, ChainsRuntimeError
 from chains_stream.log import get_logger
 from chains_stream.settings import Settings
 
 BROKER_TIMEOUT = 30.0  # seconds to reach the broker and make the topics that every process needs
+MAX_THREADS = 1000  # started as they are needed; what bounds them is the `predict_concurrency` of sync Chainlets
 _THREADS = "chains-thread"
 _THREADS_GRACE = 1.0  # seconds for a synchronous Chainlet's thread, after everything else has ended
 
@@ -76,17 +77,25 @@ def run(work: Callable[[Signals], Coroutine[Any, Any, None]]) -> None:
         with Signals() as signals:
             await work(signals)
 
-    threads = ThreadPoolExecutor(thread_name_prefix=_THREADS)
+    threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix=_THREADS)
     with asyncio.Runner() as runner:
         runner.get_loop().set_default_executor(threads)
         try:
-            runner.run(main())
+            runner.run(_uncancelled(main()))
         except Exception as error:
             if _busy(threads):
                 _leave(report(error))
             raise
         if _busy(threads):
             _leave(0)
+
+
+async def _uncancelled(work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`, which nobody cancels: what comes out of it as a cancellation is a mistake in something below."""
+    try:
+        await work
+    except asyncio.CancelledError as error:
+        raise ChainsRuntimeError("the command was cancelled from within") from error
 
 
 def _busy(threads: ThreadPoolExecutor) -> bool:

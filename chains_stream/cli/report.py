@@ -35,9 +35,8 @@ def report(error: Exception) -> int:
         case StoppedError():
             return _SIGNALLED + error.signal
         case click.ClickException():
-            where = (
-                f" See: {error.ctx.command_path} --help" if isinstance(error, click.UsageError) and error.ctx else ""
-            )
+            usage = isinstance(error, click.UsageError) and error.ctx
+            where = f" See: {usage.command_path} --help" if usage else ""
             text, status = f"error: {_one_line(error.format_message())}{where}", error.exit_code
         case _:
             text, status = _described(error)
@@ -57,10 +56,8 @@ def _described(error: Exception) -> tuple[str, int]:
         case InvalidChainError():
             return _problems(error), USAGE
         case ChainsError():
-            here = f"{Path.cwd()}{os.sep}"
-            return f"error: {_one_line(str(error).replace(here, ''))}", USAGE if isinstance(
-                error, ChainsUsageError
-            ) else FAILED
+            text = str(error).replace(f"{Path.cwd()}{os.sep}", "")
+            return f"error: {_one_line(text)}", USAGE if isinstance(error, ChainsUsageError) else FAILED
         case OSError(strerror=str(reason)):
             return f"error: {f'{error.filename}: ' if error.filename else ''}{reason}", FAILED
         case _:

@@ -17,6 +17,7 @@ from chains_stream.cli.output import Output
 from chains_stream.cli.process import Signals, connect, run, until_stopped
 from chains_stream.codec import Codec, codec_of
 from chains_stream.errors import (
+    BrokerError,
     ChainsUsageError,
     GatewayError,
     InvalidArgumentError,
@@ -24,6 +25,7 @@ from chains_stream.errors import (
     remote_detail,
 )
 from chains_stream.http_target import Problem
+from chains_stream.log import get_logger
 from chains_stream.options import RPCOptions
 from chains_stream.settings import Settings
 from chains_stream.worker import Host
@@ -31,6 +33,8 @@ from chains_stream.worker import Host
 PATIENCE = 3.0  # seconds of silence, until a person is told what is waited for
 _CONNECT_TIMEOUT = 10.0  # seconds, to a gateway
 _NDJSON = "application/x-ndjson"
+
+log = get_logger(__name__)
 
 
 # --- over the broker
@@ -105,15 +109,20 @@ async def _patience(tell: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
     """Call `tell` once if the block takes longer than `PATIENCE`."""
 
     async def later() -> None:
-        await asyncio.sleep(PATIENCE)
-        await tell()
+        while True:
+            await asyncio.sleep(PATIENCE)
+            try:
+                return await tell()
+            except BrokerError as error:
+                # A group that is new to its cluster, say. If it lasts, the call itself fails, and that is told.
+                log.debug("patience", reason=str(error))
 
     task = asyncio.create_task(later())
     try:
         yield
     finally:
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)  # it only explains; what fails, fails the call too
+        await asyncio.wait({task})
 
 
 async def _say(text: str) -> None:

@@ -29,7 +29,7 @@ FAREWELL = 1.0  # seconds that a client has to take the end of an answer that wa
 CLIENT_CLOSED = 499  # for the log: the client left before the end
 
 _EXCHANGE = "chains.exchange"  # in the ASGI scope of a request
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")  # W3C Trace Context
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.{0,100})?")  # W3C Trace Context
 _MAX_TRACESTATE = 512  # characters
 _SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
 
@@ -105,7 +105,7 @@ class Exchange:
 
         Raises ClientLeftError, DeadlineExceededError, Refusal, or what `interrupt` was given.
         """
-        limit = asyncio.timeout(0.0 if self.interrupted else max(0.0, scope.remaining))
+        limit = asyncio.timeout(max(0.0, scope.remaining))
         try:
             async with limit:
                 self._limit = limit
@@ -122,16 +122,16 @@ class Exchange:
 
         Raises Refusal, ClientLeftError.
         """
-        announced = self.headers.get("content-length", "0")
-        size = int(announced) if announced.isdecimal() else 0
+        announced = int(self.headers.get("content-length", "0"))  # the server has checked it
         parts = list[bytes]()
-        while size <= limit:
+        received = 0
+        while max(announced, received) <= limit:
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ClientLeftError
             parts.append(message.get("body", b""))
-            size = sum(map(len, parts))
-            if size <= limit and not message.get("more_body", False):
+            received += len(parts[-1])
+            if received <= limit and not message.get("more_body", False):
                 self._listen()
                 return b"".join(parts)
         raise Refusal(
@@ -149,13 +149,13 @@ class Exchange:
     async def send(self, message: Message) -> None:
         """Send a message to the client, with what all answers have in common."""
         if message["type"] == "http.response.start":
+            common = [(b"x-request-id", self.request_id.encode()), (b"x-content-type-options", b"nosniff")]
+            await self._send({**message, "headers": [*message.get("headers", ()), *common]})
             self.started = True
             self.status = int(message["status"])
-            common = [(b"x-request-id", self.request_id.encode()), (b"x-content-type-options", b"nosniff")]
-            message = {**message, "headers": [*message.get("headers", ()), *common]}
-        elif not message.get("more_body", False):
-            self.complete = True
-        await self._send(message)
+        else:
+            await self._send(message)
+            self.complete = not message.get("more_body", False)
 
     async def start(self, status: int, headers: dict[str, str]) -> None:
         """Send the status line and the headers."""

@@ -136,20 +136,18 @@ class Outbox:
         self._ended = True
         self._filled.set()
 
-    async def take(self, patience: float | None) -> bytes | None:
-        """Wait for all there is, at most `patience` seconds: then it is nothing. None at the end."""
-        if not self._parts:
-            if self._ended:
-                return None
+    def nudge(self) -> None:
+        """Have `take` return with nothing."""
+        self._filled.set()
+
+    async def take(self) -> bytes | None:
+        """Wait for something, and give all there is. None at the end, and nothing after a nudge."""
+        if not self._parts and not self._ended:
             self._filled.clear()
-            try:
-                async with asyncio.timeout(patience):
-                    await self._filled.wait()
-            except TimeoutError:
-                return b""
-        taken = b"".join(self._parts)
+            await self._filled.wait()
         if not self._parts:
-            return None
+            return None if self._ended else b""
+        taken = b"".join(self._parts)
         self._parts.clear()
         self._size = 0
         self._emptied.set()
@@ -165,6 +163,9 @@ class Stream:
         self._form = form
         self._outbox = Outbox(OUTBOX_BYTES)
         self._chunks = 0
+        self._clock = asyncio.get_running_loop().time
+        self._written = 0.0
+        self._heart: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
         """Answer with the stream. What fails before the first chunk is raised before the answer has begun."""
@@ -178,19 +179,20 @@ class Stream:
         if first is None:
             await exchange.finish(form.head + form.end(0))
             return
-        await exchange.write(form.head + first)
-        await self._run_on()
-        await exchange.finish(form.end(self._chunks))
-
-    async def _run_on(self) -> None:
+        await self._write(form.head + first)
+        if form.heartbeat:
+            self._beat()
         reading = asyncio.create_task(self._read(), name="read stream")
         try:
-            while (data := await self._outbox.take(HEARTBEAT if self._form.heartbeat else None)) is not None:
-                await self._exchange.write(data or self._form.heartbeat)
+            while (data := await self._outbox.take()) is not None:
+                await self._write(data or form.heartbeat)
         finally:
             reading.cancel()
             await asyncio.wait([reading])
-        reading.result()
+            if self._heart is not None:
+                self._heart.cancel()
+        reading.result()  # raises what ended the stream, if it was no end
+        await exchange.finish(form.end(self._chunks))
 
     async def _read(self) -> None:
         try:
@@ -206,6 +208,18 @@ class Stream:
         data = self._form.chunk(self._chunks, chunk)
         self._chunks += 1
         return data
+
+    async def _write(self, data: bytes) -> None:
+        await self._exchange.write(data)
+        self._written = self._clock()
+
+    def _beat(self) -> None:
+        """Have a heartbeat sent if it is due, and look again when the next one may be."""
+        silent = self._clock() - self._written
+        if silent >= HEARTBEAT:
+            self._outbox.nudge()
+            silent = 0.0
+        self._heart = asyncio.get_running_loop().call_later(HEARTBEAT - silent, self._beat)
 
 
 def _raw_type(kind: Any) -> str | None:

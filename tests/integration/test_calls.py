@@ -235,13 +235,12 @@ async def test_a_queued_request_that_is_cancelled_is_skipped(settings: dict[str,
     assert Seen.counts["queued began"] == 0
 
 
-async def test_requests_sent_before_the_first_worker_are_served(settings: dict[str, Any]) -> None:
-    if settings["broker"] == "memory://":
-        pytest.skip("the embedded broker lives in one process: callers and workers start together")
-    url = settings.pop("broker")
-    async with chains.connect(url, Counting, **settings) as early:
+@pytest.mark.kafka  # the embedded broker lives in one process, where callers and workers start together
+async def test_requests_sent_before_the_first_worker_are_served(kafka_url: str) -> None:
+    namespace = f"t{uuid4().hex[:10]}"
+    async with chains.connect(kafka_url, Counting, namespace=namespace) as early:
         handle = await early.submit(3)
-        async with chains.run_chain(Counting, broker=url, **settings):
+        async with chains.run_chain(Counting, broker=kafka_url, namespace=namespace):
             assert await handle.result() == [0, 1, 2]
 
 

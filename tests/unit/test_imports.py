@@ -34,6 +34,7 @@ ORDER = [
     "calls",
     "replies",
     "offsets",
+    "serving",
     "worker",
     "http_target",
     "client",
