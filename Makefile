@@ -36,7 +36,7 @@ lock: $(READY) ## Resolve the dependencies anew, into the two lock files (needs 
 	@uv pip compile pyproject.toml $(COMPILE) -o requirements-runtime.lock
 
 clean: ## Remove what the other targets made, the local Kafka's data included
-	@test ! -d .kafka || deploy/kafka/kafka stop --port $(KAFKA_PORT)
+	@for port in $$(ls .kafka 2>/dev/null | grep -E '^[0-9]+$$'); do deploy/kafka/kafka clean --port $$port; done
 	rm -rf .venv .kafka .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # No download addresses in the lock files: they hold wherever packages come from.

@@ -166,6 +166,9 @@ class Job:
                 return await self._run(request)
         except TimeoutError as error:
             return Outcome(error=self._expired("while it ran") if limit.expired() else error)
+        except SystemExit as error:
+            # Let through, it would end the process, and then the next one that runs the request.
+            return Outcome(error=ChainsRuntimeError(f"{self._name} called sys.exit({error.code!r})"))
         except Exception as error:  # noqa: BLE001 - whatever user code raises is the caller's to see
             return Outcome(error=error)
         finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 KAFKA = Path(__file__).parents[1] / "deploy" / "kafka" / "kafka"
-REPORTED = pytest.StashKey[dict[str, int | str]]()
+REPORTED = pytest.StashKey[str]()
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,7 @@ def kafka_url(pytestconfig: pytest.Config) -> Iterator[str]:
     """The URL of a Kafka: the one that KAFKA_URL names, else one of our own on a free port."""
     given = os.environ.get("KAFKA_URL")
     if given:
-        pytestconfig.stash[REPORTED] = {"url": given}
+        pytestconfig.stash[REPORTED] = given
         yield given
         return
     started = subprocess.run([KAFKA, "start", "--port", "0"], capture_output=True, text=True, check=False)
@@ -26,12 +26,12 @@ def kafka_url(pytestconfig: pytest.Config) -> Iterator[str]:
             pytest.fail(reason)
         pytest.skip(reason)
     url = started.stdout.split()[-1]
-    pytestconfig.stash[REPORTED] = {"url": url}
+    pytestconfig.stash[REPORTED] = url
     yield url
     subprocess.run([KAFKA, "clean", "--port", url.rpartition(":")[2]], check=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     passed = [report for report in terminalreporter.getreports("passed") if "kafka" in report.keywords]
-    where = config.stash.get(REPORTED, {"url": "none was started"})["url"]
+    where = config.stash.get(REPORTED, "none was started")
     terminalreporter.write_line(f"{len(passed)} tests passed against Apache Kafka ({where})")

@@ -1,37 +1,48 @@
 """Apache Kafka, through aiokafka, which only the `kafka` modules here import.
 
-Facts about aiokafka that this rests on: a producer has one request to each broker under way, so requests and results
-(durable) and chunks (fast) have producers of their own; a consumer fetches a partition again only when what it got of
-it is read, so records are moved to a queue of ours at once; exceptions in a rebalance listener are only logged, so they
-are kept here and raised by `fetch`.
+Requests and results (durable) and chunks (fast) have producers of their own: aiokafka has one request of a producer to
+each broker under way.
 """
 
 import asyncio
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka import errors as kafka
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin import NewTopic
 from aiokafka.structs import RecordMetadata
 
-from chains_stream.broker import Committed, PartitionsChanged, TopicSpec
-from chains_stream.brokers.kafka_cluster import PAUSE, Cluster, said
-from chains_stream.brokers.kafka_reading import PATIENCE, KafkaGroupConsumer, KafkaReader
-from chains_stream.errors import BrokerError, RecordTooLargeError, UnknownTopicError
+from chains_stream.broker import PartitionsChanged, TopicSpec
+from chains_stream.brokers.kafka_cluster import PAUSE, Cluster, said, stop
+from chains_stream.brokers.kafka_reading import KafkaGroupConsumer, KafkaReader
+from chains_stream.errors import BrokerError, RecordTooLargeError
 from chains_stream.log import get_logger
 from chains_stream.messages import Headers
 from chains_stream.settings import Settings
 
 FETCH_BYTES = 8 << 20  # a fetch, over all partitions
-HEADER_ROOM = 64 << 10  # bytes in a produce request beside the value
+HEADER_ROOM = 48_000  # bytes in a record beside the value
+MESSAGE_BYTES = 1_048_588  # that Kafka takes unless a topic says otherwise
 BATCH_BYTES = 128 << 10  # records of one partition that go out together
 SEGMENTS = 4  # that a topic's retention is cut into: a log is trimmed by whole segments
+HEARTBEAT_MS = 1000  # a member learns by it that another one came or went, which waits until then
 GROUP_FETCH_WAIT_MS = 100  # a partition that was just drained waits out the running fetch
 NEVER_MS = 2**31 - 1
+FLUSH_SECONDS = 5.0  # for what is unsent when we close
 
 log = get_logger(__name__)
+
+# A batch that was given up leaves a gap in the numbers of an idempotent producer, and so does a leader that lost its
+# log's end: the broker refuses all that this producer sends after it.
+_GAPS = (
+    kafka.OutOfOrderSequenceNumber,
+    kafka.InvalidProducerEpoch,
+    kafka.ProducerFenced,
+    kafka.InvalidProducerIdMapping,
+    kafka.UnknownProducerId,
+)
 
 
 class KafkaBroker:
@@ -39,12 +50,10 @@ class KafkaBroker:
 
     def __init__(self, servers: Sequence[str], settings: Settings) -> None:
         self._settings = settings
+        self._max_record_bytes = settings.max_record_bytes
         self._cluster = Cluster(servers, settings.kafka)
-        self._clients: list[Any] = []
-        self._partitions: dict[str, int] = {}  # of topics, once known; they may grow, and never shrink
-        self._admin: AIOKafkaAdminClient
-        self._durable: AIOKafkaProducer
-        self._fast: AIOKafkaProducer
+        self._durable = _Sender(self._cluster, self._producer, acks="all", enable_idempotence=True)
+        self._fast = _Sender(self._cluster, self._producer, acks=1)
 
     @property
     def url(self) -> str:
@@ -52,65 +61,29 @@ class KafkaBroker:
 
     @property
     def max_record_bytes(self) -> int:
-        return self._settings.max_record_bytes
+        return self._max_record_bytes
 
     async def start(self) -> None:
-        await self._cluster.find_a_server()
-        common = self._cluster.connection
-        sending = {
-            "linger_ms": 0,
-            "max_batch_size": BATCH_BYTES,
-            "max_request_size": self._settings.max_record_bytes + HEADER_ROOM,
-        }
-        # Each is started as soon as it is made, and stopped even if its start fails.
-        async with self._cluster.errors("write to", right="WRITE on a topic, or IDEMPOTENT_WRITE,", what="the cluster"):
-            self._admin = AIOKafkaAdminClient(**common)
-            self._clients.append(self._admin.close)
-            await self._admin.start()
-            self._durable = AIOKafkaProducer(acks="all", enable_idempotence=True, **sending, **common)
-            self._clients.append(self._durable.stop)
-            await self._durable.start()
-            self._fast = AIOKafkaProducer(acks=1, **sending, **common)
-            self._clients.append(self._fast.stop)
-            await self._fast.start()
+        try:
+            async with asyncio.timeout(self._cluster.patience):
+                await self._cluster.start()
+                await self._durable.start()
+                await self._fast.start()
+        except TimeoutError:
+            error = self._cluster.unreachable()
+            await self.close()
+            raise error from None
+        except (kafka.KafkaError, OSError) as error:
+            await self.close()
+            right = "WRITE on a topic, or IDEMPOTENT_WRITE,"
+            raise self._cluster.translated(error, "write to", right=right, what="the cluster") from error
+        except BaseException:
+            await self.close()
+            raise
 
     async def close(self) -> None:
-        while self._clients:
-            stop = self._clients.pop()
-            try:
-                # A producer flushes for as long as the broker is away.
-                async with asyncio.timeout(PATIENCE):
-                    await stop()
-            except (kafka.KafkaError, TimeoutError) as error:
-                log.warning("broker.close_failed", broker=self.url, reason=said(error))
-
-    async def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
-        wanted = {spec.name: spec for spec in topics}
-        if not wanted:
-            return
-        async with self._cluster.errors("create topics", right="CREATE", what=", ".join(wanted)):
-            response = await self._admin.create_topics([self._new_topic(spec) for spec in wanted.values()])
-            refused = [
-                (name, kafka.for_code(code), message)
-                for name, code, message in (entry[:3] for entry in response.topic_errors)
-                if code not in (0, kafka.TopicAlreadyExistsError.errno)
-            ]
-            if refused:
-                # Without the right to create a topic, one that exists serves as well.
-                existing = set(await self._admin.list_topics())
-                for name, error, message in refused:
-                    if name not in existing:
-                        raise error(message or name)
-            await self._wait_for_leaders(list(wanted))
-
-    async def partitions(self, topic: str) -> int:
-        if topic not in self._partitions:
-            async with self._cluster.errors("read the partitions", right="DESCRIBE", what=topic):
-                # Asked by name, a topic that is missing might be created.
-                if topic not in await self._admin.list_topics():
-                    raise UnknownTopicError(f"{self.url}: there is no topic {topic}")
-                self._partitions[topic] = len(await self._durable.partitions_for(topic))
-        return self._partitions[topic]
+        await asyncio.gather(self._durable.close(), self._fast.close())
+        await self._cluster.close()
 
     async def publish(
         self,
@@ -122,102 +95,99 @@ class KafkaBroker:
         headers: Headers = (),
         durable: bool = True,
     ) -> asyncio.Future[int]:
-        if len(value) > self._settings.max_record_bytes:
+        if len(value) > self._max_record_bytes:
             raise RecordTooLargeError(
-                f"a record of {len(value)} bytes for {topic} is over the limit of {self._settings.max_record_bytes}"
+                f"a record of {len(value)} bytes for {topic} is over the limit of {self._max_record_bytes}"
             )
-        producer = self._durable if durable else self._fast
+        if not 0 <= partition < self._cluster.counts.get(topic, 0):
+            await self._cluster.require(topic, partition)
+        sender = self._durable if durable else self._fast
         try:
+            producer = sender.producer or await sender.ready()
             sent = await producer.send(topic, value, key=key, partition=partition, headers=list(headers))
-        except (kafka.KafkaError, AssertionError) as error:
+        except kafka.UnknownTopicOrPartitionError as error:
+            self._cluster.counts.pop(topic, None)
+            reason = f"{self.url} told nothing of {topic}: it can't be reached, or the topic was deleted"
+            raise BrokerError(reason) from error
+        except (kafka.KafkaError, AssertionError) as error:  # the latter for a partition that it has not heard of yet
             raise self._cluster.translated(error, "write", right="WRITE", what=topic) from error
-        stored: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        sent.add_done_callback(functools.partial(self._resolve, stored, topic))
+        stored: asyncio.Future[int] = sent.get_loop().create_future()
+        sent.add_done_callback(functools.partial(self._resolve, stored, topic, sender))
         return stored
 
     async def consume(
         self, topic: str, group: str, *, on_assigned: PartitionsChanged, on_revoked: PartitionsChanged
     ) -> KafkaGroupConsumer:
-        client = AIOKafkaConsumer(
+        await self._cluster.partitions(topic)
+        session = self._settings.kafka.session_timeout_ms
+        make = functools.partial(
+            self._consumer,
             group_id=group,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
-            session_timeout_ms=self._settings.kafka.session_timeout_ms,
-            heartbeat_interval_ms=self._settings.kafka.session_timeout_ms // 3,
+            session_timeout_ms=session,
+            heartbeat_interval_ms=min(session // 3, HEARTBEAT_MS),
             # A worker that is full does not poll, and is alive all the same.
             max_poll_interval_ms=NEVER_MS,
             fetch_max_wait_ms=GROUP_FETCH_WAIT_MS,
-            **self._reading(),
         )
-        read_committed = functools.partial(self._committed, group, topic)
+        consumer = KafkaGroupConsumer(self._cluster, make, topic, group, (on_assigned, on_revoked))
         # A member that was killed holds its partitions until its session times out, and the group waits for it.
-        patience = 3 * self._settings.kafka.session_timeout_ms / 1000 + self._settings.kafka.connect_timeout
-        consumer = KafkaGroupConsumer(
-            self._cluster, client, topic, group, on_assigned, on_revoked, read_committed, patience
-        )
-        await consumer.start()
+        await consumer.join(3 * session / 1000 + self._cluster.patience)
         return consumer
 
     async def read(self, topic: str, positions: Mapping[int, int | None]) -> KafkaReader:
-        client = AIOKafkaConsumer(group_id=None, auto_offset_reset="none", **self._reading())
-        reader = KafkaReader(self._cluster, client, topic)
-        await reader.start(positions)
+        for number in positions:
+            await self._cluster.require(topic, number)
+        at_end = [number for number, offset in positions.items() if offset is None]
+        ends = await self._cluster.offsets(topic, at_end, end=True)
+        known = {number: ends[number] if offset is None else offset for number, offset in positions.items()}
+        make = functools.partial(self._consumer, group_id=None, auto_offset_reset="none")
+        reader = KafkaReader(self._cluster, make, topic, known)
+        await reader.start()
         return reader
 
+    async def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
+        if topics:
+            await self._cluster.ensure({spec.name: self._new_topic(spec) for spec in topics})
+
+    async def partitions(self, topic: str) -> int:
+        return await self._cluster.partitions(topic)
+
     async def end_offset(self, topic: str, partition: int) -> int:
-        reader = await self.read(topic, {partition: None})
-        try:
-            return reader.position(partition)
-        finally:
-            await reader.close()
+        return (await self._cluster.offsets(topic, [partition], end=True))[partition]
 
     async def members(self, group: str) -> int:
-        async with self._cluster.errors("describe the group", right="DESCRIBE", what=group):
-            (response,) = await self._admin.describe_consumer_groups([group])
-            described = response.to_object()["groups"][0]
-            if described["error_code"] == kafka.GroupIdNotFound.errno:
-                return 0
-            if described["error_code"]:
-                raise kafka.for_code(described["error_code"])(group)
-            return len(described["members"])
-
-    async def _committed(self, group: str, topic: str, partition: int) -> Committed | None:
-        """Read a group's position with its note, which aiokafka's own `committed` drops."""
-        place = TopicPartition(topic, partition)
-        async with self._cluster.errors("read offsets", right="DESCRIBE", what=group):
-            stored = (await self._admin.list_consumer_group_offsets(group, partitions=[place])).get(place)
-        return Committed(stored.offset, stored.metadata) if stored is not None and stored.offset >= 0 else None
-
-    async def _wait_for_leaders(self, topics: list[str]) -> None:
-        """Wait until the partitions of new topics can be used."""
-        try:
-            async with asyncio.timeout(self._settings.kafka.connect_timeout):
-                while not all(map(_has_leaders, await self._admin.describe_topics(topics))):  # noqa: ASYNC110 - nobody tells us
-                    await asyncio.sleep(PAUSE)
-        except TimeoutError:
-            raise BrokerError(f"{self.url}: no leaders for all partitions of {', '.join(topics)}") from None
+        return await self._cluster.members(group)
 
     def _new_topic(self, spec: TopicSpec) -> NewTopic:
         configuration = {
             "retention.ms": str(spec.retention_ms),
             "segment.ms": str(max(1, spec.retention_ms // SEGMENTS)),
         }
+        if self._max_record_bytes + HEADER_ROOM > MESSAGE_BYTES:
+            configuration["max.message.bytes"] = str(self._max_record_bytes + HEADER_ROOM)
         return NewTopic(spec.name, spec.partitions, self._settings.replication_factor, topic_configs=configuration)
 
-    def _reading(self) -> dict[str, Any]:
-        room = self._settings.max_record_bytes + HEADER_ROOM
-        return {
-            "max_partition_fetch_bytes": room,
-            "fetch_max_bytes": max(FETCH_BYTES, room),
-            **self._cluster.connection,
-        }
+    def _consumer(self, **options: Any) -> AIOKafkaConsumer:
+        room = self._max_record_bytes + HEADER_ROOM
+        bounds = {"max_partition_fetch_bytes": room, "fetch_max_bytes": max(FETCH_BYTES, room)}
+        return AIOKafkaConsumer(**bounds, **options, **self._cluster.connection)
 
-    def _resolve(self, stored: asyncio.Future[int], topic: str, sent: asyncio.Future[RecordMetadata]) -> None:
+    def _producer(self, **options: Any) -> AIOKafkaProducer:
+        room = self._max_record_bytes + HEADER_ROOM
+        bounds = {"max_batch_size": BATCH_BYTES, "max_request_size": room}
+        return AIOKafkaProducer(linger_ms=0, **bounds, **options, **self._cluster.connection)
+
+    def _resolve(
+        self, stored: asyncio.Future[int], topic: str, sender: "_Sender", sent: asyncio.Future[RecordMetadata]
+    ) -> None:
         if stored.done():
             return
         if sent.cancelled():
             stored.set_exception(BrokerError(f"{self.url}: closed before the record was stored"))
         elif (error := sent.exception()) is not None:
+            sender.failed(error)
             stored.set_exception(self._cluster.translated(error, "write", right="WRITE", what=topic))
         else:
             stored.set_result(sent.result().offset)
@@ -225,6 +195,78 @@ class KafkaBroker:
         stored.exception()  # nobody needs to await it: asyncio should not complain that nobody did
 
 
-def _has_leaders(topic: Mapping[str, Any]) -> bool:
-    partitions = topic["partitions"]
-    return not topic["error_code"] and bool(partitions) and all(p["leader"] >= 0 for p in partitions)
+class _Sender:
+    """A producer of aiokafka, replaced by a new one when it can send no more."""
+
+    def __init__(self, cluster: Cluster, make: Callable[..., AIOKafkaProducer], **options: Any) -> None:
+        self._cluster = cluster
+        self._make = functools.partial(make, **options)
+        self.producer: AIOKafkaProducer | None = None
+        self._replacing: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self.producer = self._make()
+        await self.producer.start()
+
+    async def ready(self) -> AIOKafkaProducer:
+        """Wait for a producer that can send. Raises ProducerClosed."""
+        if self._replacing is not None:
+            await asyncio.wait([self._replacing])
+        if self.producer is None:
+            raise kafka.ProducerClosed
+        return self.producer
+
+    def failed(self, error: BaseException) -> None:
+        """Take note of an error in sending, and mend what made it."""
+        if self.producer is None or self._replacing is not None:
+            return
+        dead = self.producer._sender.sender_task.done()  # noqa: SLF001 - it tells nobody that it has ended
+        if dead or isinstance(error, _GAPS):
+            log.warning("producer.replaced", reason=said(error))
+            self._replacing = asyncio.create_task(self._replace(), name="replace producer")
+            self._replacing.add_done_callback(self._replaced)
+
+    async def close(self) -> None:
+        if self._replacing is not None:
+            self._replacing.cancel()
+            await asyncio.wait([self._replacing])
+        producer, self.producer = self.producer, None
+        if producer is not None:
+            await self._stop(producer)
+
+    async def _replace(self) -> None:
+        """All that the old producer still holds ends first: so records keep their order."""
+        old, self.producer = self.producer, None
+        assert old is not None, "it failed"
+        await self._stop(old)
+        while self.producer is None:
+            await self._cluster.find_a_server()
+            producer = self._make()
+            try:
+                await producer.start()
+            except (kafka.KafkaError, OSError) as error:
+                log.info("producer.waiting", reason=said(error))
+                await stop(producer, producer.client)
+                await asyncio.sleep(PAUSE)
+            except BaseException:
+                await stop(producer, producer.client)
+                raise
+            else:
+                self.producer = producer
+
+    def _replaced(self, task: asyncio.Task[None]) -> None:
+        self._replacing = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("producer.lost", exc_info=error)
+
+    async def _stop(self, producer: AIOKafkaProducer) -> None:
+        try:
+            async with asyncio.timeout(FLUSH_SECONDS):
+                await producer.flush()
+        except TimeoutError:
+            log.warning("producer.unsent", reason=f"the broker stored nothing more within {FLUSH_SECONDS:g} s")
+        finally:
+            # An idempotent producer gives no record up, and its `stop` would wait for a broker that is gone.
+            unsent = kafka.KafkaConnectionError("closed before the record was stored")
+            producer._message_accumulator.fail_all(unsent)  # noqa: SLF001 - it has no other way
+            await stop(producer, producer.client)

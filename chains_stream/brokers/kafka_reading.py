@@ -1,7 +1,12 @@
-"""Reading from Kafka: records are moved out of aiokafka's buffers at once, into a queue of ours."""
+"""Reading from Kafka: records are moved out of aiokafka's buffers at once, into a buffer of ours.
+
+Facts about aiokafka that this rests on: a consumer fetches a partition again only when what it got of it is read.
+Exceptions in a rebalance listener are only logged, so they are kept here and raised by `fetch`. Errors of the group are
+given to whoever asks for records, and block the group until then. A consumer whose inner tasks ended goes on in
+silence, so they are watched, and a new one takes its place.
+"""
 
 import asyncio
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
@@ -9,13 +14,18 @@ from aiokafka import errors as kafka
 from aiokafka.structs import OffsetAndMetadata
 
 from chains_stream.broker import Committed, PartitionsChanged, Record
-from chains_stream.brokers.kafka_cluster import PAUSE, Cluster, said
+from chains_stream.brokers.buffer import Buffer
+from chains_stream.brokers.kafka_cluster import FINAL, Cluster, said, stop
 from chains_stream.errors import BrokerError
 from chains_stream.log import get_logger
 
-QUEUE_RECORDS = 1000  # fetched and not yet taken, a consumer; one more fetch may come on top
-QUEUE_BYTES = 16 << 20
-PATIENCE = 5.0  # seconds for a commit, or for leaving: aiokafka would try for as long as the broker is away
+BUFFER_RECORDS = 1000  # fetched and not yet taken, a consumer
+BUFFER_BYTES = 16 << 20  # of values
+POLL_SECONDS = 1.0  # how soon errors of a group are noticed
+RECONNECT_SECONDS = 0.5  # before a consumer that broke is replaced
+COMMIT_SECONDS = 5.0  # aiokafka would try for as long as the broker is away, and the group waits for whoever leaves
+MAX_FAILURES = 5  # in a row, of a kind that aiokafka does not know to pass
+_NO_PARTITION = TopicPartition("", -1)
 
 log = get_logger(__name__)
 
@@ -27,175 +37,192 @@ _LOST = (
     kafka.RebalanceInProgressError,
     kafka.UnknownMemberIdError,
 )
+MakeConsumer = Callable[..., AIOKafkaConsumer]
 
 
-class Queue:
-    """Moves records from aiokafka's buffers to a queue of ours as they come, up to a bound."""
+class _Feed:
+    """Keeps a consumer of aiokafka at work, and moves what it fetches to a buffer.
 
-    def __init__(self, cluster: Cluster, client: AIOKafkaConsumer, topic: str) -> None:
+    Brokers that restart and leaders that move are aiokafka's to get over; what breaks it is got over by another one.
+    """
+
+    def __init__(self, cluster: Cluster, make: MakeConsumer, topic: str) -> None:
         self._cluster = cluster
-        self._client = client
+        self._make = make
         self._topic = topic
-        self._records: deque[Record] = deque()
-        self._error: BrokerError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._size = 0  # bytes of their values
-        self._taken = asyncio.Event()
+        self._buffer = Buffer(BUFFER_RECORDS, BUFFER_BYTES)
+        self._client: AIOKafkaConsumer | None = None
         self._task: asyncio.Task[None] | None = None
-        self._when_failed: Callable[[BrokerError], None] = lambda _: None
+        self._trouble: Exception | None = None  # met outside of the task, for it to deal with
+        self._failures = 0
 
-    def on_failure(self, callback: Callable[[BrokerError], None]) -> None:
-        self._when_failed = callback
+    async def start(self) -> None:
+        """Connect, and begin to fetch. Raises BrokerError."""
+        try:
+            async with asyncio.timeout(self._cluster.patience):
+                self._client = await self._open()
+        except TimeoutError:
+            raise self._cluster.unreachable() from None
+        except (kafka.KafkaError, OSError) as error:
+            raise self._translated(error) from error
+        self._task = asyncio.create_task(self._run(), name=f"fetch {self._topic}")
 
-    def start(self) -> None:
-        self._task = asyncio.create_task(self._fill(), name=f"fetch {self._topic}")
-
-    async def stop(self) -> None:
+    async def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+        await self._leave()
+        if self._client is not None:
+            await stop(self._client, self._client._client)  # noqa: SLF001 - what a broken one leaves open
+            self._client = None
+        self._buffer.clear()
+        self._fail(BrokerError(f"{self._topic}: the consumer was closed"))
 
-    def fail(self, error: BrokerError) -> None:
-        self._error = error
-        self._when_failed(error)
-        self._wake()
+    async def _open(self) -> AIOKafkaConsumer:
+        """Make a consumer that goes on where the last one stopped."""
+        raise NotImplementedError
 
-    def clear(self) -> None:
-        self._records.clear()
-        self._size = 0
-        self._taken.set()
+    async def _leave(self) -> None:
+        """Let go of what the consumer holds, before it is stopped."""
 
-    async def take(self, limit: int) -> list[Record]:
-        while not self._records:
-            if self._error is not None:
-                raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        records = self._records
-        taken = [records.popleft() for _ in range(min(limit, len(records)))]
-        self._size -= sum(len(record.value) for record in taken)
-        if not self._full():
-            self._taken.set()
-        return taken
+    def _fail(self, error: BrokerError) -> None:
+        self._buffer.fail(error)
 
-    def _full(self) -> bool:
-        return len(self._records) >= QUEUE_RECORDS or self._size >= QUEUE_BYTES
+    def _translated(self, error: BaseException) -> BrokerError:
+        return self._cluster.translated(error, "read", right="READ", what=self._topic)
 
-    async def _fill(self) -> None:
+    async def _run(self) -> None:
+        try:
+            while True:
+                try:
+                    await self._move()
+                except Exception as error:  # noqa: BLE001 - whatever broke inside aiokafka, another one may do
+                    self._get_over(error)
+                await self._replace()
+        except (kafka.KafkaError, OSError, BrokerError) as error:
+            self._fail(self._translated(error))
+        except Exception as error:
+            log.exception("fetch.defect", topic=self._topic)
+            self._fail(BrokerError(f"{self._cluster.url}: fetching {self._topic} broke down: {error!r}"))
+
+    async def _move(self) -> None:
+        client = self._client
+        assert client is not None, "opened"
         while True:
-            while self._full():
-                self._taken.clear()
-                await self._taken.wait()
-            try:
-                fetched = await self._client.getmany(timeout_ms=1000)
-            except kafka.KafkaError as error:
-                if getattr(error, "retriable", False):
-                    log.info("fetch.retry", topic=self._topic, reason=said(error))
-                    await asyncio.sleep(PAUSE)
-                    continue
-                self.fail(self._cluster.translated(error, "read", right="READ", what=self._topic))
-                return
-            except Exception as error:  # noqa: BLE001 - whatever it is, `fetch` has to say so
-                self.fail(BrokerError(f"{self._cluster.url}: {self._topic} can't be read: {error!r}"))
-                return
+            if self._trouble is not None:
+                trouble, self._trouble = self._trouble, None
+                raise trouble
+            if self._buffer.full:
+                await client.getmany(_NO_PARTITION)  # for the group's errors alone
+                await self._buffer.wait_for_room(POLL_SECONDS)
+                continue
+            fetched = await client.getmany(timeout_ms=int(POLL_SECONDS * 1000))
             for records in fetched.values():
-                self._records.extend(map(_record, records))
-                self._size += sum(len(record.value or b"") for record in records)
+                self._received(records)
             if fetched:
-                self._wake()
+                self._failures = 0
+            elif client._fetcher.error_future.done():  # noqa: SLF001 - it tells nobody that its task has ended
+                raise kafka.KafkaError("the fetching task of aiokafka ended")
 
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def _received(self, records: list[ConsumerRecord]) -> None:
+        self._buffer.put(map(_record, records))
+
+    def _get_over(self, error: Exception) -> None:
+        """Raise what a new consumer won't mend."""
+        self._failures += 1
+        passing = getattr(error, "retriable", False) or isinstance(error, OSError)
+        if isinstance(error, BrokerError):
+            passing = error.retryable
+        if isinstance(error, FINAL) or (not passing and self._failures > MAX_FAILURES):
+            raise error
+        log.warning("fetch.reconnecting", topic=self._topic, reason=said(error))
+
+    async def _replace(self) -> None:
+        await self._leave()
+        old, self._client = self._client, None
+        if old is not None:
+            await stop(old, old._client)  # noqa: SLF001 - as in `close`
+        while self._client is None:
+            await asyncio.sleep(RECONNECT_SECONDS)
+            try:
+                self._client = await self._open()
+            except Exception as error:  # noqa: BLE001 - as above
+                self._get_over(error)
 
 
-class KafkaReader:
+class KafkaReader(_Feed):
     """Follows named partitions."""
 
-    def __init__(self, cluster: Cluster, client: AIOKafkaConsumer, topic: str) -> None:
-        self._cluster = cluster
-        self._client = client
-        self._topic = topic
-        self._queue = Queue(cluster, client, topic)
-        self._positions: dict[int, int] = {}
-
-    async def start(self, positions: Mapping[int, int | None]) -> None:
-        places = [TopicPartition(self._topic, partition) for partition in positions]
-        try:
-            async with self._cluster.errors("read", right="READ", what=self._topic):
-                # Assigned only once the positions are known: else aiokafka goes looking for committed ones.
-                await self._client.start()
-                await self._client._client.set_topics([self._topic])  # noqa: SLF001 - its `assign` would do it too late
-                ends = await self._client.end_offsets(places)
-                self._client.assign(places)
-                for place in places:
-                    offset = positions[place.partition]
-                    self._positions[place.partition] = ends[place] if offset is None else offset
-                    self._client.seek(place, self._positions[place.partition])
-        except BaseException:
-            await _stop(self._client)
-            raise
-        self._queue.start()
+    def __init__(self, cluster: Cluster, make: MakeConsumer, topic: str, positions: Mapping[int, int]) -> None:
+        super().__init__(cluster, make, topic)
+        self._taken = dict(positions)
+        self._fetched = dict(positions)  # ahead of `_taken` by what is in the buffer
 
     def position(self, partition: int) -> int:
-        return self._positions[partition]
+        return self._taken[partition]
 
     async def fetch(self) -> list[Record]:
-        records = await self._queue.take(QUEUE_RECORDS)
+        records = await self._buffer.take(BUFFER_RECORDS)
         for record in records:
-            self._positions[record.partition] = record.offset + 1
+            self._taken[record.partition] = record.offset + 1
         return records
 
-    async def close(self) -> None:
-        await self._queue.stop()
-        await _stop(self._client)
+    async def _open(self) -> AIOKafkaConsumer:
+        await self._cluster.find_a_server()
+        client = self._make()
+        try:
+            await client.start()
+            # No await in between: without a position aiokafka goes looking for a committed one.
+            client.assign([TopicPartition(self._topic, partition) for partition in self._fetched])
+            for partition, offset in self._fetched.items():
+                client.seek(TopicPartition(self._topic, partition), offset)
+        except BaseException:
+            await stop(client, client._client)  # noqa: SLF001 - as above
+            raise
+        return client
+
+    def _received(self, records: list[ConsumerRecord]) -> None:
+        super()._received(records)
+        self._fetched[records[-1].partition] = records[-1].offset + 1
 
 
-class KafkaGroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no types
+class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no types
     """A member of a group on one topic."""
 
-    def __init__(  # noqa: PLR0917 - called in one place
+    def __init__(
         self,
         cluster: Cluster,
-        client: AIOKafkaConsumer,
+        make: MakeConsumer,
         topic: str,
         group: str,
-        on_assigned: PartitionsChanged,
-        on_revoked: PartitionsChanged,
-        read_committed: Callable[[int], Awaitable[Committed | None]],
-        patience: float,
+        callbacks: tuple[PartitionsChanged, PartitionsChanged],
     ) -> None:
-        self._cluster = cluster
-        self._client = client
-        self._topic = topic
+        super().__init__(cluster, make, topic)
         self._group = group
-        self._on_assigned = on_assigned
-        self._on_revoked = on_revoked
-        self._queue = Queue(cluster, client, topic)
+        self._on_assigned, self._on_revoked = callbacks
         self._held: frozenset[int] = frozenset()
-        self._read_committed = read_committed
-        self._committing = asyncio.Lock()
-        self._patience = patience
+        self._closing = False
+        self._changing = asyncio.Lock()  # closing and a rebalance may meet
+        self._committing = asyncio.Lock()  # one after the other: an older position must not come after a newer one
         self._joined: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue.on_failure(self._not_joined)
+        self._buffer.hold()  # until the first partitions are assigned
 
-    async def start(self) -> None:
-        """Join, and wait for the first assignment."""
+    async def join(self, patience: float) -> None:
+        """Join, and wait for the first assignment. Raises BrokerError."""
         try:
-            async with self._cluster.errors("join the group", right="READ", what=self._group):
-                self._client.subscribe([self._topic], listener=self)
-                await self._client.start()
-            self._queue.start()
-            await self._first_assignment()
+            async with asyncio.timeout(patience):
+                await self.start()
+                await self._joined
+        except TimeoutError:
+            await self.close()
+            reason = f"no partitions of {self._topic} were assigned within {patience:g} s"
+            raise BrokerError(f"{self._cluster.url}: {reason}") from None
         except BaseException:
             await self.close()
             raise
 
     async def fetch(self, max_records: int) -> list[Record]:
-        return await self._queue.take(max_records)
+        return await self._buffer.take(max_records)
 
     async def commit(self, positions: Mapping[int, Committed]) -> frozenset[int]:
         offsets = {
@@ -203,59 +230,97 @@ class KafkaGroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aio
             for partition, committed in positions.items()
             if partition in self._held
         }
-        if not offsets:
+        if not offsets or self._client is None:
             return frozenset()
         try:
-            translated = self._cluster.errors("commit", right="READ", what=self._group)
-            # One after the other: an older position must not come after a newer one.
-            async with translated, asyncio.timeout(PATIENCE), self._committing:
+            async with asyncio.timeout(COMMIT_SECONDS), self._committing:
                 await self._client.commit(offsets)
-        except BrokerError as error:
-            if not isinstance(error.__cause__, _LOST):
-                raise
-            log.info("commit.too_late", topic=self._topic, reason=said(error.__cause__))
+        except _LOST as error:
+            log.info("commit.too_late", topic=self._topic, reason=said(error))
             return frozenset()
+        except TimeoutError:
+            reason = f"took no commit for {self._group} within {COMMIT_SECONDS:g} s"
+            raise BrokerError(f"{self._cluster.url} {reason}") from None
+        except (kafka.KafkaError, OSError) as error:
+            raise self._cluster.translated(error, "commit for", right="READ", what=self._group) from error
         return frozenset(place.partition for place in offsets)
 
     async def committed(self, partition: int) -> Committed | None:
-        return await self._read_committed(partition)
+        return (await self._cluster.committed(self._group, self._topic, [partition])).get(partition)
 
     async def close(self) -> None:
-        if self._held:
-            await self.on_partitions_revoked([TopicPartition(self._topic, partition) for partition in self._held])
-        await self._queue.stop()
-        await _stop(self._client)
+        self._closing = True
+        await super().close()
 
     async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:  # noqa: ARG002 - eager: it is all
-        self._queue.clear()
-        if self._held:
-            await self._tell(self._on_revoked(self._held))
-        self._held = frozenset()
+        await self._leave()
 
     async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        self._held = frozenset(place.partition for place in assigned)
-        await self._tell(self._on_assigned(self._held))
-        if not self._joined.done():
-            self._joined.set_result(None)
+        async with self._changing:
+            if self._closing or self._client is None:
+                return
+            self._held = frozenset(place.partition for place in assigned)
+            try:
+                positions = await self._positions(self._held)
+            except BrokerError as error:
+                self._trouble = error
+                return
+            if not await self._told(self._on_assigned(self._held)):
+                return
+            # What was fetched so far may come from positions that are not ours; see `_positions`.
+            self._buffer.clear()
+            for partition, offset in positions.items():
+                self._client.seek(TopicPartition(self._topic, partition), offset)
+            self._buffer.release()
+            if not self._joined.done():
+                self._joined.set_result(None)
 
-    def _not_joined(self, error: BrokerError) -> None:
-        if not self._joined.done():
-            self._joined.set_exception(error)
+    async def _positions(self, partitions: frozenset[int]) -> dict[int, int]:
+        """Find where to go on: aiokafka itself takes a coordinator that still loads for one that has stored nothing."""
+        stored = await self._cluster.committed(self._group, self._topic, partitions)
+        begins = await self._cluster.offsets(self._topic, partitions - stored.keys(), end=False)
+        return begins | {partition: committed.offset for partition, committed in stored.items()}
 
-    async def _tell(self, callback: Awaitable[None]) -> None:
+    async def _open(self) -> AIOKafkaConsumer:
+        await self._cluster.find_a_server()
+        client = self._make()
+        try:
+            # Subscribed only then: `start` would wait, for as long as it takes, for partitions.
+            await client.start()
+            self._client = client  # the callbacks may come before we return
+            client.subscribe([self._topic], listener=self)
+        except BaseException:
+            self._client = None
+            await stop(client, client._client)  # noqa: SLF001 - as above
+            raise
+        return client
+
+    async def _leave(self) -> None:
+        async with self._changing:
+            self._buffer.hold()
+            if self._held:
+                await self._told(self._on_revoked(self._held))
+            self._held = frozenset()
+
+    async def _told(self, callback: Awaitable[None]) -> bool:
         try:
             await callback
         except Exception as error:
             log.exception("broker.callback_failed", topic=self._topic)
-            self._queue.fail(BrokerError(f"{self._topic}: a callback of the consumer failed: {error!r}"))
+            self._fail(BrokerError(f"{self._topic}: a callback of the consumer failed: {error!r}"))
+            return False
+        return True
 
-    async def _first_assignment(self) -> None:
-        try:
-            async with asyncio.timeout(self._patience):
-                await self._joined
-        except TimeoutError:
-            reason = f"no partitions of {self._topic} were assigned within {self._patience:g} s"
-            raise BrokerError(f"{self._cluster.url}: {reason}") from None
+    def _translated(self, error: BaseException) -> BrokerError:
+        if isinstance(error, kafka.GroupAuthorizationFailedError):
+            return self._cluster.translated(error, "join the group", right="READ", what=self._group)
+        return super()._translated(error)
+
+    def _fail(self, error: BrokerError) -> None:
+        super()._fail(error)
+        if not self._joined.done():
+            self._joined.set_exception(error)
+            self._joined.exception()  # nobody waits for it any more where joining was given up
 
 
 def _record(record: ConsumerRecord) -> Record:
@@ -268,21 +333,3 @@ def _record(record: ConsumerRecord) -> Record:
         record.value or b"",
         record.headers,
     )
-
-
-async def _stop(consumer: AIOKafkaConsumer) -> None:
-    """Stop a consumer, within a time.
-
-    While the broker is away, aiokafka lets the cancellation of a task of its own come out of it.
-    """
-    try:
-        async with asyncio.timeout(PATIENCE):
-            await consumer.stop()
-            return
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-    except TimeoutError:
-        log.warning("consumer.not_stopped", seconds=PATIENCE)
-    await consumer._client.close()  # noqa: SLF001 - what `stop` did not get to

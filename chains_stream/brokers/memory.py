@@ -2,7 +2,7 @@
 
 It behaves as Kafka does where `tests/contract` can tell, and is bounded. A partition of a topic that groups consume
 makes publishers wait while too much of it is not committed; one of a `TopicSpec.ring` drops its oldest records, and a
-reader that has fallen behind them gets OffsetExpiredError.
+reader that has fallen behind them gets OffsetExpiredError. Records past their topic's retention go with the next one.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ MAX_RECORDS = 50_000  # in a partition
 MAX_BYTES = 32 << 20  # of values in a partition
 MAX_TURNS = 100  # of the event loop that a reader of a full ring is given
 FETCH_RECORDS = 500  # that a reader gets at once
+MAX_NOTE_BYTES = 4096  # with a committed offset, as Kafka's default
 
 log = get_logger(__name__)
 
@@ -27,15 +28,17 @@ log = get_logger(__name__)
 class Partition:
     """One log: the records from `begin` to `end`, and who waits for more of them, or for room."""
 
-    def __init__(self, topic: str, number: int, *, ring: bool) -> None:
-        self.topic = topic
+    def __init__(self, spec: TopicSpec, number: int) -> None:
+        self.topic = spec.name
         self.number = number
-        self.ring = ring
+        self.ring = spec.ring
         self.begin = 0
         self.readers: set[_Follower] = set()
         self._records: deque[Record] = deque()
         self._size = 0
-        self._room: deque[asyncio.Future[None]] = deque()
+        self._retention_ms = spec.retention_ms
+        self._line = asyncio.Lock()  # of publishers; the first one waits for `_room`
+        self._room: asyncio.Future[None] | None = None
 
     @property
     def end(self) -> int:
@@ -45,25 +48,23 @@ class Partition:
         """Tell whether a value of `size` bytes has no place; an empty partition takes any."""
         return len(self._records) >= MAX_RECORDS or (self._size + size > MAX_BYTES and bool(self._records))
 
+    def admits(self, size: int) -> bool:
+        """Tell whether a value of `size` bytes has its place at once."""
+        return not self._line.locked() and not self.full(size)
+
     async def wait_for_room(self, size: int) -> None:
         """Wait, in line, until a value has its place."""
-        while self.full(size):
-            waiter = asyncio.get_running_loop().create_future()
-            self._room.append(waiter)
-            try:
-                await waiter
-            except asyncio.CancelledError:
-                if waiter.done() and not waiter.cancelled():
-                    self._wake_publisher()  # the room that it was told of is the next one's
-                elif waiter in self._room:
-                    self._room.remove(waiter)
-                raise
-        # Each commit wakes the first in line only; there may be room for the next one too.
-        self._wake_publisher()
+        async with self._line:
+            while self.full(size):
+                self._room = asyncio.get_running_loop().create_future()
+                await self._room
 
     def append(self, key: bytes | None, value: bytes, headers: Headers) -> int:
         offset = self.end
-        self._records.append(Record(self.topic, self.number, offset, now_ms(), key, value, headers))
+        now = now_ms()
+        while self._records and self._records[0].timestamp_ms < now - self._retention_ms:
+            self._drop_first()
+        self._records.append(Record(self.topic, self.number, offset, now, key, value, headers))
         self._size += len(value)
         for reader in self.readers:
             reader.wake(self)
@@ -88,13 +89,13 @@ class Partition:
         """Forget the records that every group is done with."""
         while self._records and self.begin < offset:
             self._drop_first()
-        self._wake_publisher()
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
 
     def slice(self, offset: int, limit: int) -> list[Record]:
-        if offset < self.begin:
-            raise OffsetExpiredError(
-                f"{self.topic}[{self.number}]: offset {offset} is gone; the oldest record is {self.begin}"
-            )
+        if not self.begin <= offset <= self.end:
+            held = f"the oldest record is {self.begin}, the next one will be {self.end}"
+            raise OffsetExpiredError(f"{self.topic}[{self.number}] does not hold the offset {offset}: {held}")
         start = offset - self.begin
         return list(islice(self._records, start, start + limit))
 
@@ -102,16 +103,11 @@ class Partition:
         self._size -= len(self._records.popleft().value)
         self.begin += 1
 
-    def _wake_publisher(self) -> None:
-        while self._room:
-            waiter = self._room.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
-
 
 class _Follower:
     """Reads partitions in turn, from positions of its own."""
+
+    skips_expired = False  # instead of raising OffsetExpiredError
 
     def __init__(self) -> None:
         self._positions: dict[Partition, int] = {}
@@ -128,8 +124,8 @@ class _Follower:
         return self._positions[partition]
 
     def fail(self, error: BrokerError) -> None:
-        """Have `fetch` raise this from now on."""
-        self.error = error
+        """Have `fetch` raise this from now on. The first one stays."""
+        self.error = self.error or error
         self._wake()
 
     def _follow(self, positions: Mapping[Partition, int]) -> None:
@@ -157,9 +153,16 @@ class _Follower:
         taken: list[Record] = []
         while self._ready and len(taken) < limit:
             partition = next(iter(self._ready))
-            del self._ready[partition]
             position = self._positions[partition]
-            records = partition.slice(position, limit - len(taken))
+            if self.skips_expired:
+                position = max(position, partition.begin)
+            try:
+                records = partition.slice(position, limit - len(taken))
+            except OffsetExpiredError:
+                if taken:
+                    break  # the next fetch meets it, and each one after
+                raise
+            del self._ready[partition]
             taken += records
             position = self._positions[partition] = position + len(records)
             if position < partition.end:
@@ -186,6 +189,7 @@ class MemoryReader(_Follower):
 
     async def close(self) -> None:
         self._follow({})
+        self.fail(BrokerError("the reader was closed"))
 
 
 class Group:
@@ -199,35 +203,43 @@ class Group:
 
     async def join(self, member: "MemoryConsumer") -> None:
         async with self._changing:
-            await self._revoke_all()
-            self.members.append(member)
-            await self._assign_all()
+            try:
+                await self._become([*self.members, member])
+            except BaseException:  # cancelled: nobody will read on its behalf
+                await self._become([other for other in self.members if other is not member])
+                raise
 
     async def leave(self, member: "MemoryConsumer") -> None:
         async with self._changing:
-            if member in self.members:
-                await self._revoke_all()
-                self.members.remove(member)
-                await self._assign_all()
+            others = [other for other in self.members if other is not member]
+            try:
+                await self._become(others)
+            except BaseException:  # cancelled: the others have their partitions all the same
+                await self._become(others)
+                raise
 
     def position(self, partition: Partition) -> int:
         """Where work on a partition goes on."""
         committed = self.committed.get(partition.number)
-        return max(committed.offset if committed else 0, partition.begin)
+        stored = committed is not None and partition.begin <= committed.offset <= partition.end
+        return committed.offset if committed is not None and stored else partition.begin
 
-    # All partitions are revoked before any is assigned, as Kafka's eager protocol does: a member never works on a
-    # partition that another one still commits.
-    async def _revoke_all(self) -> None:
+    async def _become(self, members: list["MemoryConsumer"]) -> None:
+        if members == self.members and all(member.assigned for member in members):
+            return
+        # All partitions are revoked before any is assigned, as Kafka's eager protocol does: a member never works on a
+        # partition that another one still commits.
         for member in self.members:
             await member.revoke()
-
-    async def _assign_all(self) -> None:
-        for index, member in enumerate(self.members):
-            await member.assign(self._partitions[index :: len(self.members)])
+        self.members = members
+        for index, member in enumerate(members):
+            await member.assign(self._partitions[index :: len(members)])
 
 
 class MemoryConsumer(_Follower):
     """A member of a group."""
+
+    skips_expired = True
 
     def __init__(
         self, topic: "Topic", group: Group, on_assigned: PartitionsChanged, on_revoked: PartitionsChanged
@@ -238,11 +250,15 @@ class MemoryConsumer(_Follower):
         self._on_assigned = on_assigned
         self._on_revoked = on_revoked
         self._held: frozenset[int] = frozenset()
+        self.assigned = False
 
     async def fetch(self, max_records: int) -> list[Record]:
         return await self._fetch(max_records)
 
     async def commit(self, positions: Mapping[int, Committed]) -> frozenset[int]:
+        for partition, committed in positions.items():
+            if len(committed.metadata.encode()) > MAX_NOTE_BYTES:
+                raise BrokerError(f"{self._topic.name}[{partition}]: a note is over {MAX_NOTE_BYTES} bytes long")
         stored = self._held & positions.keys()
         for partition in stored:
             self._group.committed[partition] = positions[partition]
@@ -254,15 +270,19 @@ class MemoryConsumer(_Follower):
 
     async def close(self) -> None:
         await self._group.leave(self)
+        self.fail(BrokerError(f"{self._topic.name}: the consumer was closed"))
 
     async def assign(self, partitions: Sequence[Partition]) -> None:
         self._held = frozenset(partition.number for partition in partitions)
+        self.assigned = True
         await self._tell(self._on_assigned)
         self._follow({partition: self._group.position(partition) for partition in partitions})
 
     async def revoke(self) -> None:
         self._follow({})
-        await self._tell(self._on_revoked)
+        self.assigned = False
+        if self._held:
+            await self._tell(self._on_revoked)
         self._held = frozenset()
 
     async def _tell(self, callback: PartitionsChanged) -> None:
@@ -279,7 +299,7 @@ class Topic:
 
     def __init__(self, spec: TopicSpec) -> None:
         self.name = spec.name
-        self.partitions = [Partition(spec.name, number, ring=spec.ring) for number in range(spec.partitions)]
+        self.partitions = [Partition(spec, number) for number in range(spec.partitions)]
         self.groups: dict[str, Group] = {}
 
     def group(self, name: str) -> Group:
@@ -337,7 +357,7 @@ class MemoryBroker:
                 f"a record of {len(value)} bytes for {topic} is over the limit of {self._max_record_bytes}"
             )
         log = self._partition(topic, partition)
-        if log.full(len(value)):
+        if not log.admits(len(value)):
             if log.ring:
                 await log.let_readers_catch_up()
                 log.make_room(len(value))

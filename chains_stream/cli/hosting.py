@@ -1,6 +1,5 @@
 """The parts of a serving process, put together: what `chains run`, `gateway` and `worker` start."""
 
-import asyncio
 import shlex
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
@@ -46,7 +45,7 @@ def run_gateway(chain: Chain, settings: Settings) -> None:
         server = await _bound(stack, settings)
         broker, caller = await connect(stack, settings)
         url = await _open(stack, server, Gateway(chain, caller, broker, settings))
-        return Serving(_ready(chain, url), _never)
+        return Serving(_ready(chain, url), caller.failed)
 
     _serve(chain, start)
 
@@ -123,7 +122,3 @@ def _need_cluster(settings: Settings) -> None:
         raise ChainsUsageError(
             "memory:// lives in one process: use `chains run`, or name a cluster with --broker kafka://host:port"
         )
-
-
-async def _never() -> None:
-    await asyncio.Event().wait()

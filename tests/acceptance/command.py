@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+import pytest
+
 CHAINS = Path(sys.executable).with_name("chains")
 HERE = Path(__file__).parent
 READY = re.compile(r"(?:Chain .+ is ready on (?P<url>http://\S+)|Worker of .+ is ready)$")
@@ -163,6 +165,9 @@ class Commands:
     def end(self) -> None:
         for command in self._started:
             command.end()
+
+
+STARTED = pytest.StashKey[Commands]()  # of a test or its module: what it started, to be shown if it fails
 
 
 @contextmanager

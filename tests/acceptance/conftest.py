@@ -5,9 +5,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.acceptance.command import HERE, Commands, commands
-
-STARTED = pytest.StashKey[Commands]()
+from tests.acceptance.command import HERE, STARTED, Commands, commands
 
 
 @pytest.fixture
@@ -35,7 +33,8 @@ def servers() -> Iterator[dict[str, str]]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    started = item.stash.get(STARTED, None)
-    if report.when == "call" and report.failed and started is not None:
-        report.sections.append(("commands", started.report()))
+    if report.failed:
+        for node in item.listchain():
+            if (started := node.stash.get(STARTED, None)) is not None:
+                report.sections.append(("commands", started.report()))
     return report

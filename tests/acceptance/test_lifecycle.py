@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from tests.acceptance.command import HERE, Command, Commands, chains, until
+from tests.kafka import node
 
 GATE = str(HERE / "chains" / "gate.py")
 HELLO = str(HERE.parents[1] / "chainlets" / "hello.py")
@@ -165,6 +166,29 @@ def test_a_signal_while_the_broker_is_waited_for(start: Commands) -> None:
     worker = start("worker", HELLO, "--broker", NO_BROKER)
     worker.logged("broker.waiting")
     assert worker.stop() == 0
+
+
+@pytest.mark.kafka
+def test_a_server_whose_broker_is_gone_ends_in_order(
+    start: Commands,
+    kafka_url: str,
+) -> None:
+    with node() as kafka:
+        options = ("--broker", kafka.url)
+        started = [
+            start("worker", HELLO, *options),
+            start("gateway", HELLO, "--port", "0", *options),
+            start("run", HELLO, "--port", "0", *options, "--namespace", "other"),
+        ]
+        for command in started:
+            command.ready()
+        kafka.kill()
+        for command in started:
+            command.stderr.until(lambda line: "Unable connect to node" in line, command)
+        for command in started:
+            assert command.stop() == 0
+            assert "Traceback" not in command.stderr.text()
+            assert len(command.stderr.text().splitlines()) < 50
 
 
 @pytest.mark.kafka

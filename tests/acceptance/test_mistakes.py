@@ -83,6 +83,7 @@ BROKEN_FILES = {
     "raises.py": ("def f():\n    return 1 / 0\n\nf()\n", r"raises\.py:2: ZeroDivisionError .+: division by zero"),
     "option.py": (f"{LEAF}chains.Compute(gpu_count=0)\n", r"option\.py:4: .*gpu_count.*greater than 0.*"),
     "retries.py": (LEAF + RETRIES, r"retries\.py:6: depends\(Leaf, retries=0\): .*greater than 0"),
+    "exits.py": ("import sys\nsys.exit(0)\n", r"exits\.py: it ends the process when it is imported; .+"),
     "empty.py": ("", r"empty\.py: no Chainlet in it; .+"),
     "unmarked.py": (LEAF, r"unmarked\.py: no entrypoint; .+mark_entrypoint on one of Leaf, or name one as .+"),
     "two.py": (TWO, r"two\.py: several entrypoints, A, B; name one as two\.py:A"),

@@ -10,7 +10,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from tests.acceptance.command import HERE, Commands, chains, commands
+from tests.acceptance.command import HERE, STARTED, Commands, chains, commands
 
 ORDERS = str(HERE / "chains" / "orders.py")
 ENTRYPOINTS = {"Order": (ORDERS, ["Order", "Price"]), "Tell": (f"{ORDERS}:Tell", ["Tell", "Words"])}
@@ -134,8 +134,9 @@ def in_many_processes(start: Commands, *options: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def started() -> Iterator[Commands]:
+def started(request: pytest.FixtureRequest) -> Iterator[Commands]:
     with commands() as started:
+        request.node.stash[STARTED] = started
         yield started
 
 

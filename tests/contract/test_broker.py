@@ -41,6 +41,10 @@ class Member:
         self.held: frozenset[int] = frozenset()
         self.revoked: list[frozenset[int]] = []
         self.commit_on_revoke: dict[int, Committed] = {}
+        self.hesitate = asyncio.Event()  # in the callback, until `go_on`
+        self.hesitate_to_revoke = asyncio.Event()
+        self.hesitating = asyncio.Event()
+        self.go_on = asyncio.Event()
         self.consumer: GroupConsumer
         self._broker = broker
         self._topic = topic
@@ -67,10 +71,17 @@ class Member:
         return records
 
     async def _assigned(self, partitions: frozenset[int]) -> None:
+        await self._hesitate(self.hesitate)
         self.held = partitions
         self._changed.set()
 
+    async def _hesitate(self, wanted: asyncio.Event) -> None:
+        if wanted.is_set():
+            self.hesitating.set()
+            await self.go_on.wait()
+
     async def _revoked(self, partitions: frozenset[int]) -> None:
+        await self._hesitate(self.hesitate_to_revoke)
         self.revoked.append(partitions)
         due = {partition: at for partition, at in self.commit_on_revoke.items() if partition in partitions}
         if due:
@@ -316,3 +327,142 @@ async def test_a_callback_that_fails_is_raised(broker: Broker, topic: str) -> No
             await consumer.fetch(1)
     await other.consumer.close()
     await consumer.close()
+
+
+async def test_an_expired_reader_raises_again_and_again(broker: Broker, topic: str) -> None:
+    await fill(broker, topic, 3)
+    reader = await broker.read(topic, {0: 1_000})
+    for _ in range(3):
+        with pytest.raises(OffsetExpiredError):
+            async with asyncio.timeout(20):
+                await reader.fetch()
+    await reader.close()
+
+
+async def test_records_wait_until_the_member_knows_its_partitions(broker: Broker, topic: str) -> None:
+    for partition in range(4):
+        await fill(broker, topic, 2, partition=partition)
+    first = await Member(broker, topic).join()
+    first.hesitate.set()
+    joining = asyncio.ensure_future(Member(broker, topic).join())
+    await asyncio.wait_for(first.hesitating.wait(), 30)
+    fetching = asyncio.ensure_future(first.consumer.fetch(10))
+    done, _ = await asyncio.wait([fetching], timeout=0.3)
+    assert not done, "the partitions have records, and the member is not ready"
+    first.hesitate.clear()
+    first.go_on.set()
+    assert {record.partition for record in await fetching} <= first.held
+    second = await joining
+    await first.consumer.close()
+    await second.consumer.close()
+
+
+async def test_a_member_that_gives_up_joining_leaves_the_others_all_partitions(broker: Broker, topic: str) -> None:
+    first = await Member(broker, topic).join()
+    first.hesitate_to_revoke.set()
+    joining = asyncio.ensure_future(Member(broker, topic).join())
+    await asyncio.wait_for(first.hesitating.wait(), 30)
+    joining.cancel()
+    first.hesitate_to_revoke.clear()
+    first.go_on.set()
+    await asyncio.wait([joining])
+    assert joining.cancelled()
+    await first.until(4)
+    await fill(broker, topic, 1, partition=3)
+    assert [record.partition for record in await first.take(1)] == [3]
+    await first.consumer.close()
+
+
+async def test_more_members_than_partitions(broker: Broker, topic: str) -> None:
+    narrow = f"{topic}.narrow"
+    await broker.ensure_topics([TopicSpec(narrow, 1, HOUR_MS)])
+    first = await Member(broker, narrow).join()
+    spare = await Member(broker, narrow).join()
+    idle, busy = sorted((first, spare), key=lambda member: len(member.held))
+    await busy.until(1)
+    assert idle.held == frozenset()
+    before = len(idle.revoked)
+    await busy.consumer.close()
+    await idle.until(1)
+    assert len(idle.revoked) == before, "it held nothing that could be revoked"
+    await fill(broker, narrow, 1)
+    assert len(await idle.take(1)) == 1
+    await idle.consumer.close()
+
+
+async def test_a_group_fetch_that_is_cancelled_loses_nothing(broker: Broker, topic: str) -> None:
+    member = await Member(broker, topic).join()
+    got: list[int] = []
+    for n in range(200):
+        fetching = asyncio.ensure_future(member.consumer.fetch(3))
+        stored = await broker.publish(topic, str(n).encode(), partition=0)
+        if n % 3:
+            await stored
+        await asyncio.sleep(0)
+        fetching.cancel()
+        await asyncio.wait([fetching])
+        if not fetching.cancelled():
+            got += [record.offset for record in fetching.result()]
+    got += [record.offset for record in await member.take(200 - len(got))]
+    assert got == list(range(200))
+    await member.consumer.close()
+
+
+async def test_what_was_closed_says_so(broker: Broker, topic: str) -> None:
+    reader = await broker.read(topic, {0: None})
+    member = await Member(broker, topic).join()
+    waiting = [asyncio.ensure_future(reader.fetch()), asyncio.ensure_future(member.consumer.fetch(1))]
+    await asyncio.sleep(0)
+    await reader.close()
+    await member.consumer.close()
+    for fetching in waiting:
+        with pytest.raises(BrokerError, match="closed"):
+            await asyncio.wait_for(fetching, 20)
+    with pytest.raises(BrokerError, match="closed"):
+        await reader.fetch()
+
+
+async def test_a_note_that_is_too_long_is_refused(broker: Broker, topic: str) -> None:
+    member = await Member(broker, topic).join()
+    with pytest.raises(BrokerError):
+        await member.consumer.commit({0: Committed(1, "x" * 4_097)})
+    await member.consumer.commit({0: Committed(1, "x" * 4_096)})
+    assert await member.consumer.committed(0) == Committed(1, "x" * 4_096)
+    await member.consumer.close()
+
+
+@pytest.mark.parametrize("place", [("", 4), ("", -1), (".none", 0)])
+async def test_publishing_to_what_does_not_exist_fails_at_once(
+    broker: Broker, topic: str, place: tuple[str, int]
+) -> None:
+    suffix, partition = place
+    with pytest.raises(BrokerError, match=topic + suffix):
+        async with asyncio.timeout(10):
+            await broker.publish(topic + suffix, b"", partition=partition)
+
+
+async def test_reading_what_does_not_exist_fails_at_once(broker: Broker, topic: str) -> None:
+    async def nothing(_partitions: frozenset[int]) -> None: ...
+
+    async with asyncio.timeout(10):
+        with pytest.raises(BrokerError, match=f"{topic}.none"):
+            await broker.read(f"{topic}.none", {0: None})
+        with pytest.raises(BrokerError, match=f"{topic}.none"):
+            await broker.consume(f"{topic}.none", topic, on_assigned=nothing, on_revoked=nothing)
+
+
+async def test_many_publishers_at_once_lose_nothing(broker: Broker, topic: str) -> None:
+    reader = await broker.read(topic, dict.fromkeys(range(4), 0))
+
+    async def publish(publisher: int) -> None:
+        for n in range(100):
+            value = f"{publisher} {n}".encode()
+            await (await broker.publish(topic, value, partition=publisher % 4, durable=bool(publisher % 8 < 4)))
+
+    await asyncio.gather(*map(publish, range(40)))
+    by_publisher = defaultdict(list)
+    for record in await take(reader, 4_000):
+        publisher, n = map(int, record.value.split())
+        by_publisher[publisher].append(n)
+    assert by_publisher == {publisher: list(range(100)) for publisher in range(40)}
+    await reader.close()

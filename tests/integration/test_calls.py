@@ -170,7 +170,8 @@ async def test_leaving_a_stream_stops_its_generator(relay: Connection[..., Any])
 async def test_a_slow_reader_holds_its_stream_back_and_no_other(settings: dict[str, Any]) -> None:
     window = 64
     async with chains.run_chain(Relay, **settings, stream_window=window) as relay:
-        async with aclosing(relay.run_remote(1_000_000_000, name="held back")) as chunks:
+        endless: Any = relay.run_remote(1_000_000_000, name="held back")
+        async with aclosing(endless) as chunks:
             assert await anext(chunks) == "0;"
             # Others run to their end meanwhile, so time enough has passed for the endless one to overrun.
             for _ in range(3):

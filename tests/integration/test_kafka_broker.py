@@ -2,16 +2,26 @@
 
 import asyncio
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.protocol.api import Request, RequestStruct, Response
+from aiokafka.protocol.types import Array, Int8, Int16, Int32, Schema, String
+from aiokafka.structs import TopicPartition
 
 from chains_stream.broker import Broker, Committed, TopicSpec
-from chains_stream.brokers import open_broker
-from chains_stream.errors import BrokerAuthorizationError, BrokerError, ChainsUsageError
+from chains_stream.brokers import kafka as kafka_module
+from chains_stream.brokers import kafka_reading, open_broker
+from chains_stream.brokers.kafka import KafkaBroker
+from chains_stream.brokers.kafka_reading import BUFFER_BYTES, KafkaGroupConsumer
+from chains_stream.errors import BrokerAuthorizationError, BrokerError, ChainsUsageError, OffsetExpiredError
 from chains_stream.settings import Settings
 from tests.kafka import Node, node
 
@@ -35,6 +45,9 @@ def own(kafka_url: str) -> Iterator[Node]:
     """A broker that this test may stop; `kafka_url` says whether there is a Kafka at all."""
     with node() as started:
         yield started
+
+
+async def nothing(_partitions: frozenset[int]) -> None: ...
 
 
 async def test_a_broker_that_is_missing_is_one_error_in_time() -> None:
@@ -62,8 +75,6 @@ async def test_a_restart_loses_nothing_that_was_stored(own: Node) -> None:
     """Producer, reader and group go on by themselves when the broker comes back."""
     topic = f"restart.{uuid4().hex}"
 
-    async def nothing(_partitions: frozenset[int]) -> None: ...
-
     async with opened(own.url) as broker:
         await broker.ensure_topics([TopicSpec(topic, 1, HOUR_MS)])
         reader = await broker.read(topic, {0: None})
@@ -83,6 +94,119 @@ async def test_a_restart_loses_nothing_that_was_stored(own: Node) -> None:
         await consumer.close()
 
 
+async def test_closing_ends_while_the_broker_is_away(own: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that could not be sent, a commit that could not be stored, a fetch under way: none holds up the end."""
+    monkeypatch.setattr(kafka_module, "FLUSH_SECONDS", 0.5)
+    monkeypatch.setattr(kafka_reading, "COMMIT_SECONDS", 1)
+    topic = f"away.{uuid4().hex}"
+    broker = open_broker(Settings.of(broker=own.url, kafka={"connect_timeout": 5}))
+    await broker.start()
+    await broker.ensure_topics([TopicSpec(topic, 1, HOUR_MS)])
+
+    async def commit(_partitions: frozenset[int]) -> None:
+        with pytest.raises(BrokerError, match="within 1 s"):
+            await consumer.commit({0: Committed(1)})
+
+    consumer = await broker.consume(topic, topic, on_assigned=nothing, on_revoked=commit)
+    reader = await broker.read(topic, {0: 0})
+    await (await broker.publish(topic, b"stored", partition=0))
+    assert len(await consumer.fetch(1)) == len(await reader.fetch()) == 1
+    await asyncio.to_thread(own.kill)
+    unsent = await broker.publish(topic, b"unsent", partition=0)
+    waiting = asyncio.ensure_future(reader.fetch())
+    async with asyncio.timeout(30):
+        await asyncio.wait([waiting], timeout=1)  # time for the fetch to fail, and to be about to be tried again
+        await reader.close()
+        await consumer.close()
+        await broker.close()
+    with pytest.raises(BrokerError, match="closed"):
+        await waiting
+    with pytest.raises(BrokerError, match="closed before the record was stored"):
+        await unsent
+
+
+async def test_a_broker_that_names_an_address_nobody_reaches(kafka_url: str) -> None:
+    said = r"127\.0\.0\.1:1\) do not: check its advertised\.listeners"
+    with node("advertised.listeners=PLAINTEXT://127.0.0.1:1") as lost, pytest.raises(BrokerError, match=said):
+        async with asyncio.timeout(10), opened(lost.url, connect_timeout=2):
+            pass
+
+
+async def test_the_first_server_of_several_may_be_away(kafka_url: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = kafka_url.replace("kafka://", f"kafka://127.0.0.1:{silent.getsockname()[1]},")
+        async with opened(url, connect_timeout=6) as broker:
+            assert broker.url == url
+            assert await broker.members(f"nobody.{uuid4().hex}") == 0
+
+
+async def test_what_a_full_worker_has_fetched_is_bounded_in_bytes(kafka_url: str) -> None:
+    topic = f"large.{uuid4().hex}"
+    async with opened(kafka_url) as broker:
+        await broker.ensure_topics([TopicSpec(topic, 1, HOUR_MS)])
+        await asyncio.gather(*[await broker.publish(topic, b"x" * 900_000, partition=0) for _ in range(60)])
+        consumer = await broker.consume(topic, topic, on_assigned=nothing, on_revoked=nothing)
+        assert isinstance(consumer, KafkaGroupConsumer)
+        buffer = consumer._buffer
+        async with asyncio.timeout(30):
+            while not buffer.full:  # noqa: ASYNC110 - nobody but the buffer's own consumer is told
+                await asyncio.sleep(0.05)
+        # One fetch may lie beyond the bound.
+        assert buffer._size <= BUFFER_BYTES + kafka_module.FETCH_BYTES
+        assert len(await values(lambda: consumer.fetch(1), 60)) == 60
+        await consumer.close()
+
+
+async def test_a_producer_whose_numbers_have_a_gap_is_replaced(kafka_url: str) -> None:
+    """As after a leader lost its log's end: without a new producer every later record would be refused."""
+    topic = f"gap.{uuid4().hex}"
+    async with opened(kafka_url) as broker:
+        assert isinstance(broker, KafkaBroker)
+        await broker.ensure_topics([TopicSpec(topic, 1, HOUR_MS)])
+        assert await (await broker.publish(topic, b"before", partition=0)) == 0
+        producer = broker._durable.producer
+        assert producer is not None
+        producer._txn_manager.increment_sequence_number(TopicPartition(topic, 0), 5)
+        with pytest.raises(BrokerError, match="OutOfOrderSequenceNumber"):
+            await (await broker.publish(topic, b"refused", partition=0))
+        assert await (await broker.publish(topic, b"after", partition=0)) == 1
+
+
+async def test_topics_are_created_as_the_retention_needs(kafka_url: str) -> None:
+    topic = f"settings.{uuid4().hex}"
+    async with opened(kafka_url) as broker:
+        await broker.ensure_topics([TopicSpec(topic, 3, HOUR_MS)])
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka_url.removeprefix("kafka://"))
+    await admin.start()
+    try:
+        (response,) = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+        configuration = {entry[0]: entry[1] for entry in response.resources[0][4]}
+    finally:
+        await admin.close()
+    assert configuration["retention.ms"] == str(HOUR_MS)
+    assert int(configuration["segment.ms"]) <= HOUR_MS / 4
+
+
+async def test_records_that_were_deleted_are_expired_for_readers_and_skipped_by_groups(kafka_url: str) -> None:
+    topic = f"deleted.{uuid4().hex}"
+    async with opened(kafka_url) as broker:
+        await broker.ensure_topics([TopicSpec(topic, 1, HOUR_MS)])
+        await asyncio.gather(*[await broker.publish(topic, b"%d" % n, partition=0) for n in range(10)])
+        admin = AIOKafkaAdminClient(bootstrap_servers=kafka_url.removeprefix("kafka://"))
+        await admin.start()
+        try:
+            await admin.delete_records({TopicPartition(topic, 0): RecordsToDelete(7)})
+        finally:
+            await admin.close()
+        reader = await broker.read(topic, {0: 3})
+        with pytest.raises(OffsetExpiredError, match=topic):
+            await asyncio.wait_for(reader.fetch(), 20)
+        consumer = await broker.consume(topic, topic, on_assigned=nothing, on_revoked=nothing)
+        assert await values(lambda: consumer.fetch(10), 3) == [b"7", b"8", b"9"]
+        await reader.close()
+        await consumer.close()
+
+
 async def values(fetch: Any, count: int) -> list[bytes]:
     got: list[bytes] = []
     async with asyncio.timeout(90):
@@ -93,7 +217,8 @@ async def values(fetch: Any, count: int) -> list[bytes]:
 
 LOGIN = (
     "org.apache.kafka.common.security.plain.PlainLoginModule required "
-    'username="admin" password="admin-secret" user_admin="admin-secret" user_alice="alice-secret";'
+    'username="admin" password="admin-secret" '
+    'user_admin="admin-secret" user_alice="alice-secret" user_bob="bob-secret";'
 )
 SASL = (
     "listeners=SASL_PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}",
@@ -110,7 +235,7 @@ SASL = (
 
 @pytest.fixture(scope="module")
 def guarded(kafka_url: str) -> Iterator[Node]:
-    """A broker with SASL/PLAIN: `admin` may do everything, `alice` nothing."""
+    """A broker with SASL/PLAIN: `admin` may do everything, `alice` nothing, `bob` what he is granted."""
     with node(*SASL) as started:
         yield started
 
@@ -122,6 +247,61 @@ def as_user(name: str, password: str | None = None) -> dict[str, Any]:
         "sasl_password": password or f"{name}-secret",
         "connect_timeout": 10,
     }
+
+
+TOPIC, GROUP = 2, 3
+READ, WRITE, DESCRIBE = 3, 4, 8
+
+
+class CreateAclsResponse(Response):  # type: ignore[misc] # aiokafka has no types
+    """Of the API 30, which aiokafka lacks, in the one version of it that has no tagged fields."""
+
+    API_KEY = 30
+    API_VERSION = 1
+    SCHEMA = Schema(("throttle_time_ms", Int32), ("results", Array(("error_code", Int16), ("error", String("utf-8")))))
+
+
+class CreateAclsRequestStruct(RequestStruct):  # type: ignore[misc] # as above
+    API_KEY = 30
+    API_VERSION = 1
+    RESPONSE_TYPE = CreateAclsResponse
+    SCHEMA = Schema(
+        (
+            "creations",
+            Array(
+                ("resource_type", Int8),
+                ("resource_name", String("utf-8")),
+                ("pattern_type", Int8),
+                ("principal", String("utf-8")),
+                ("host", String("utf-8")),
+                ("operation", Int8),
+                ("permission", Int8),
+            ),
+        )
+    )
+
+
+class CreateAclsRequest(Request[CreateAclsRequestStruct]):  # type: ignore[misc] # as above
+    API_KEY = 30
+
+    def __init__(self, creations: list[tuple[Any, ...]]) -> None:
+        self._creations = creations
+
+    def build(self, request_struct_class: type[CreateAclsRequestStruct]) -> CreateAclsRequestStruct:
+        return request_struct_class(self._creations)
+
+
+async def grant(server: Node, user: str, kind: int, name: str, *rights: int, **login: Any) -> None:
+    """Give a user rights on the topic or group of that name; `login` is that of an administrator."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=server.url.removeprefix("kafka://"), **login)
+    await admin.start()
+    try:
+        literal = allow = 3
+        acls = [(kind, name, literal, f"User:{user}", "*", right, allow) for right in rights]
+        response = await admin._send_to_controller(CreateAclsRequest(acls))
+        assert all(code == 0 for code, _ in response.results), response
+    finally:
+        await admin.close()
 
 
 async def test_the_right_credentials_are_let_in(guarded: Node) -> None:
@@ -145,6 +325,41 @@ async def test_a_missing_right_is_named(guarded: Node) -> None:
             pass
 
 
+async def test_each_right_that_is_missing_is_named_with_what_it_is_missing_on(guarded: Node) -> None:
+    login = {
+        "security_protocol": "SASL_PLAINTEXT",
+        "sasl_plain_username": "admin",
+        "sasl_plain_password": "admin-secret",
+    }
+    mine, other = f"mine.{uuid4().hex}", f"other.{uuid4().hex}"
+    async with opened(guarded.url, **as_user("admin")) as broker:
+        await broker.ensure_topics([TopicSpec(name, 1, HOUR_MS) for name in (mine, other)])
+    await grant(guarded, "bob", TOPIC, mine, WRITE, READ, DESCRIBE, **login)
+    await grant(guarded, "bob", TOPIC, other, DESCRIBE, **login)
+    await grant(guarded, "bob", GROUP, mine, READ, **login)
+    async with opened(guarded.url, **as_user("bob")) as broker:
+        await broker.ensure_topics([TopicSpec(mine, 1, HOUR_MS)])  # it exists: no right to create is needed
+        assert await (await broker.publish(mine, b"x", partition=0)) == 0
+        consumer = await broker.consume(mine, mine, on_assigned=nothing, on_revoked=nothing)
+        assert len(await consumer.fetch(1)) == 1
+        await consumer.close()
+        with pytest.raises(BrokerAuthorizationError, match=f"write {other}: the right WRITE is missing"):
+            await (await broker.publish(other, b"x", partition=0))
+        reader = await broker.read(other, {0: 0})
+        with pytest.raises(BrokerAuthorizationError, match=f"read {other}: the right READ is missing"):
+            await asyncio.wait_for(reader.fetch(), 20)
+        await reader.close()
+        with pytest.raises(BrokerAuthorizationError, match=f"group {other}: the right READ is missing"):
+            await broker.consume(mine, other, on_assigned=nothing, on_revoked=nothing)
+        with pytest.raises(BrokerAuthorizationError, match=f"{other}: the right DESCRIBE is missing"):
+            await broker.members(other)
+        assert isinstance(broker, KafkaBroker)
+        with pytest.raises(BrokerAuthorizationError, match=f"group {other}: the right DESCRIBE is missing"):
+            await broker._cluster.committed(other, mine, [0])
+        with pytest.raises(BrokerAuthorizationError, match="create the topic new: the right CREATE"):
+            await broker.ensure_topics([TopicSpec("new", 1, HOUR_MS)])
+
+
 async def test_no_credentials_are_a_clear_error(guarded: Node) -> None:
     with pytest.raises(BrokerError, match="if it wants TLS or SASL, set CHAINS_KAFKA_SECURITY_PROTOCOL"):
         async with opened(guarded.url, connect_timeout=1):
@@ -162,3 +377,71 @@ async def test_no_credentials_are_a_clear_error(guarded: Node) -> None:
 def test_settings_that_do_not_fit_are_named(kafka: dict[str, Any], said: str) -> None:
     with pytest.raises(ChainsUsageError, match=said):
         open_broker(Settings.of(broker="kafka://localhost", kafka=kafka))
+
+
+def openssl(folder: Path, *arguments: str) -> None:
+    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a certificate authority, and what it signed: `server` for 127.0.0.1, `client` for nothing."""
+    folder = tmp_path_factory.mktemp("tls")
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    for name in ("ca", "stranger"):
+        files = ("-keyout", f"{name}.key", "-out", f"{name}.pem")
+        openssl(folder, "req", "-x509", *curve, *files, "-subj", f"/CN={name}", "-days", "2")
+    for name in ("server", "client"):
+        openssl(folder, "req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        (folder / "extensions").write_text("subjectAltName=IP:127.0.0.1\n")
+        signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "extensions")
+        openssl(folder, "x509", "-req", "-in", f"{name}.csr", *signed, "-out", f"{name}.pem", "-days", "2")
+    store = (folder / "server.key").read_text() + (folder / "server.pem").read_text()
+    (folder / "keystore.pem").write_text(store)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encrypted(kafka_url: str, authority: Path) -> Iterator[str]:
+    """The URL of a listener with TLS that wants a certificate of its clients too."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    own, controller = "PLAINTEXT://127.0.0.1:{port}", "CONTROLLER://127.0.0.1:{controller}"
+    tls = f"SSL://127.0.0.1:{port}"
+    with node(
+        f"listeners={own},{controller},{tls}",
+        f"advertised.listeners={own},{tls}",
+        "listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SSL:SSL",
+        "ssl.keystore.type=PEM",
+        f"ssl.keystore.location={authority / 'keystore.pem'}",
+        "ssl.truststore.type=PEM",
+        f"ssl.truststore.location={authority / 'ca.pem'}",
+        "ssl.client.auth=required",
+    ):
+        yield f"kafka://127.0.0.1:{port}"
+
+
+async def test_tls_with_a_certificate_on_both_sides(encrypted: str, authority: Path) -> None:
+    topic = f"encrypted.{uuid4().hex}"
+    files = {"ssl_certfile": str(authority / "client.pem"), "ssl_keyfile": str(authority / "client.key")}
+    tls = {"security_protocol": "SSL", "ssl_cafile": str(authority / "ca.pem"), **files}
+    async with opened(encrypted, **tls) as broker:
+        await broker.ensure_topics([TopicSpec(topic, 1, HOUR_MS)])
+        reader = await broker.read(topic, {0: 0})
+        await (await broker.publish(topic, b"x", partition=0))
+        assert len(await reader.fetch()) == 1
+        await reader.close()
+
+
+async def test_a_server_that_our_authority_does_not_know_is_refused(encrypted: str, authority: Path) -> None:
+    with pytest.raises(BrokerError, match="certificate verify failed") as caught:
+        async with opened(encrypted, security_protocol="SSL", ssl_cafile=str(authority / "stranger.pem")):
+            pass
+    assert "\n" not in str(caught.value)
+
+
+async def test_plaintext_to_a_listener_with_tls_says_what_to_set(encrypted: str) -> None:
+    with pytest.raises(BrokerError, match="CHAINS_KAFKA_SECURITY_PROTOCOL"):
+        async with opened(encrypted, connect_timeout=1):
+            pass

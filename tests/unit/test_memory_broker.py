@@ -8,24 +8,28 @@ from chains_stream.broker import Committed, TopicSpec
 from chains_stream.brokers import memory
 from chains_stream.brokers.memory import MemoryBroker
 from chains_stream.errors import OffsetExpiredError
+from chains_stream.messages import now_ms
 from chains_stream.settings import Settings
+
+HOUR_MS = 3_600_000
 
 
 async def nothing(_partitions: frozenset[int]) -> None: ...
 
 
 @pytest.fixture
-def broker() -> MemoryBroker:
+def broker(monkeypatch: pytest.MonkeyPatch) -> MemoryBroker:
+    monkeypatch.setattr(memory, "MAX_RECORDS", 1_000)
     return MemoryBroker(Settings())
 
 
-async def fill_up(broker: MemoryBroker, topic: str) -> None:
+async def fill_up(broker: MemoryBroker, topic: str, partition: int = 0) -> None:
     for _ in range(memory.MAX_RECORDS):
-        await broker.publish(topic, b"", partition=0)
+        await broker.publish(topic, b"", partition=partition)
 
 
 async def test_publishers_wait_for_the_group_in_line(broker: MemoryBroker) -> None:
-    await broker.ensure_topics([TopicSpec("requests", 1, 1000)])
+    await broker.ensure_topics([TopicSpec("requests", 1, HOUR_MS)])
     await fill_up(broker, "requests")
     waiting = [asyncio.ensure_future(broker.publish("requests", bytes([n]), partition=0)) for n in range(3)]
     done, _ = await asyncio.wait(waiting, timeout=0.05)
@@ -42,7 +46,7 @@ async def test_publishers_wait_for_the_group_in_line(broker: MemoryBroker) -> No
 
 
 async def test_a_publisher_that_gives_up_leaves_the_line(broker: MemoryBroker) -> None:
-    await broker.ensure_topics([TopicSpec("requests", 1, 1000)])
+    await broker.ensure_topics([TopicSpec("requests", 1, HOUR_MS)])
     await fill_up(broker, "requests")
     impatient = asyncio.ensure_future(broker.publish("requests", b"1", partition=0))
     patient = asyncio.ensure_future(broker.publish("requests", b"2", partition=0))
@@ -56,7 +60,7 @@ async def test_a_publisher_that_gives_up_leaves_the_line(broker: MemoryBroker) -
 
 
 async def test_the_slowest_group_decides(broker: MemoryBroker) -> None:
-    await broker.ensure_topics([TopicSpec("requests", 1, 1000)])
+    await broker.ensure_topics([TopicSpec("requests", 1, HOUR_MS)])
     for n in range(10):
         await broker.publish("requests", bytes([n]), partition=0)
     fast = await broker.consume("requests", "fast", on_assigned=nothing, on_revoked=nothing)
@@ -68,7 +72,7 @@ async def test_the_slowest_group_decides(broker: MemoryBroker) -> None:
 
 
 async def test_bytes_are_bounded_too(broker: MemoryBroker) -> None:
-    await broker.ensure_topics([TopicSpec("requests", 1, 1000)])
+    await broker.ensure_topics([TopicSpec("requests", 1, HOUR_MS)])
     fits = memory.MAX_BYTES // 1_000_000
     for _ in range(fits):
         await broker.publish("requests", b"x" * 1_000_000, partition=0)
@@ -80,7 +84,7 @@ async def test_bytes_are_bounded_too(broker: MemoryBroker) -> None:
 
 
 async def test_a_ring_drops_its_oldest_records(broker: MemoryBroker) -> None:
-    await broker.ensure_topics([TopicSpec("replies", 1, 1000, ring=True)])
+    await broker.ensure_topics([TopicSpec("replies", 1, HOUR_MS, ring=True)])
     slow = await broker.read("replies", {0: 0})
     await fill_up(broker, "replies")
     await broker.publish("replies", b"one more", partition=0)
@@ -90,3 +94,107 @@ async def test_a_ring_drops_its_oldest_records(broker: MemoryBroker) -> None:
     assert (await late.fetch())[0].offset == 1
     await slow.close()
     await late.close()
+
+
+async def test_a_publisher_that_gives_up_as_its_turn_comes_passes_it_on(broker: MemoryBroker) -> None:
+    await broker.ensure_topics([TopicSpec("requests", 1, HOUR_MS)])
+    await fill_up(broker, "requests")
+    consumer = await broker.consume("requests", "g", on_assigned=nothing, on_revoked=nothing)
+    first, second = (asyncio.ensure_future(broker.publish("requests", b"", partition=0)) for _ in range(2))
+    await asyncio.sleep(0)
+    await consumer.commit({0: Committed(1)})  # room for one: the first is woken, and has not run yet
+    first.cancel()
+    assert await (await asyncio.wait_for(second, 5)) == memory.MAX_RECORDS
+    await consumer.close()
+
+
+async def test_newcomers_do_not_overtake_who_waits_for_room(broker: MemoryBroker) -> None:
+    await broker.ensure_topics([TopicSpec("requests", 1, HOUR_MS)])
+    await fill_up(broker, "requests")
+    consumer = await broker.consume("requests", "g", on_assigned=nothing, on_revoked=nothing)
+    early = asyncio.ensure_future(broker.publish("requests", b"early", partition=0))
+    await asyncio.sleep(0)
+    await consumer.commit({0: Committed(1)})
+    late = asyncio.ensure_future(broker.publish("requests", b"late", partition=0))
+    assert await (await asyncio.wait_for(early, 5)) == memory.MAX_RECORDS
+    await consumer.commit({0: Committed(2)})
+    assert await (await asyncio.wait_for(late, 5)) == memory.MAX_RECORDS + 1
+    await consumer.close()
+
+
+async def test_a_slow_consumer_bounds_the_log(broker: MemoryBroker) -> None:
+    """A producer without pause, a consumer that lags: what lies between them never grows past the limit."""
+    await broker.ensure_topics([TopicSpec("requests", 1, HOUR_MS)])
+    total = 20 * memory.MAX_RECORDS
+
+    async def produce() -> None:
+        for _ in range(total):
+            await broker.publish("requests", b"", partition=0)
+
+    producing = asyncio.ensure_future(produce())
+    consumer = await broker.consume("requests", "g", on_assigned=nothing, on_revoked=nothing)
+    done = most = 0
+    while done < total:
+        fetched = await consumer.fetch(50)
+        most = max(most, await broker.end_offset("requests", 0) - done)
+        done += len(fetched)
+        await consumer.commit({0: Committed(done)})
+        await asyncio.sleep(0)
+    await producing
+    assert most == memory.MAX_RECORDS
+    await consumer.close()
+
+
+async def test_records_past_their_retention_go_with_the_next_one(broker: MemoryBroker) -> None:
+    await broker.ensure_topics([TopicSpec("replies", 1, 20, ring=True)])
+    reader = await broker.read("replies", {0: 0})
+    consumer = await broker.consume("replies", "g", on_assigned=nothing, on_revoked=nothing)
+    await broker.publish("replies", b"old", partition=0)
+    until = now_ms() + 21
+    while now_ms() <= until:  # noqa: ASYNC110 - the clock itself is what is waited for
+        await asyncio.sleep(0.005)
+    await broker.publish("replies", b"new", partition=0)
+    with pytest.raises(OffsetExpiredError):
+        await reader.fetch()
+    young = await broker.read("replies", {0: 1})
+    assert [record.value for record in await young.fetch()] == [b"new"]
+    assert [record.value for record in await consumer.fetch(10)] == [b"new"], "groups go on with what there is"
+
+
+async def test_what_one_partition_lost_does_not_take_the_others_records_along(broker: MemoryBroker) -> None:
+    await broker.ensure_topics([TopicSpec("replies", 2, HOUR_MS, ring=True)])
+    await broker.publish("replies", b"kept", partition=0)
+    await fill_up(broker, "replies", partition=1)
+    reader = await broker.read("replies", {0: 0, 1: 0})
+    await broker.publish("replies", b"one more", partition=1)
+    assert [record.value for record in await reader.fetch()] == [b"kept"]
+    for _ in range(2):
+        with pytest.raises(OffsetExpiredError):
+            await reader.fetch()
+
+
+async def test_leaving_that_is_cancelled_has_left_all_the_same(broker: MemoryBroker) -> None:
+    await broker.ensure_topics([TopicSpec("requests", 2, HOUR_MS)])
+    held: frozenset[int] = frozenset()
+    blocked = asyncio.Event()
+
+    async def assigned(partitions: frozenset[int]) -> None:
+        nonlocal held
+        held = partitions
+
+    async def block(_partitions: frozenset[int]) -> None:
+        if not blocked.is_set():
+            blocked.set()
+            await asyncio.Event().wait()
+
+    stays = await broker.consume("requests", "g", on_assigned=assigned, on_revoked=nothing)
+    leaves = await broker.consume("requests", "g", on_assigned=nothing, on_revoked=block)
+    assert len(held) == 1
+    closing = asyncio.ensure_future(leaves.close())
+    await blocked.wait()
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert held == {0, 1}
+    assert await broker.members("g") == 1
+    await stays.close()
