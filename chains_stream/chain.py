@@ -1,6 +1,7 @@
 """The graph of Chainlets that an entrypoint reaches: their order, their topics, and how it looks."""
 
 import importlib.util
+import re
 import sys
 import traceback
 import types
@@ -46,7 +47,7 @@ class Chain:
 
         Raises ChainsUsageError, or InvalidChainError with all the mistakes in the file.
         """
-        path, _, wanted = target.partition(":")
+        path, _, wanted = target.rpartition(":") if re.search(r"\.py:\w*$", target) else (target, "", "")
         module, defined = _import(Path(path))
         if problems := check_chain_file(defined):
             raise InvalidChainError(problems)

@@ -67,7 +67,7 @@ class HttpTarget:
             try:
                 if response.status_code != httpx.codes.OK:
                     _raise_for(response.status_code, await response.aread())
-                async with aclosing(_events(response.aiter_lines())) as events:
+                async with aclosing(_events(response.aiter_bytes())) as events:
                     async for event, data in events:
                         if event == "done":
                             return
@@ -97,21 +97,31 @@ class HttpTarget:
         return GatewayError(f"no answer from the gateway at {self._url}: {reason}", status=503)
 
 
-async def _events(lines: AsyncIterator[str]) -> AsyncGenerator[tuple[str, bytes], None]:
+async def _lines(parts: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """Split at newlines alone: httpx's own lines end at characters that JSON text may hold."""
+    rest = b""
+    async for part in parts:
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line.removesuffix(b"\r")
+
+
+async def _events(parts: AsyncIterator[bytes]) -> AsyncGenerator[tuple[str, bytes], None]:
     """Read server-sent events: (event, data). Source: WHATWG HTML, section 9.2.6."""
-    event, data = "message", list[str]()
-    async for line in lines:
-        if not line:
-            if data:
-                yield event, "\n".join(data).encode()
-            event, data = "message", []
-            continue
-        name, _, value = line.partition(":")
-        value = value.removeprefix(" ")
-        if name == "event":
-            event = value
-        elif name == "data":
-            data.append(value)
+    event, data = "message", list[bytes]()
+    async with aclosing(_lines(parts)) as lines:
+        async for line in lines:
+            if not line:
+                if data:
+                    yield event, b"\n".join(data)
+                event, data = "message", []
+                continue
+            name, _, value = line.partition(b":")
+            value = value.removeprefix(b" ")
+            if name == b"event":
+                event = value.decode()
+            elif name == b"data":
+                data.append(value)
 
 
 def _raise_for(status: int, content: bytes) -> None:

@@ -63,7 +63,7 @@ class Gateway:
         target = await remote_target(chain, chain.entrypoint, self._caller, settings)
         self._run_remote = RunRemote(codec, target, settings)
         topic = chain.topic(chain.entrypoint, settings.namespace)
-        readiness = Readiness(self._broker, topic, chainlet_name(chain.entrypoint))
+        readiness = Readiness(self._broker, self._caller, topic, chainlet_name(chain.entrypoint))
         self.app = _app(
             [
                 Route("/run_remote", self._run_remote, methods=["POST"]),
@@ -90,8 +90,9 @@ async def create_app(chain: Chain, caller: Caller, broker: Broker, settings: Set
 class Readiness:
     """What is missing until requests can be served; asked of the broker, and kept for a moment."""
 
-    def __init__(self, broker: Broker, topic: str, entrypoint: str) -> None:
+    def __init__(self, broker: Broker, caller: Caller, topic: str, entrypoint: str) -> None:
         self._broker = broker
+        self._caller = caller
         self._topic = topic
         self._entrypoint = entrypoint
         self._missing: tuple[str, str] | None = None
@@ -110,7 +111,7 @@ class Readiness:
         return JSONResponse({"status": "ok"})
 
     async def _look(self) -> tuple[str, str] | None:
-        """Give what is missing, in a word and in a sentence. The reply position is known since the caller started."""
+        """Give what is missing, in a word and in a sentence."""
         try:
             async with asyncio.timeout(READY_WITHIN):
                 members = await self._broker.members(self._topic)
@@ -118,7 +119,19 @@ class Readiness:
             return "broker", f"the broker {self._broker.url} did not answer within {READY_WITHIN:g} s"
         except BrokerError as error:
             return "broker", str(error)
+        # The reply position was known when the caller started; since then reading may have stopped.
+        if (fault := await self._reading_fault()) is not None:
+            return "replies", f"answers can't be read any more: {fault}"
         return None if members else ("worker", f"no worker serves {self._entrypoint} (topic {self._topic})")
+
+    async def _reading_fault(self) -> BaseException | None:
+        failed = asyncio.create_task(self._caller.failed(), name="readiness")
+        await asyncio.wait([failed], timeout=0)
+        if failed.done():
+            return failed.exception()
+        failed.cancel()
+        await asyncio.wait([failed])
+        return None
 
 
 def _app(routes: list[Route]) -> Starlette:

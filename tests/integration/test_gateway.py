@@ -15,7 +15,8 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 import chains_stream as chains
-from chains_stream.errors import InvalidArgumentError, remote_detail
+from chains_stream.brokers.memory import MemoryReader
+from chains_stream.errors import BrokerError, InvalidArgumentError, remote_detail
 from chains_stream.gateway import app as gateway_app
 from chains_stream.gateway import run_remote
 from tests.sample import Counting, Item, Leaf, Relay, Sample, SampleError, Seen
@@ -336,6 +337,29 @@ async def test_health_and_readiness(monkeypatch: pytest.MonkeyPatch) -> None:
         assert response.headers["retry-after"] == "1"
         await served.host()
         assert (await served.http.get("/readyz")).json() == {"status": "ok"}
+
+
+async def test_a_gateway_that_can_read_no_answers_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway_app, "READY_FOR", 0.0)
+    async with serving(Greet) as served:
+        assert (await served.http.get("/readyz")).status_code == 200
+        reader = served.caller._reader
+        assert isinstance(reader, MemoryReader)
+        reader.fail(BrokerError("the disk is full"))
+        problem_of(await served.call(), 503)
+        problem = problem_of(await served.http.get("/readyz"), 503)
+    assert problem["missing"] == ["replies"]
+    assert "the disk is full" in problem["detail"]
+
+
+async def test_a_broker_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(group: str) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(gateway_app, "READY_WITHIN", 0.05)
+    async with serving(Greet) as served:
+        monkeypatch.setattr(served.broker, "members", never)
+        assert problem_of(await served.http.get("/readyz"), 503)["missing"] == ["broker"]
 
 
 @pytest.mark.parametrize("entrypoint", [Greet, Sample, Say, SayParts, Pieces, Counting, Refuse, Pause])
