@@ -7,6 +7,7 @@ import asyncio
 import contextvars
 import types
 from collections.abc import AsyncGenerator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from chains_stream.options import DeployedServiceDescriptor, DeploymentContext, 
 from chains_stream.policy import Limit, Scope, current
 from chains_stream.stub import Stub
 
+THREADS = "chains-thread"  # how the names of the threads of sync Chainlets begin
 LOCAL_DEADLINE = 600.0  # seconds, of a request made in `run_local`
 
 
@@ -38,7 +40,8 @@ class Callee:
         self.codec: Codec = codec_of(self.signature)
         self.concurrency = cls.remote_config.compute.concurrency
         self.slots = Limit(self.concurrency)
-        self._threads = Limit(self.concurrency)
+        # Of its own: the event loop's has a handful, whatever `predict_concurrency` says. Threads start as needed.
+        self._threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix=f"{THREADS}-{self.name}")
         self.instance = instance
         # The class's own: `run_local` puts a stub in its place on the instance.
         self._method = types.MethodType(getattr(type(instance), METHOD), instance)
@@ -53,25 +56,19 @@ class Callee:
         return self.codec.encode_result(result)
 
     async def _in_thread(self, arguments: dict[str, Any]) -> Any:
-        """Run a sync `run_remote`. A thread can't be cancelled: it counts as running until it has ended."""
-        limit = self._threads.here()
-        await limit.acquire()
+        """Run a sync `run_remote`. A thread can't be cancelled: it takes one of the places until it has ended."""
         context = contextvars.copy_context()
-        running = asyncio.get_running_loop().run_in_executor(None, context.run, self._guarded, arguments)
-
-        def ended(thread: asyncio.Future[Any]) -> None:
-            limit.release()
-            if not thread.cancelled():
-                thread.exception()  # seen: nobody waits for it any more if the call was cancelled
-
-        running.add_done_callback(ended)
-        return await asyncio.shield(running)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, context.run, self._guarded, arguments)
 
     def _guarded(self, arguments: dict[str, Any]) -> Any:
         try:
             return self._method(**arguments)
         except StopIteration as error:  # which no future can hold
             raise RuntimeError("run_remote raised StopIteration") from error
+
+    def close(self) -> None:
+        """Let the threads end. One that runs is left to itself."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def stream(self, arguments: bytes) -> AsyncGenerator[bytes, None]:
         """Run a streaming `run_remote`, closing its generator whatever happens."""

@@ -288,6 +288,8 @@ class Host:
         end = loop.time() + self._settings.grace_period
         for worker in reversed(self.workers):
             await worker.drain(max(0.0, end - loop.time()))
+        for callee in self._callees.values():
+            callee.close()
 
     async def healthy(self) -> bool:
         """Ask every Chainlet that has an `is_healthy`."""

@@ -22,7 +22,7 @@ from chains_stream.log import get_logger
 from chains_stream.settings import Settings
 
 BROKER_TIMEOUT = 30.0  # seconds to reach the broker and make the topics that every process needs
-MAX_THREADS = 1000  # started as they are needed; what bounds them is the `predict_concurrency` of sync Chainlets
+MAX_THREADS = 1000  # for `asyncio.to_thread` in Chainlets; started as needed, and bounded by `predict_concurrency`
 _THREADS = "chains-thread"
 _THREADS_GRACE = 1.0  # seconds for a synchronous Chainlet's thread, after everything else has ended
 

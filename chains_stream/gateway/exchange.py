@@ -26,7 +26,6 @@ from chains_stream.policy import Scope, new_request_id
 
 TIMEOUT_HEADER = "x-request-timeout"  # seconds that a client gives its request, at most what the gateway gives it
 FAREWELL = 1.0  # seconds that a client has to take the end of an answer that was cut short
-CLIENT_CLOSED = 499  # for the log: the client left before the end
 
 _EXCHANGE = "chains.exchange"  # in the ASGI scope of a request
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.{0,100})?")  # W3C Trace Context
@@ -60,7 +59,7 @@ class Exchange:
     Attributes:
         headers: of the request.
         request_id: goes with every answer, and through all hops of the Chain.
-        status: of the answer; `CLIENT_CLOSED` once the client has left.
+        status: of the answer; `CLIENT_CLOSED_REQUEST` once the client has left.
         error: the code of what went wrong, for the log.
         started: whether the status line has gone out.
         complete: whether all of the answer has.

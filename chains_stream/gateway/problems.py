@@ -11,7 +11,7 @@ from chains_stream.errors import ChainsError, RemoteErrorDetail, http_status, re
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER = 1  # seconds, where nobody knows better
 
-_CLIENT_CLOSED_REQUEST = 499  # nginx's, and google.rpc's for a request that was cancelled
+CLIENT_CLOSED_REQUEST = 499  # nginx's for a client that left, and google.rpc's for a request that was cancelled
 _RETRY_LATER = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
@@ -113,7 +113,7 @@ def respond(problem: Problem, headers: dict[str, str] | None = None) -> Response
 
 
 def title(status: int) -> str:
-    if status == _CLIENT_CLOSED_REQUEST:
+    if status == CLIENT_CLOSED_REQUEST:
         return "Request Cancelled"
     try:
         return HTTPStatus(status).phrase

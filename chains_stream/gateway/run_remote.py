@@ -12,7 +12,7 @@ from chains_stream.calls import RemoteTarget
 from chains_stream.codec import Codec
 from chains_stream.errors import GatewayError, OverloadedError
 from chains_stream.gateway import problems
-from chains_stream.gateway.exchange import CLIENT_CLOSED, ClientLeftError, Exchange, exchange_of
+from chains_stream.gateway.exchange import ClientLeftError, Exchange, exchange_of
 from chains_stream.gateway.negotiation import choose
 from chains_stream.gateway.problems import Refusal
 from chains_stream.gateway.streaming import Form, Stream, form_of, media_types
@@ -51,7 +51,7 @@ class RunRemote:
             async with exchange.wanted(request):
                 await self._serve(exchange, request, form)
         except ClientLeftError:
-            exchange.status = CLIENT_CLOSED
+            exchange.status = problems.CLIENT_CLOSED_REQUEST  # for the log alone
         except Refusal as refusal:
             await exchange.answer(problems.of_refusal(refusal, exchange.request_id), refusal.headers)
         except Exception as error:

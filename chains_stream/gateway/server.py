@@ -88,9 +88,11 @@ class Server:
         self._uvicorn = _Uvicorn(config)
         self._serving = asyncio.create_task(self._uvicorn.serve([self._socket]), name="http")
         ready = asyncio.create_task(self._uvicorn.ready.wait(), name="http ready")
-        await asyncio.wait([self._serving, ready], return_when=asyncio.FIRST_COMPLETED)
-        ready.cancel()
-        await asyncio.wait([ready])
+        try:
+            await asyncio.wait([self._serving, ready], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ready.cancel()
+            await asyncio.wait([ready])
         if self._serving.done():
             serving, self._serving = self._serving, None
             try:
@@ -101,15 +103,15 @@ class Server:
 
     async def stop(self) -> None:
         """Stop accepting, let running requests finish within the grace period, end the others, and close."""
-        if self._uvicorn is not None and self._serving is not None:
-            timer = asyncio.get_running_loop().call_later(self._grace_period, self._interrupt)
-            self._uvicorn.should_exit = True
-            try:
+        timer = asyncio.get_running_loop().call_later(self._grace_period, self._interrupt)
+        try:
+            if self._uvicorn is not None and self._serving is not None:
+                self._uvicorn.should_exit = True
                 await self._serving
-            finally:
-                timer.cancel()
-        if self._socket is not None:
-            self._socket.close()
+        finally:
+            timer.cancel()
+            if self._socket is not None:
+                self._socket.close()
 
     def _explain(self, error: OSError) -> str:
         host, port = self._host, self._port

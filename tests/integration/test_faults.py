@@ -210,6 +210,20 @@ async def test_a_thread_that_was_given_up_still_counts_as_running() -> None:
     assert Running.most <= 2  # the one given up in the first block may still have been inside
 
 
+async def test_sync_chainlets_run_as_many_at_once_as_they_say() -> None:
+    class Wide(chains.ChainletBase):
+        remote_config = chains.RemoteConfig(compute=chains.Compute(predict_concurrency=20))
+
+        def run_remote(self) -> int:
+            return together.wait(20)
+
+    together = threading.Barrier(20)
+    async with chains.run_chain(Wide) as connected:
+        wide: Any = connected
+        async with asyncio.timeout(30):
+            assert sorted(await asyncio.gather(*(wide.run_remote() for _ in range(20)))) == list(range(20))
+
+
 async def test_a_generator_that_never_waits_lets_others_run() -> None:
     async with chains.run_chain(Busy, stream_window=1_000_000, stream_window_bytes=1 << 30) as busy:
         endless: Any = busy.run_remote()
