@@ -54,7 +54,7 @@ class Server:
         if self._socket is None:
             try:
                 self._socket = await _bound(self._host, self._port)
-            except OSError as error:
+            except (OSError, UnicodeError) as error:
                 raise ChainsUsageError(self._explain(error)) from error
             host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self._host, self._host)  # noqa: S104 - any
             port = self._socket.getsockname()[1]
@@ -113,12 +113,10 @@ class Server:
             if self._socket is not None:
                 self._socket.close()
 
-    def _explain(self, error: OSError) -> str:
+    def _explain(self, error: OSError | UnicodeError) -> str:
         host, port = self._host, self._port
-        if isinstance(error, socket.gaierror):
-            return (
-                f"{host} is not the name or an address of this machine ({error.strerror}): choose another with --host"
-            )
+        if isinstance(error, UnicodeError | socket.gaierror):  # what is no name at all does not get as far as a lookup
+            return f"{host} is not the name or an address of this machine: choose another with --host"
         match error.errno:
             case errno.EADDRINUSE:
                 return f"port {port} on {host} is in use: choose another with --port"

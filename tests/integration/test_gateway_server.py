@@ -83,7 +83,7 @@ async def test_a_port_that_is_taken_between_bind_and_start() -> None:
     await second.stop()
 
 
-@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.1", "not an address"])
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.1", "not an address", "x" * 70])
 async def test_a_host_that_is_not_here_is_one_clear_line(host: str) -> None:
     with pytest.raises(ChainsUsageError) as caught:
         await Server(host, 0, 1.0).start(APP)
