@@ -58,7 +58,6 @@ class Call:
         self._chunks: deque[msgspec.Raw] = deque()
         self._value = msgspec.Raw()
         self._error: Exception | None = None
-        self._repeated = 0  # chunks that came again, from a worker that took the request over
         self._changed = asyncio.Event()
         self._taken = self._taken_size = 0  # by the reader of the stream
         self._granted = self._granted_size = 0  # of these, what the worker was told
@@ -115,7 +114,10 @@ class Call:
         """Take one frame from the log."""
         if self.ended or frame.attempt < self._attempt:
             return
-        self._attempt = frame.attempt
+        if frame.attempt > self._attempt:
+            self._attempt = frame.attempt
+            if self._next_sequence and isinstance(frame, Started | Chunk | Done) and not self._begin_again():
+                return
         match frame:
             case Chunk(sequence=sequence, value=value):
                 self._feed_chunk(sequence, value)
@@ -134,11 +136,6 @@ class Call:
 
     def _feed_chunk(self, sequence: int, value: msgspec.Raw) -> None:
         if sequence < self._next_sequence:
-            # The worker that runs it again knows nothing of what was taken, and may wait for credit.
-            self._repeated += 1
-            if self._caller.wants_credit(self._repeated, 0):
-                self._repeated = 0
-                self._grant()
             return
         if sequence > self._next_sequence:
             self._end(self._interrupted(f"chunk {self._next_sequence} is missing"))
@@ -146,6 +143,15 @@ class Call:
         self._next_sequence += 1
         self._chunks.append(value)
         self._wake()
+
+    def _begin_again(self) -> bool:
+        """Another worker runs a stream from its beginning: False if something of it was shown, and must not change."""
+        if self._taken:
+            self._end(self._interrupted("its worker was lost"))
+            return False
+        self._chunks.clear()
+        self._next_sequence = 0
+        return True
 
     def _interrupted(self, reason: str) -> StreamInterruptedError:
         received = self._next_sequence

@@ -2,6 +2,28 @@
 
 from collections import deque
 
+import msgspec
+
+
+class Note(msgspec.Struct, array_like=True, frozen=True):
+    """What is committed beside an offset: the epoch of the partition's assignment, raised at every takeover.
+
+    It is the `attempt` of the answers: a caller tells by it that another worker runs its request again.
+    """
+
+    epoch: int = 0
+
+    @classmethod
+    def read(cls, metadata: str) -> "Note":
+        """Read a note; what is none of ours counts as none."""
+        try:
+            return msgspec.json.decode(metadata, type=cls) if metadata else cls()
+        except msgspec.DecodeError:
+            return cls()
+
+    def write(self) -> str:
+        return msgspec.json.encode(self).decode()
+
 
 class Ledger:
     """The records of one partition that this process has taken, and which of them are finished.

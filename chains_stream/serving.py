@@ -50,8 +50,9 @@ class Job:
     ends. In the last two cases it is not answered, and another worker runs it.
     """
 
-    def __init__(self, record: Record, callee: Callee, broker: Broker, settings: Settings) -> None:
+    def __init__(self, record: Record, attempt: int, callee: Callee, broker: Broker, settings: Settings) -> None:
         self.record = record
+        self._attempt = attempt
         self.request: Request | None = None
         self.stop: Stop | None = None
         self._callee = callee
@@ -144,7 +145,7 @@ class Job:
         attempt = 1
         while True:
             try:
-                return await reply_to(self._broker, request, self._callee.codec, attempt=1)
+                return await reply_to(self._broker, request, self._callee.codec, self._attempt)
             except UnknownTopicError:
                 raise
             except BrokerError as error:

@@ -16,8 +16,9 @@ from chains_stream.control import Cancel, Credit, Message
 from chains_stream.errors import BrokerError, ChainsUsageError, user_frames
 from chains_stream.local import Callee, LocalTarget
 from chains_stream.log import get_logger
-from chains_stream.offsets import Ledger
+from chains_stream.offsets import Ledger, Note
 from chains_stream.options import DeploymentContext, RPCOptions
+from chains_stream.policy import backoff
 from chains_stream.serving import Job, Outcome
 from chains_stream.settings import Settings
 from chains_stream.stub import Stub
@@ -42,6 +43,7 @@ class Worker:
         self._held: frozenset[int] = frozenset()
         self._ledgers: dict[int, Ledger] = {}
         self._committed: dict[int, int] = {}
+        self._notes: dict[int, Note] = {}  # of the partitions that were taken over
         self._running = 0
         self._jobs: dict[asyncio.Task[None], Job] = {}
         self._by_id: dict[bytes, Job] = {}  # a stranger's requests may have no id, or repeat one
@@ -118,13 +120,36 @@ class Worker:
                 await self._freed.wait()
                 continue
             for record in await consumer.fetch(free):
+                note = self._notes.get(record.partition) or await self._take_over(consumer, record)
+                if note is None:
+                    continue
                 ledger = self._ledgers.setdefault(record.partition, Ledger())
                 if ledger.take(record.offset):
-                    self._begin(record, ledger)
+                    self._begin(record, ledger, note.epoch)
 
-    def _begin(self, record: Record, ledger: Ledger) -> None:
+    async def _take_over(self, consumer: GroupConsumer, first: Record) -> Note | None:
+        """Raise the epoch of a partition before anything of it is run; None if it is lost meanwhile."""
+        partition = first.partition
+        attempt = 1
+        while partition in self._held:
+            try:
+                committed = await consumer.committed(partition)
+                note = Note(Note.read(committed.metadata if committed else "").epoch + 1)
+                position = Committed(committed.offset if committed else first.offset, note.write())
+                if partition in await consumer.commit({partition: position}) and partition in self._held:
+                    self._notes[partition] = note
+                    return note
+            except BrokerError as error:
+                log.warning("takeover.retry", chainlet=self.callee.name, partition=partition, reason=str(error))
+                await asyncio.sleep(backoff(attempt))
+                attempt += 1
+            else:
+                return None  # it went to another worker
+        return None
+
+    def _begin(self, record: Record, ledger: Ledger, epoch: int) -> None:
         self._running += 1
-        job = Job(record, self.callee, self._broker, self._settings)
+        job = Job(record, epoch, self.callee, self._broker, self._settings)
         task = asyncio.create_task(self._serve(job, ledger))
         self._jobs[task] = job
         task.add_done_callback(self._ended)
@@ -181,7 +206,7 @@ class Worker:
             return
         try:
             stored = await self._consumer.commit(
-                {partition: Committed(position) for partition, position in due.items()}
+                {partition: Committed(position, self._notes[partition].write()) for partition, position in due.items()}
             )
         except BrokerError as error:
             # The next commit covers it; until then a crash repeats more.
@@ -212,6 +237,7 @@ class Worker:
                 job.cancel("lost")
         for partition in lost:
             del self._ledgers[partition]
+        self._notes = {partition: note for partition, note in self._notes.items() if partition in self._ledgers}
         self._held = partitions
         # What was committed while the partitions moved may not have counted: say it again.
         self._committed.clear()
@@ -219,15 +245,14 @@ class Worker:
         log.info("worker.assigned", chainlet=self.callee.name, partitions=len(partitions), lost=sorted(lost))
 
     async def _overtaken(self, partition: int) -> bool:
-        """Tell whether another worker has had a partition since, which we seem to have kept: its position tells."""
+        """Tell whether another worker has had a partition since, which we seem to have kept."""
         assert self._consumer is not None, "there are ledgers only after the first assignment"
         try:
             committed = await self._consumer.committed(partition)
         except BrokerError as error:
             log.warning("commit.unknown", chainlet=self.callee.name, partition=partition, reason=str(error))
             return False
-        position = self._ledgers[partition].position
-        return committed is not None and position is not None and committed.offset > position
+        return committed is not None and Note.read(committed.metadata).epoch > self._notes[partition].epoch
 
     async def _revoked(self, partitions: frozenset[int]) -> None:  # noqa: ARG002 - the broker's callback
         if self._consumer is not None:

@@ -303,18 +303,34 @@ async def test_a_chunk_that_was_not_stored_ends_the_stream_with_an_error() -> No
 
 @pytest.mark.kafka
 @pytest.mark.timeout(180)
-async def test_a_stream_goes_on_when_its_worker_is_drained(kafka_url: str) -> None:
-    """The next worker runs it again; what was read is not shown twice, and credit is given anew."""
+async def test_a_stream_whose_worker_goes_ends_with_an_error_once_something_was_shown(kafka_url: str) -> None:
+    """Another worker runs it again, and might say something else: the two must not be mixed."""
     settings: dict[str, Any] = {"namespace": f"t{uuid4().hex[:10]}", "partitions": 2, "stream_window": 64}
-    async with chains.connect(kafka_url, Counting, **settings) as counting, AsyncExitStack() as stack:
-        first = AsyncExitStack()
-        await first.enter_async_context(chains.run_chain(Counting, kafka_url, **settings, grace_period=0.1))
-        numbers: Any = counting.run_remote(2_000)
-        got = [await anext(numbers) for _ in range(300)]
-        await first.aclose()
-        await stack.enter_async_context(chains.run_chain(Counting, kafka_url, **settings))
-        got += [number async for number in numbers]
-    assert got == list(range(2_000))
+    async with chains.connect(kafka_url, Counting, **settings) as counting:
+        async with chains.run_chain(Counting, kafka_url, **settings, grace_period=0.1):
+            numbers: Any = counting.run_remote(2_000)
+            got = [await anext(numbers) for _ in range(300)]
+        async with chains.run_chain(Counting, kafka_url, **settings):
+            with pytest.raises(StreamInterruptedError, match="its worker was lost") as caught:
+                async for number in numbers:
+                    got.append(number)  # noqa: PERF401 - what came before the error
+            assert got == list(range(caught.value.chunks or 0))
+            assert [number async for number in counting.run_remote(20)] == list(range(20))
+
+
+@pytest.mark.kafka
+@pytest.mark.timeout(180)
+async def test_a_stream_whose_worker_goes_begins_again_while_nothing_was_shown(kafka_url: str) -> None:
+    settings: dict[str, Any] = {"namespace": f"t{uuid4().hex[:10]}", "partitions": 2, "stream_window": 64}
+    async with chains.connect(kafka_url, Counting, **settings) as counting:
+        async with chains.run_chain(Counting, kafka_url, **settings, grace_period=0.1):
+            handle = await counting.submit(500, name="unread")
+            await Seen.until("unread", times=64)
+        async with chains.run_chain(Counting, kafka_url, **settings):
+            async with asyncio.timeout(30):
+                while handle._call._attempt < 2:
+                    await handle._call._wait()
+            assert await handle.result() == list(range(500))
 
 
 @pytest.mark.kafka

@@ -1,9 +1,10 @@
 """Out-of-order completion: what is committed is never beyond an unfinished record."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chains_stream.offsets import Ledger
+from chains_stream.offsets import Ledger, Note
 
 
 @given(st.lists(st.integers(0, 10_000), unique=True, min_size=1, max_size=60).map(sorted), st.data())
@@ -38,6 +39,16 @@ def test_records_that_come_again_are_taken_once(steps: list[tuple[bool, int]]) -
             if back % 2 and taken:
                 ledger.finish(taken.pop(back % len(taken)))
     assert ledger.position == (min(taken) if taken else (highest + 1 if highest >= 0 else None))
+
+
+@pytest.mark.parametrize("metadata", ["", "null", "a stranger's", "{}", '["x"]', "[-"])
+def test_a_note_that_is_none_of_ours_counts_as_none(metadata: str) -> None:
+    assert Note.read(metadata) == Note(0)
+
+
+def test_a_note_is_read_as_it_was_written_and_by_later_versions_too() -> None:
+    assert Note.read(Note(7).write()) == Note(7)
+    assert Note.read('[7, "a field of the future"]') == Note(7)
 
 
 def test_nothing_taken_commits_nothing() -> None:
