@@ -21,6 +21,7 @@ from chains_stream.control import Cancel, Control, Credit, Message
 from chains_stream.errors import (
     BrokerError,
     CallCancelledError,
+    ChainsRuntimeError,
     OffsetExpiredError,
     StreamInterruptedError,
     WorkerLostError,
@@ -323,8 +324,13 @@ class Caller:
             return
         for frame in frames:
             call = self._calls.get(frame.correlation_id)
-            if call is not None:
+            if call is None:
+                continue
+            try:
                 call.feed(frame)
+            except Exception as error:
+                log.exception("reply.defect", request_id=call.scope.request_id)
+                call.fail(ChainsRuntimeError(f"the answer can't be read: {error!r}"))
 
     def fail(self, error: BrokerError) -> None:
         """Fail all calls, and those to come."""

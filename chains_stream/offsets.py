@@ -32,13 +32,14 @@ class Ledger:
     finished: after a crash the group goes on from there, so that no record is lost.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start: int = 0) -> None:
+        """Begin at the offset `start`: what lies before it is done."""
         self._open: deque[int] = deque()  # in order; finished ones leave when they reach the head
         self._finished: set[int] = set()  # those still behind an open one
-        self._highest = -1
+        self._highest = start - 1
 
     def take(self, offset: int) -> bool:
-        """Note a record as begun. False if it was taken before: it came again after a rebalance."""
+        """Note a record as begun. False if it was done or taken before: it came again after a rebalance."""
         if offset <= self._highest:
             return False
         self._highest = offset

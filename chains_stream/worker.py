@@ -121,11 +121,8 @@ class Worker:
                 continue
             for record in await consumer.fetch(free):
                 note = self._notes.get(record.partition) or await self._take_over(consumer, record)
-                if note is None:
-                    continue
-                ledger = self._ledgers.setdefault(record.partition, Ledger())
-                if ledger.take(record.offset):
-                    self._begin(record, ledger, note.epoch)
+                if note is not None and self._ledgers[record.partition].take(record.offset):
+                    self._begin(record, self._ledgers[record.partition], note.epoch)
 
     async def _take_over(self, consumer: GroupConsumer, first: Record) -> Note | None:
         """Raise the epoch of a partition before anything of it is run; None if it is lost meanwhile."""
@@ -138,6 +135,8 @@ class Worker:
                 position = Committed(committed.offset if committed else first.offset, note.write())
                 if partition in await consumer.commit({partition: position}) and partition in self._held:
                     self._notes[partition] = note
+                    # What another worker has done since this record was fetched is not run again.
+                    self._ledgers[partition] = Ledger(position.offset)
                     return note
             except BrokerError as error:
                 log.warning("takeover.retry", chainlet=self.callee.name, partition=partition, reason=str(error))
@@ -155,26 +154,30 @@ class Worker:
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        job = self._jobs.pop(task)
+        del self._jobs[task]
         self._freed.set()
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("worker.defect", offset=job.record.offset, chainlet=self.callee.name, exc_info=error)
 
     async def _serve(self, job: Job, ledger: Ledger) -> None:
-        outcome: Outcome | None = None
+        try:
+            outcome = await self._run(job)
+            if job.stop in ("lost", "drained"):
+                return  # it is not finished: another worker takes it up
+            if outcome is not None:
+                await job.answer(outcome)
+        except Exception:
+            # A defect of ours. Left open, the record would hold up its partition for ever.
+            log.exception("worker.defect", chainlet=self.callee.name, offset=job.record.offset)
+        ledger.finish(job.record.offset)
+        self._finished.set()
+
+    async def _run(self, job: Job) -> Outcome | None:
+        """Have a request run, in one of the places that `predict_concurrency` gives."""
         try:
             request = await job.read()
-            if request is not None:
-                outcome = await self._outcome(job, request.correlation_id)
+            return await self._outcome(job, request.correlation_id) if request is not None else None
         finally:
             self._running -= 1
             self._freed.set()
-        if job.stop in ("lost", "drained"):
-            return  # it is not finished: another worker takes it up
-        if outcome is not None:
-            await job.answer(outcome)
-        ledger.finish(job.record.offset)
-        self._finished.set()
 
     async def _outcome(self, job: Job, correlation_id: bytes) -> Outcome | None:
         if self._cancelled.pop(correlation_id, None) is not None:

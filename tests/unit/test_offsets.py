@@ -55,6 +55,16 @@ def test_nothing_taken_commits_nothing() -> None:
     assert Ledger().position is None
 
 
+def test_what_lies_before_the_start_is_done() -> None:
+    ledger = Ledger(10)
+    assert not ledger.take(9)
+    assert ledger.position == 10
+    assert ledger.take(10)
+    assert ledger.position == 10
+    ledger.finish(10)
+    assert ledger.position == 11
+
+
 def test_offsets_with_gaps_commit_past_the_gap() -> None:
     """Offsets of a Kafka partition have gaps where transactions ended or records were compacted away."""
     ledger = Ledger()
