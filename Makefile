@@ -11,7 +11,7 @@ READY := .venv/.ready
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-run: $(READY) ## Serve the example Chain on the embedded broker, on http://127.0.0.1:$(PORT)
+run: $(READY) ## Serve the example Chain on the embedded broker, on http://127.0.0.1:8000 (PORT=…)
 	@exec $(BIN)/chains run chainlets/summarize.py --host 127.0.0.1 --port $(PORT)
 
 test: $(READY) ## Run the whole suite, against a real Apache Kafka of its own on a free port
@@ -25,7 +25,7 @@ check: $(READY) ## Check format, lint and types
 format: $(READY) ## Format the code and mend what lint can mend
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
 
-kafka: ## Start a real Apache Kafka in the background, on 127.0.0.1:$(KAFKA_PORT)
+kafka: ## Start a real Apache Kafka in the background, on 127.0.0.1:9092 (KAFKA_PORT=…)
 	@deploy/kafka/kafka start --port $(KAFKA_PORT)
 
 kafka-stop: ## Stop it; its data stays in .kafka

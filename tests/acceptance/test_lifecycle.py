@@ -92,6 +92,8 @@ def refused(url: str) -> bool:
         httpx.get(f"{url}/healthz")
     except httpx.ConnectError:
         return True
+    except httpx.TransportError:
+        return False  # the system had taken the connection before the server let go of the port
     return False
 
 
