@@ -6,11 +6,9 @@ worker by a stub that calls it over the broker.
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Protocol, Self, TypeVar, cast, overload
 
 from typing_extensions import TypeIs
@@ -182,10 +180,6 @@ def dependencies(cls: type[ChainletBase]) -> Mapping[str, Dependency]:
     return {name: p.default for name, p in init_parameters(cls).items() if isinstance(p.default, Dependency)}
 
 
-def wants_context(cls: type[ChainletBase]) -> bool:
-    return any(isinstance(p.default, ContextDependency) for p in init_parameters(cls).values())
-
-
 def init_parameters(cls: type[ChainletBase]) -> Mapping[str, inspect.Parameter]:
     """Give the parameters of ``__init__`` but for ``self``."""
     if cls.__init__ is object.__init__:
@@ -220,9 +214,3 @@ def recording() -> Iterator[list[type[ChainletBase]]]:
         yield classes
     finally:
         _recorded.reset(token)
-
-
-def module_file(cls: type[ChainletBase]) -> Path | None:
-    """Give the file that a Chainlet was defined in."""
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return Path(file) if file else None

@@ -7,6 +7,7 @@ silence, so they are watched, and a new one takes its place.
 """
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
@@ -40,7 +41,7 @@ _LOST = (
 MakeConsumer = Callable[..., AIOKafkaConsumer]
 
 
-class _Feed:
+class _Feed(ABC):
     """Keeps a consumer of aiokafka at work, and moves what it fetches to a buffer.
 
     Brokers that restart and leaders that move are aiokafka's to get over; what breaks it is got over by another one.
@@ -78,11 +79,11 @@ class _Feed:
         self._buffer.clear()
         self._fail(BrokerError(f"{self._topic}: the consumer was closed"))
 
+    @abstractmethod
     async def _open(self) -> AIOKafkaConsumer:
         """Make a consumer that goes on where the last one stopped."""
-        raise NotImplementedError
 
-    async def _leave(self) -> None:
+    async def _leave(self) -> None:  # noqa: B027 - a reader holds nothing
         """Let go of what the consumer holds, before it is stopped."""
 
     def _fail(self, error: BrokerError) -> None:
