@@ -6,7 +6,7 @@ a `Reader` follows partitions that it names, alone, and commits nothing.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -60,8 +60,17 @@ class GroupConsumer(Protocol):
         Returns the partitions whose position was stored. Raises BrokerError.
         """
 
-    async def committed(self, partition: int) -> Committed | None:
-        """Read what the group has stored for a partition, or None."""
+    async def committed(self, partitions: Collection[int]) -> dict[int, Committed]:
+        """Read what the group has stored for partitions; those without are left out. Raises BrokerError."""
+
+    def pause(self, partition: int) -> None:
+        """Give no records of a partition until `resume`. Only while it is held: whoever gets it next begins unpaused."""
+
+    def resume(self, partition: int) -> None:
+        """Give records of a partition again, from where they stopped."""
+
+    def lag(self) -> dict[int, int]:
+        """Give, for each partition held, how many records lie beyond what `fetch` has given, as far as is known."""
 
     async def close(self) -> None:
         """Leave the group. `on_revoked` is called first, with the partitions still held."""
@@ -133,8 +142,20 @@ class Broker(Protocol):
     async def read(self, topic: str, positions: Mapping[int, int | None]) -> Reader:
         """Follow partitions from the given offsets, or from the end for None; positions are known on return."""
 
+    async def begin_offset(self, topic: str, partition: int) -> int:
+        """Give the offset of the oldest record that a partition may still hold."""
+
     async def end_offset(self, topic: str, partition: int) -> int:
         """Give the offset that the next record of a partition will get."""
+
+    async def offsets_at(self, topic: str, partitions: Collection[int], timestamp_ms: int) -> dict[int, int]:
+        """Give, for each partition, the offset of the first record not older than that; its end if there is none."""
+
+    async def delete_before(self, topic: str, positions: Mapping[int, int]) -> None:
+        """Delete the records of partitions that lie before the given offsets."""
+
+    def trouble(self) -> str | None:
+        """Say what has kept a consumer or a reader of this broker from moving on for too long; None if all is well."""
 
     async def members(self, group: str) -> int:
         """Give the number of consumers that are in a group now."""

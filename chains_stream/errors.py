@@ -189,6 +189,34 @@ class WorkerLostError(ChainsRuntimeError):
     retryable = True
 
 
+class DeadLetteredError(ChainsRuntimeError):
+    """The request was put aside, into the dead-letter topic `topic` at `offset`: its workers died of it, or can't read it.
+
+    See ``chains dlq``: it can be looked at, and sent again once its cause is mended.
+    """
+
+    code = "dead-lettered"
+    fields = ("topic", "offset")
+    topic: str | None
+    offset: int | None
+
+
+class StoreError(ChainsRuntimeError):
+    """The store for large values can't be reached, or refused us. The message names it and what it said."""
+
+    code = "store"
+    status = 503
+    retryable = True
+
+
+class StoredValueMissingError(StoreError):
+    """A large value is no longer in the store: its retention has passed, or somebody removed it. Send it again."""
+
+    code = "stored-value-missing"
+    status = 410
+    retryable = False
+
+
 class StreamInterruptedError(ChainsRuntimeError):
     """A stream broke off after some of its chunks were handed on. `chunks` is how many; repeat the call as a whole."""
 

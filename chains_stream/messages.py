@@ -25,6 +25,8 @@ REQUEST_ID = "chains-request-id"  # UTF-8; the same through all hops and retries
 ATTEMPT = "chains-attempt"  # 4 bytes, big-endian: which try of the caller's retries this is, from 1
 FRAMES = "chains-frames"  # b"1": the caller reads frames
 WINDOW = "chains-window"  # 4 + 4 bytes, big-endian: chunks and bytes of a stream that may be under way
+REPLY_OFFSET = "chains-reply-offset"  # 8 bytes, big-endian: no answer lies before it in the reply partition
+DATAREF = "ce_dataref"  # UTF-8 (CloudEvents' claim check): where the value lies that was too large for its record
 ERROR = "chains-error"  # on a reply without frames: the failure as JSON
 
 MSGPACK = "application/msgpack"
@@ -34,6 +36,7 @@ JSON = "application/json"
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """The headers of a request record. Its value is a map of argument names, in `content_type`.
 
+    `reply_offset` is where a worker that takes the request over begins to look for what was answered before it.
     `reply_topic` is None for a request that wants no answer, `reply_partition` for one that leaves it to the worker.
     `deadline_ms` is Unix time. `window` is (chunks, bytes), or None for a caller that does not return credit: its
     streams are not held back.
@@ -42,6 +45,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     correlation_id: bytes
     reply_topic: str | None = None
     reply_partition: int | None = None
+    reply_offset: int | None = None
     deadline_ms: int | None = None
     request_id: str = ""
     attempt: int = 1
@@ -53,10 +57,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_headers(self) -> Headers:
         window, partition, deadline = self.window, self.reply_partition, self.deadline_ms
+        offset = self.reply_offset
         named = (
             (CORRELATION_ID, self.correlation_id),
             (REPLY_TOPIC, None if self.reply_topic is None else self.reply_topic.encode()),
             (REPLY_PARTITION, None if partition is None else partition.to_bytes(4, "big")),
+            (REPLY_OFFSET, None if offset is None else offset.to_bytes(8, "big")),
             (DEADLINE, None if deadline is None else deadline.to_bytes(8, "big")),
             (REQUEST_ID, self.request_id.encode() or None),
             (ATTEMPT, None if self.attempt == 1 else self.attempt.to_bytes(4, "big")),
@@ -77,6 +83,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             correlation_id=found.get(CORRELATION_ID) or b"",
             reply_topic=_text(found, REPLY_TOPIC),
             reply_partition=_number(found, REPLY_PARTITION, 4),
+            reply_offset=_number(found, REPLY_OFFSET, 8),
             deadline_ms=_number(found, DEADLINE, 8),
             request_id=_text(found, REQUEST_ID) or "",
             attempt=_number(found, ATTEMPT, 4) or 1,

@@ -85,13 +85,18 @@ class Assets(_Options):
 
 
 class ChainletOptions(_Options):
-    """Less common settings of a Chainlet. `streaming_read_timeout` is in seconds."""
+    """Less common settings of a Chainlet. `streaming_read_timeout` is in seconds.
+
+    `resumable` says of a stream that it can go on where another worker was lost: `current_request` then gives the
+    chunks that were already sent, and ``run_remote`` yields those that come after them.
+    """
 
     enable_b10_tracing: bool = False
     enable_debug_logs: bool = False
     env_variables: Mapping[str, str] = Field(default_factory=dict)
     health_checks: Mapping[str, Any] | None = None
     metadata: Mapping[str, Any] | None = None
+    resumable: bool = False
     streaming_read_timeout: PositiveInt = 60
     transport: Any = None
 

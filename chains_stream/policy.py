@@ -42,12 +42,16 @@ class Abandonable(Protocol):
 
 
 class Scope(msgspec.Struct, eq=False):
-    """One request as it passes through this process. `deadline_ms` is Unix time."""
+    """One request as it passes through this process. `deadline_ms` is Unix time.
+
+    Requests of one `affinity` go to one partition of each topic, and so to one worker for as long as it is there.
+    """
 
     request_id: str
     deadline_ms: int
     traceparent: bytes | None = None
     tracestate: bytes | None = None
+    affinity: bytes | None = None
     calls: set[Abandonable] = msgspec.field(default_factory=set)
 
     @classmethod

@@ -57,7 +57,19 @@ class Settings(pydantic.BaseModel):
     stream_window: PositiveInt = 1024  # chunks of one stream that may be on their way to its reader
     stream_window_bytes: PositiveInt = 4 << 20
     max_record_bytes: PositiveInt = 1_000_000  # of a value in one record; the cluster must take some more, for headers
+    max_value_bytes: PositiveInt = 256 << 20  # of a value that goes through the store
+    store: str | None = (
+        None  # a URL of fsspec for values over max_record_bytes; a folder of this machine if none is named
+    )
+    instance_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")] | None = None  # for static membership
+    max_uncommitted: Annotated[int, Field(ge=1, le=1_900)] = (
+        1_000  # records of a partition taken beyond the first open one
+    )
+    max_deliveries: PositiveInt = 3  # of a request that was alone each time its worker died
+    max_requests: PositiveInt = 10_000  # under way in a gateway
+    max_requests_per_key: PositiveInt | None = None  # of one API key
     max_body_bytes: PositiveInt = 16 << 20  # of an HTTP request
+    max_buffered_bytes: PositiveInt = 256 << 20  # of all bodies, and of all streams, that a process holds
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000  # of the gateway; 0 picks a free one
     health_port: Annotated[int, Field(ge=0, le=65_535)] | None = None  # of a worker's /healthz and /readyz

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "chains_stream"
 
 ORDER = [
     "log",
+    "metrics",
     "errors",
     "options",
     "settings",
@@ -21,6 +22,7 @@ ORDER = [
     "signature",
     "schema",
     "messages",
+    "store",
     "codec",
     "policy",
     "stub",
@@ -31,6 +33,8 @@ ORDER = [
     "broker",
     "brokers",
     "control",
+    "letters",
+    "balance",
     "calls",
     "replies",
     "offsets",

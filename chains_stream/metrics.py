@@ -1,0 +1,37 @@
+"""What a process counts, in the words of Prometheus. `/metrics` of a gateway and of a worker show it.
+
+`chainlet` is a Chainlet's name. Counters only grow, and begin at 0 with the process.
+"""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+# --- of workers
+IN_FLIGHT = Gauge("chains_requests_in_flight", "Requests that run now.", ["chainlet"])
+QUEUE_WAIT = Histogram(
+    "chains_queue_wait_seconds", "From a request's record to its run.", ["chainlet"], buckets=_SECONDS
+)
+RUN_TIME = Histogram("chains_run_seconds", "How long run_remote ran.", ["chainlet"], buckets=_SECONDS)
+FINISHED = Counter(
+    "chains_requests",
+    "Requests that ended: done, failed, cancelled, expired or dead_lettered.",
+    ["chainlet", "outcome"],
+)
+REDELIVERED = Counter("chains_redelivered", "Requests that another worker may have begun before.", ["chainlet"])
+DEAD_LETTERED = Counter("chains_dead_lettered", "Requests put into the dead-letter topic.", ["chainlet", "reason"])
+EXPIRED = Counter("chains_expired", "Requests whose deadline passed before they were run.", ["chainlet"])
+CANCELLED = Counter("chains_cancelled", "Requests cancelled: running, or still queued.", ["chainlet", "state"])
+PAUSED = Gauge("chains_paused_partitions", "Partitions that wait for an open record.", ["chainlet"])
+LAG = Gauge("chains_lag", "Records that wait on a partition of a request topic.", ["chainlet", "partition"])
+
+# --- of callers
+CALLS = Gauge("chains_calls_in_flight", "Calls to other Chainlets, or to the entrypoint, that wait for an answer.")
+
+# --- of gateways
+SHED = Counter("chains_shed", "Requests turned away with 429.", ["reason"])
+HTTP_IN_FLIGHT = Gauge("chains_http_requests_in_flight", "HTTP requests that are being served.")
+HTTP_REQUESTS = Counter("chains_http_requests", "HTTP requests that ended.", ["route", "status"])
+HTTP_SECONDS = Histogram(
+    "chains_http_seconds", "From an HTTP request to the end of its answer.", ["route"], buckets=_SECONDS
+)
