@@ -64,7 +64,7 @@ class GroupConsumer(Protocol):
         """Read what the group has stored for partitions; those without are left out. Raises BrokerError."""
 
     def pause(self, partition: int) -> None:
-        """Give no records of a partition until `resume`. Only while it is held: whoever gets it next begins unpaused."""
+        """Give no records of a partition until `resume`, or until it goes to another member."""
 
     def resume(self, partition: int) -> None:
         """Give records of a partition again, from where they stopped."""

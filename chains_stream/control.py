@@ -100,7 +100,7 @@ class Control:
         await asyncio.gather(*stored)
 
     async def follow(self, handlers: Mapping[str, Handler], since: float = 0.0) -> None:
-        """Hand each message about the given request topics to its handler: those of the last `since` seconds, then others.
+        """Hand each message about the given request topics to its handler, from `since` seconds ago on.
 
         Returns when what lies back is handed over. May be called again: handlers of one topic all get its messages, and
         the earlier ones may get some twice.
@@ -117,7 +117,7 @@ class Control:
                 begins = await self._broker.offsets_at(self._topic, wanted, now_ms() - int(since * 1000))
                 goals = {p: await self._broker.end_offset(self._topic, p) for p in wanted}
                 self._positions |= {p: min(begins[p], self._positions.get(p) or begins[p]) for p in wanted}
-            self._positions |= {p: None for p in wanted - self._positions.keys()}
+            self._positions |= dict.fromkeys(wanted - self._positions.keys())
             await self._read_from(goals)
 
     async def failed(self) -> None:

@@ -190,7 +190,7 @@ class WorkerLostError(ChainsRuntimeError):
 
 
 class DeadLetteredError(ChainsRuntimeError):
-    """The request was put aside, into the dead-letter topic `topic` at `offset`: its workers died of it, or can't read it.
+    """The request was put aside, into the dead-letter topic `topic` at `offset`: workers died of it, or can't read it.
 
     See ``chains dlq``: it can be looked at, and sent again once its cause is mended.
     """

@@ -130,7 +130,7 @@ class Worker:
         attempt = 1
         while partition in self._held:
             try:
-                committed = await consumer.committed(partition)
+                committed = (await consumer.committed([partition])).get(partition)
                 note = Note(Note.read(committed.metadata if committed else "").epoch + 1)
                 position = Committed(committed.offset if committed else first.offset, note.write())
                 if partition in await consumer.commit({partition: position}) and partition in self._held:
@@ -251,7 +251,7 @@ class Worker:
         """Tell whether another worker has had a partition since, which we seem to have kept."""
         assert self._consumer is not None, "there are ledgers only after the first assignment"
         try:
-            committed = await self._consumer.committed(partition)
+            committed = (await self._consumer.committed([partition])).get(partition)
         except BrokerError as error:
             log.warning("commit.unknown", chainlet=self.callee.name, partition=partition, reason=str(error))
             return False

@@ -8,7 +8,7 @@ silence, so they are watched, and a new one takes its place.
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka import errors as kafka
@@ -246,8 +246,8 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
             raise self._cluster.translated(error, "commit for", right="READ", what=self._group) from error
         return frozenset(place.partition for place in offsets)
 
-    async def committed(self, partition: int) -> Committed | None:
-        return (await self._cluster.committed(self._group, self._topic, [partition])).get(partition)
+    async def committed(self, partitions: Collection[int]) -> dict[int, Committed]:
+        return await self._cluster.committed(self._group, self._topic, partitions)
 
     async def close(self) -> None:
         self._closing = True

@@ -7,7 +7,7 @@ reader that has fallen behind them gets OffsetExpiredError. Records past their t
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from chains_stream.broker import Committed, PartitionsChanged, Record, TopicSpec
 from chains_stream.errors import BrokerError, OffsetExpiredError, RecordTooLargeError, UnknownTopicError
@@ -265,8 +265,9 @@ class MemoryConsumer(_Follower):
             self._topic.committed(partition)
         return stored
 
-    async def committed(self, partition: int) -> Committed | None:
-        return self._group.committed.get(partition)
+    async def committed(self, partitions: Collection[int]) -> dict[int, Committed]:
+        stored = self._group.committed
+        return {partition: stored[partition] for partition in partitions if partition in stored}
 
     async def close(self) -> None:
         await self._group.leave(self)

@@ -192,11 +192,11 @@ async def test_what_is_not_committed_is_delivered_again(broker: Broker, topic: s
 async def test_a_note_is_kept_with_the_position(broker: Broker, topic: str) -> None:
     await fill(broker, topic, 3)
     member = await Member(broker, topic).join()
-    assert await member.consumer.committed(0) is None
+    assert (await member.consumer.committed([0])).get(0) is None
     note = "x" * 4_000
     await member.consumer.commit({0: Committed(2, note), 1: Committed(0, "")})
-    assert await member.consumer.committed(0) == Committed(2, note)
-    assert await member.consumer.committed(1) == Committed(0, "")
+    assert (await member.consumer.committed([0])).get(0) == Committed(2, note)
+    assert (await member.consumer.committed([1])).get(1) == Committed(0, "")
     await member.consumer.close()
 
 
@@ -239,7 +239,7 @@ async def test_a_commit_for_a_partition_that_went_to_another_changes_nothing(bro
     lost = min(second.held)
     await second.consumer.commit({lost: Committed(1)})
     await first.consumer.commit({lost: Committed(3)})
-    assert await second.consumer.committed(lost) == Committed(1)
+    assert (await second.consumer.committed([lost])).get(lost) == Committed(1)
     await first.consumer.close()
     await second.consumer.close()
 
@@ -427,7 +427,7 @@ async def test_a_note_that_is_too_long_is_refused(broker: Broker, topic: str) ->
     with pytest.raises(BrokerError):
         await member.consumer.commit({0: Committed(1, "x" * 4_097)})
     await member.consumer.commit({0: Committed(1, "x" * 4_096)})
-    assert await member.consumer.committed(0) == Committed(1, "x" * 4_096)
+    assert (await member.consumer.committed([0])).get(0) == Committed(1, "x" * 4_096)
     await member.consumer.close()
 
 
