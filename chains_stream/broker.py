@@ -51,6 +51,7 @@ class GroupConsumer(Protocol):
     async def fetch(self, max_records: int) -> list[Record]:
         """Wait for at least one record, and give up to `max_records`, each partition's in offset order.
 
+        Partitions take turns: one with many records does not hold up the others.
         Cancelling it loses no record. Raises BrokerError.
         """
 
@@ -64,7 +65,10 @@ class GroupConsumer(Protocol):
         """Read what the group has stored for partitions; those without are left out. Raises BrokerError."""
 
     def pause(self, partition: int) -> None:
-        """Give no records of a partition until `resume`, or until it goes to another member."""
+        """Give no records of a partition, from now on, until `resume`, or until `on_revoked` ends its being held.
+
+        What was fetched of it and not given is dropped, and fetched again later. Nothing for one that is not held.
+        """
 
     def resume(self, partition: int) -> None:
         """Give records of a partition again, from where they stopped."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 from chains_stream.broker import Record
@@ -10,7 +10,7 @@ from chains_stream.errors import BrokerError
 
 
 class Buffer:
-    """Records between the task that receives them and the one that takes them.
+    """Records between the task that receives them and the one that takes them; partitions are served in turn.
 
     It is `full` from `max_records`, or `max_bytes` of values, on; whoever fills it waits for room before it asks for
     more, so it holds at most one batch beyond that. While it is held, nothing is given.
@@ -19,7 +19,8 @@ class Buffer:
     def __init__(self, max_records: int, max_bytes: int) -> None:
         self._max_records = max_records
         self._max_bytes = max_bytes
-        self._records: deque[Record] = deque()
+        self._queues: dict[int, deque[Record]] = {}  # of partitions that have records; the first is next to be served
+        self._count = 0
         self._size = 0
         self._held = False
         self._error: BrokerError | None = None
@@ -28,11 +29,15 @@ class Buffer:
 
     @property
     def full(self) -> bool:
-        return len(self._records) >= self._max_records or self._size >= self._max_bytes
+        return self._count >= self._max_records or self._size >= self._max_bytes
 
-    def put(self, records: Iterable[Record]) -> None:
+    def put(self, partition: int, records: Sequence[Record]) -> None:
+        queue = self._queues.get(partition)
+        if queue is None:
+            queue = self._queues[partition] = deque()
+        queue.extend(records)
+        self._count += len(records)
         for record in records:
-            self._records.append(record)
             self._size += len(record.value)
         self._wake()
 
@@ -46,7 +51,7 @@ class Buffer:
 
     async def take(self, limit: int) -> list[Record]:
         """Wait for records. Raises what `fail` was given, once all records before it are taken."""
-        while self._held or not self._records:
+        while self._held or not self._queues:
             if self._error is not None:
                 raise self._error
             self._waiter = asyncio.get_running_loop().create_future()
@@ -55,11 +60,13 @@ class Buffer:
             finally:
                 self._waiter = None
         # Nothing below waits: a cancelled `take` has taken nothing.
-        taken = [self._records.popleft() for _ in range(min(limit, len(self._records)))]
-        self._size -= sum(len(record.value) for record in taken)
-        if not self.full:
-            self._room.set()
+        taken = self._in_turn(limit)
+        self._removed(taken)
         return taken
+
+    def drop(self, partition: int) -> None:
+        """Forget what was not taken of a partition."""
+        self._removed(self._queues.pop(partition, ()))
 
     def hold(self) -> None:
         """Forget what was not taken, and give nothing until `release`."""
@@ -71,8 +78,8 @@ class Buffer:
         self._wake()
 
     def clear(self) -> None:
-        self._records.clear()
-        self._size = 0
+        self._queues.clear()
+        self._count = self._size = 0
         self._room.set()
 
     def fail(self, error: BrokerError) -> None:
@@ -80,6 +87,31 @@ class Buffer:
         if self._error is None:
             self._error = error
         self._wake()
+
+    def _in_turn(self, limit: int) -> list[Record]:
+        queues = self._queues
+        taken: list[Record] = []
+        while queues and len(taken) < limit:
+            share = (limit - len(taken)) // len(queues) or 1
+            for partition in list(queues)[: limit - len(taken)]:
+                queue = queues.pop(partition)
+                if share == 1:
+                    taken.append(queue.popleft())
+                elif len(queue) <= share:
+                    taken += queue
+                    continue
+                else:
+                    taken += [queue.popleft() for _ in range(share)]
+                if queue:
+                    queues[partition] = queue  # at the end of the line
+        return taken
+
+    def _removed(self, records: Collection[Record]) -> None:
+        self._count -= len(records)
+        for record in records:
+            self._size -= len(record.value)
+        if not self.full:
+            self._room.set()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -118,15 +118,15 @@ class _Feed(ABC):
                 await self._buffer.wait_for_room(POLL_SECONDS)
                 continue
             fetched = await client.getmany(timeout_ms=int(POLL_SECONDS * 1000))
-            for records in fetched.values():
-                self._received(records)
+            for place, records in fetched.items():
+                self._received(place.partition, records)
             if fetched:
                 self._failures = 0
             elif client._fetcher.error_future.done():  # noqa: SLF001 - it tells nobody that its task has ended
                 raise kafka.KafkaError("the fetching task of aiokafka ended")
 
-    def _received(self, records: list[ConsumerRecord]) -> None:
-        self._buffer.put(map(_record, records))
+    def _received(self, partition: int, records: list[ConsumerRecord]) -> None:
+        self._buffer.put(partition, list(map(_record, records)))
 
     def _get_over(self, error: Exception) -> None:
         """Raise what a new consumer won't mend."""
@@ -182,9 +182,9 @@ class KafkaReader(_Feed):
             raise
         return client
 
-    def _received(self, records: list[ConsumerRecord]) -> None:
-        super()._received(records)
-        self._fetched[records[-1].partition] = records[-1].offset + 1
+    def _received(self, partition: int, records: list[ConsumerRecord]) -> None:
+        super()._received(partition, records)
+        self._fetched[partition] = records[-1].offset + 1
 
 
 class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no types
@@ -202,6 +202,7 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
         self._group = group
         self._on_assigned, self._on_revoked = callbacks
         self._held: frozenset[int] = frozenset()
+        self._taken: dict[int, int] = {}  # the offset of the next record that `fetch` will give, by partition held
         self._closing = False
         self._changing = asyncio.Lock()  # closing and a rebalance may meet
         self._committing = asyncio.Lock()  # one after the other: an older position must not come after a newer one
@@ -223,7 +224,10 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
             raise
 
     async def fetch(self, max_records: int) -> list[Record]:
-        return await self._buffer.take(max_records)
+        records = await self._buffer.take(max_records)
+        for record in records:
+            self._taken[record.partition] = record.offset + 1
+        return records
 
     async def commit(self, positions: Mapping[int, Committed]) -> frozenset[int]:
         offsets = {
@@ -249,6 +253,18 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
     async def committed(self, partitions: Collection[int]) -> dict[int, Committed]:
         return await self._cluster.committed(self._group, self._topic, partitions)
 
+    def pause(self, partition: int) -> None:
+        if partition in self._held and self._client is not None:
+            place = TopicPartition(self._topic, partition)
+            self._buffer.drop(partition)
+            # What aiokafka has fetched of it, or is about to get, is dropped too: it comes from further on.
+            self._client.seek(place, self._taken[partition])
+            self._client.pause(place)
+
+    def resume(self, partition: int) -> None:
+        if partition in self._held and self._client is not None:
+            self._client.resume(TopicPartition(self._topic, partition))
+
     async def close(self) -> None:
         self._closing = True
         await super().close()
@@ -260,12 +276,13 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
         async with self._changing:
             if self._closing or self._client is None:
                 return
-            self._held = frozenset(place.partition for place in assigned)
+            partitions = frozenset(place.partition for place in assigned)
             try:
-                positions = await self._positions(self._held)
+                positions = await self._positions(partitions)
             except BrokerError as error:
                 self._trouble = error
                 return
+            self._held, self._taken = partitions, dict(positions)
             if not await self._told(self._on_assigned(self._held)):
                 return
             # What was fetched so far may come from positions that are not ours; see `_positions`.

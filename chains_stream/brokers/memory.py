@@ -112,13 +112,15 @@ class _Follower:
     def __init__(self) -> None:
         self._positions: dict[Partition, int] = {}
         self._ready: dict[Partition, None] = {}  # those with records to read, the longest waiting first
+        self._paused: set[int] = set()
         self._waiter: asyncio.Future[None] | None = None
         self.error: BrokerError | None = None
 
     def wake(self, partition: Partition) -> None:
         """Note that a partition has records."""
-        self._ready[partition] = None
-        self._wake()
+        if partition.number not in self._paused:
+            self._ready[partition] = None
+            self._wake()
 
     def position_in(self, partition: Partition) -> int:
         return self._positions[partition]
@@ -132,7 +134,7 @@ class _Follower:
         for partition in self._positions:
             partition.readers.discard(self)
         self._positions = dict(positions)
-        self._ready = dict.fromkeys(positions)
+        self._ready = {partition: None for partition in positions if partition.number not in self._paused}
         for partition in positions:
             partition.readers.add(self)
         self._wake()
@@ -269,6 +271,16 @@ class MemoryConsumer(_Follower):
         stored = self._group.committed
         return {partition: stored[partition] for partition in partitions if partition in stored}
 
+    def pause(self, partition: int) -> None:
+        if partition in self._held:
+            self._paused.add(partition)
+            self._ready.pop(self._topic.partitions[partition], None)
+
+    def resume(self, partition: int) -> None:
+        if partition in self._paused:
+            self._paused.remove(partition)
+            self.wake(self._topic.partitions[partition])
+
     async def close(self) -> None:
         await self._group.leave(self)
         self.fail(BrokerError(f"{self._topic.name}: the consumer was closed"))
@@ -281,6 +293,7 @@ class MemoryConsumer(_Follower):
 
     async def revoke(self) -> None:
         self._follow({})
+        self._paused.clear()
         self.assigned = False
         if self._held:
             await self._tell(self._on_revoked)

@@ -466,3 +466,69 @@ async def test_many_publishers_at_once_lose_nothing(broker: Broker, topic: str) 
         by_publisher[publisher].append(n)
     assert by_publisher == {publisher: list(range(100)) for publisher in range(40)}
     await reader.close()
+
+
+async def test_a_partition_that_is_paused_gives_nothing_and_the_others_flow(broker: Broker, topic: str) -> None:
+    """More lies on it than any buffer takes: it would hold up the others if it counted."""
+    await fill(broker, topic, 3_000)
+    member = await Member(broker, topic).join()
+    first = await member.take(5)
+    member.consumer.pause(0)
+    for _ in range(3):
+        await fill(broker, topic, 500, partition=1)
+        assert {record.partition for record in await member.take(500)} == {1}
+    fetching = asyncio.ensure_future(member.consumer.fetch(1))
+    done, _ = await asyncio.wait([fetching], timeout=0.3)
+    assert not done, "all that is left is of the paused partition"
+    member.consumer.resume(0)
+    rest = await fetching + await member.take(2_994)
+    assert [(record.partition, record.offset) for record in first + rest] == [(0, n) for n in range(3_000)]
+    await member.consumer.close()
+
+
+async def test_pausing_again_and_again_loses_nothing_and_repeats_nothing(broker: Broker, topic: str) -> None:
+    await fill(broker, topic, 300)
+    await fill(broker, topic, 300, partition=1)
+    member = await Member(broker, topic).join()
+    got: defaultdict[int, list[int]] = defaultdict(list)
+    paused = 1
+    async with asyncio.timeout(60):
+        for n in range(10_000):
+            if n % 3 == 0:
+                member.consumer.resume(paused)
+                paused = 1 - paused
+                member.consumer.pause(paused)
+            for record in await member.consumer.fetch(7) if len(got[1 - paused]) < 300 else []:
+                assert record.partition != paused
+                got[record.partition].append(record.offset)
+            if len(got[0]) == len(got[1]) == 300:
+                break
+    assert got == {0: list(range(300)), 1: list(range(300))}
+    await member.consumer.close()
+
+
+async def test_a_pause_ends_with_a_rebalance(broker: Broker, topic: str) -> None:
+    for partition in range(4):
+        await fill(broker, topic, 1, partition=partition)
+    first = await Member(broker, topic).join()
+    for partition in range(4):
+        first.consumer.pause(partition)
+    second = await Member(broker, topic).join()
+    await first.until(2)
+    assert {record.partition for record in await first.take(2)} == first.held
+    for partition in second.held:
+        first.consumer.pause(partition)  # as by a task that has not heard of it yet
+        first.consumer.resume(partition)
+    assert {record.partition for record in await second.take(2)} == second.held
+    await first.consumer.close()
+    await second.consumer.close()
+
+
+async def test_many_records_of_one_partition_do_not_hold_up_the_others(broker: Broker, topic: str) -> None:
+    for partition, count in enumerate((900, 3, 3, 3)):
+        await fill(broker, topic, count, partition=partition)
+    member = await Member(broker, topic).join()
+    taken = [await member.consumer.fetch(8) for _ in range(9)]
+    early = [record.partition for records in taken for record in records]
+    assert all(early.count(partition) == 3 for partition in (1, 2, 3)), early
+    await member.consumer.close()
