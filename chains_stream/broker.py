@@ -156,7 +156,10 @@ class Broker(Protocol):
         """Give, for each partition, the offset of the first record not older than that; its end if there is none."""
 
     async def delete_before(self, topic: str, positions: Mapping[int, int]) -> None:
-        """Delete the records of partitions that lie before the given offsets."""
+        """Delete the records of partitions that lie before the given offsets.
+
+        Raises OffsetExpiredError for one beyond the end.
+        """
 
     def trouble(self) -> str | None:
         """Say what has kept a consumer or a reader of this broker from moving on for too long; None if all is well."""

@@ -6,7 +6,7 @@ each broker under way.
 
 import asyncio
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
@@ -15,7 +15,7 @@ from aiokafka.admin import NewTopic
 from aiokafka.structs import RecordMetadata
 
 from chains_stream.broker import PartitionsChanged, TopicSpec
-from chains_stream.brokers.kafka_cluster import PAUSE, Cluster, said, stop
+from chains_stream.brokers.kafka_cluster import BEGIN, END, PAUSE, Cluster, said, stop
 from chains_stream.brokers.kafka_reading import KafkaGroupConsumer, KafkaReader
 from chains_stream.errors import BrokerError, RecordTooLargeError
 from chains_stream.log import get_logger
@@ -140,7 +140,7 @@ class KafkaBroker:
         for number in positions:
             await self._cluster.require(topic, number)
         at_end = [number for number, offset in positions.items() if offset is None]
-        ends = await self._cluster.offsets(topic, at_end, end=True)
+        ends = await self._cluster.offsets(topic, at_end, END)
         known = {number: ends[number] if offset is None else offset for number, offset in positions.items()}
         make = functools.partial(self._consumer, group_id=None, auto_offset_reset="none")
         reader = KafkaReader(self._cluster, make, topic, known)
@@ -154,8 +154,17 @@ class KafkaBroker:
     async def partitions(self, topic: str) -> int:
         return await self._cluster.partitions(topic)
 
+    async def begin_offset(self, topic: str, partition: int) -> int:
+        return (await self._cluster.offsets(topic, [partition], BEGIN))[partition]
+
     async def end_offset(self, topic: str, partition: int) -> int:
-        return (await self._cluster.offsets(topic, [partition], end=True))[partition]
+        return (await self._cluster.offsets(topic, [partition], END))[partition]
+
+    async def offsets_at(self, topic: str, partitions: Collection[int], timestamp_ms: int) -> dict[int, int]:
+        return await self._cluster.offsets(topic, partitions, max(0, timestamp_ms))
+
+    async def delete_before(self, topic: str, positions: Mapping[int, int]) -> None:
+        await self._cluster.delete_before(topic, positions)
 
     async def members(self, group: str) -> int:
         return await self._cluster.members(group)

@@ -14,7 +14,7 @@ from aiokafka.admin import NewTopic
 from aiokafka.client import AIOKafkaClient, CoordinationType
 from aiokafka.conn import create_conn
 from aiokafka.helpers import create_ssl_context
-from aiokafka.protocol.admin import CreateTopicsRequest, DescribeGroupsRequest
+from aiokafka.protocol.admin import CreateTopicsRequest, DeleteRecordsRequest, DescribeGroupsRequest
 from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.offset import OffsetRequest
@@ -33,7 +33,7 @@ from chains_stream.settings import KafkaSettings
 
 PAUSE = 0.1  # seconds before asking a broker again that is not ready
 STOP_SECONDS = 5.0  # for a client to end by itself
-_END, _BEGIN = -1, -2  # instead of a time stamp, when offsets are asked for
+END, BEGIN = -1, -2  # instead of a time stamp, when offsets are asked for
 
 T = TypeVar("T")
 
@@ -251,28 +251,56 @@ class Cluster:
 
         return await self._ask(describe, "describe the group", group)
 
-    async def offsets(self, topic: str, partitions: Collection[int], *, end: bool) -> dict[int, int]:
-        """Say where partitions begin, or end."""
+    async def offsets(self, topic: str, partitions: Collection[int], at: int) -> dict[int, int]:
+        """Say where partitions BEGIN, or END, or have the first record from a time stamp on, which may be the end."""
         if not partitions:
             return {}
-        wanted = [(number, _END if end else _BEGIN) for number in sorted(partitions)]
         for number in partitions:
             await self.require(topic, number)
 
         async def ask() -> dict[int, int]:
-            leaders = (await self._metadata([topic])).get(topic, {})
             found = {}
-            for node in {leaders.get(number, -1) for number, _ in wanted}:
-                if node < 0:
-                    raise kafka.LeaderNotAvailableError(topic)
-                of_node = [place for place in wanted if leaders[place[0]] == node]
-                response = await self._send(node, OffsetRequest(-1, 0, [(topic, of_node)]))
+            wanted = dict.fromkeys(partitions, at)
+            for response in await self._ask_leaders(topic, wanted, lambda topics: OffsetRequest(-1, 0, topics)):
                 for number, code, _, offset in (entry for _, entries in response.topics for entry in entries):
                     checked(code, topic, number)
                     found[number] = offset
             return found
 
-        return await self._ask(ask, "read offsets of", topic)
+        found = await self._ask(ask, "read offsets of", topic)
+        late = [number for number, offset in found.items() if offset < 0]
+        return found | await self.offsets(topic, late, END)
+
+    async def delete_before(self, topic: str, positions: Mapping[int, int]) -> None:
+        """Delete the records of partitions before these offsets."""
+        for number in positions:
+            await self.require(topic, number)
+
+        def request(topics: list[tuple[str, list[tuple[int, int]]]]) -> DeleteRecordsRequest:
+            return DeleteRecordsRequest(topics, int(self.patience * 1000))
+
+        async def ask() -> None:
+            for response in await self._ask_leaders(topic, positions, request):
+                for number, _, code in (entry[:3] for _, entries, *_ in response.topics for entry in entries):
+                    checked(code, topic, number)
+
+        await self._ask(ask, "delete records of", topic, right="DELETE")
+
+    async def _ask_leaders(
+        self,
+        topic: str,
+        wanted: Mapping[int, int],
+        request: Callable[[list[tuple[str, list[tuple[int, int]]]]], Any],
+    ) -> list[Any]:
+        """Send each leader of the partitions one request, with a number for each partition."""
+        leaders = (await self._metadata([topic])).get(topic, {})
+        answers = []
+        for node in {leaders.get(number, -1) for number in wanted}:
+            if node < 0:
+                raise kafka.LeaderNotAvailableError(topic)
+            of_node = [(number, value) for number, value in wanted.items() if leaders[number] == node]
+            answers.append(await self._send(node, request([(topic, of_node)])))
+        return answers
 
     async def committed(self, group: str, topic: str, partitions: Collection[int]) -> dict[int, Committed]:
         """Give what a group has stored for partitions, with its notes; those without are left out."""
@@ -302,7 +330,7 @@ class Cluster:
             raise BrokerError(f"{self.url}: not connected")
         return await self._client.send(self._client.get_random_node() if node is None else node, request)
 
-    async def _ask(self, question: Callable[[], Awaitable[T]], doing: str, what: str) -> T:
+    async def _ask(self, question: Callable[[], Awaitable[T]], doing: str, what: str, *, right: str = "DESCRIBE") -> T:
         """Ask, and ask again while brokers restart and leaders move, for `patience` at most. Raises BrokerError."""
         failed = "no answer"
         limit = asyncio.timeout(self.patience)
@@ -313,7 +341,7 @@ class Cluster:
                         return await question()
                     except (kafka.KafkaError, OSError) as error:
                         if not getattr(error, "retriable", True):
-                            raise self.translated(error, doing, right="DESCRIBE", what=what) from error
+                            raise self.translated(error, doing, right=right, what=what) from error
                         failed = said(error)
                     if self._client is not None:
                         self._client.force_metadata_update()

@@ -16,7 +16,7 @@ from aiokafka.structs import OffsetAndMetadata
 
 from chains_stream.broker import Committed, PartitionsChanged, Record
 from chains_stream.brokers.buffer import Buffer
-from chains_stream.brokers.kafka_cluster import FINAL, Cluster, said, stop
+from chains_stream.brokers.kafka_cluster import BEGIN, FINAL, Cluster, said, stop
 from chains_stream.errors import BrokerError
 from chains_stream.log import get_logger
 
@@ -265,6 +265,12 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
         if partition in self._held and self._client is not None:
             self._client.resume(TopicPartition(self._topic, partition))
 
+    def lag(self) -> dict[int, int]:
+        if self._client is None:
+            return {}
+        ends = {partition: self._client.highwater(TopicPartition(self._topic, partition)) for partition in self._held}
+        return {partition: max(0, (end or 0) - self._taken[partition]) for partition, end in ends.items()}
+
     async def close(self) -> None:
         self._closing = True
         await super().close()
@@ -296,7 +302,7 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
     async def _positions(self, partitions: frozenset[int]) -> dict[int, int]:
         """Find where to go on: aiokafka itself takes a coordinator that still loads for one that has stored nothing."""
         stored = await self._cluster.committed(self._group, self._topic, partitions)
-        begins = await self._cluster.offsets(self._topic, partitions - stored.keys(), end=False)
+        begins = await self._cluster.offsets(self._topic, partitions - stored.keys(), BEGIN)
         return begins | {partition: committed.offset for partition, committed in stored.items()}
 
     async def _open(self) -> AIOKafkaConsumer:

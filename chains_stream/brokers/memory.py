@@ -85,7 +85,7 @@ class Partition:
             self._drop_first()
 
     def drop_before(self, offset: int) -> None:
-        """Forget the records that every group is done with."""
+        """Forget the records before an offset: every group is done with them, or they are to go."""
         while self._records and self.begin < offset:
             self._drop_first()
         if self._room is not None and not self._room.done():
@@ -98,6 +98,10 @@ class Partition:
         # By index, which a deque finds from its nearer end: readers are near the end of a long ring.
         records, start = self._records, offset - self.begin
         return [records[index] for index in range(start, min(start + limit, len(records)))]
+
+    def first_from(self, timestamp_ms: int) -> int:
+        """Give the offset of the first record that is not older; the end if there is none."""
+        return next((record.offset for record in self._records if record.timestamp_ms >= timestamp_ms), self.end)
 
     def _drop_first(self) -> None:
         self._size -= len(self._records.popleft().value)
@@ -281,6 +285,12 @@ class MemoryConsumer(_Follower):
             self._paused.remove(partition)
             self.wake(self._topic.partitions[partition])
 
+    def lag(self) -> dict[int, int]:
+        return {
+            partition.number: partition.end - max(position, partition.begin)
+            for partition, position in self._positions.items()
+        }
+
     async def close(self) -> None:
         await self._group.leave(self)
         self.fail(BrokerError(f"{self._topic.name}: the consumer was closed"))
@@ -399,8 +409,25 @@ class MemoryBroker:
             {partition: partition.end if offset is None else offset for partition, offset in partitions.items()}
         )
 
+    async def begin_offset(self, topic: str, partition: int) -> int:
+        return self._partition(topic, partition).begin
+
     async def end_offset(self, topic: str, partition: int) -> int:
         return self._partition(topic, partition).end
+
+    async def offsets_at(self, topic: str, partitions: Collection[int], timestamp_ms: int) -> dict[int, int]:
+        return {number: self._partition(topic, number).first_from(timestamp_ms) for number in partitions}
+
+    async def delete_before(self, topic: str, positions: Mapping[int, int]) -> None:
+        wanted = {self._partition(topic, number): offset for number, offset in positions.items()}
+        for partition, offset in wanted.items():
+            if offset > partition.end:
+                raise OffsetExpiredError(f"{topic}[{partition.number}] ends at {partition.end}, before {offset}")
+        for partition, offset in wanted.items():
+            partition.drop_before(offset)
+
+    def trouble(self) -> str | None:
+        return None
 
     async def members(self, group: str) -> int:
         return sum(len(topic.groups[group].members) for topic in self._topics.values() if group in topic.groups)

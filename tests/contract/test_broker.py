@@ -11,6 +11,7 @@ import pytest
 from chains_stream.broker import Broker, Committed, GroupConsumer, Record, TopicSpec
 from chains_stream.brokers import open_broker
 from chains_stream.errors import BrokerError, OffsetExpiredError, RecordTooLargeError
+from chains_stream.messages import now_ms
 from chains_stream.settings import Settings
 
 HOUR_MS = 3_600_000
@@ -531,4 +532,59 @@ async def test_many_records_of_one_partition_do_not_hold_up_the_others(broker: B
     taken = [await member.consumer.fetch(8) for _ in range(9)]
     early = [record.partition for records in taken for record in records]
     assert all(early.count(partition) == 3 for partition in (1, 2, 3)), early
+    await member.consumer.close()
+
+
+async def test_lag_is_what_fetch_has_not_given(broker: Broker, topic: str) -> None:
+    await fill(broker, topic, 20)
+    await fill(broker, topic, 4, partition=1)
+    member = await Member(broker, topic).join()
+    got = await member.take(5)
+    counts = [sum(record.partition == partition for record in got) for partition in range(4)]
+    assert member.consumer.lag() == {0: 20 - counts[0], 1: 4 - counts[1], 2: 0, 3: 0}
+    await member.take(19)
+    assert member.consumer.lag() == dict.fromkeys(range(4), 0)
+    second = await Member(broker, topic).join()
+    await member.until(2)
+    assert member.consumer.lag().keys() == member.held
+    assert second.consumer.lag().keys() == second.held
+    await member.consumer.close()
+    await second.consumer.close()
+
+
+async def test_offsets_are_found_by_time(broker: Broker, topic: str) -> None:
+    assert await broker.offsets_at(topic, [0, 1], 0) == {0: 0, 1: 0}
+    await fill(broker, topic, 3)
+    reader = await broker.read(topic, {0: 0})
+    last = (await take(reader, 3))[-1].timestamp_ms
+    while now_ms() <= last:  # noqa: ASYNC110 - the clock itself is what is waited for
+        await asyncio.sleep(0.001)
+    between = now_ms()
+    await fill(broker, topic, 2)
+    assert await broker.offsets_at(topic, [0, 1], between) == {0: 3, 1: 0}
+    assert await broker.offsets_at(topic, [0], 0) == {0: 0}
+    assert await broker.offsets_at(topic, [0], now_ms() + HOUR_MS) == {0: 5}
+    assert await broker.offsets_at(topic, [], 0) == {}
+    with pytest.raises(BrokerError, match=topic):
+        await broker.offsets_at(topic, [4], 0)
+    await reader.close()
+
+
+async def test_what_lies_before_an_offset_can_be_deleted(broker: Broker, topic: str) -> None:
+    await fill(broker, topic, 10)
+    await fill(broker, topic, 3, partition=1)
+    await broker.delete_before(topic, {0: 7, 1: 1})
+    assert [await broker.begin_offset(topic, partition) for partition in range(3)] == [7, 1, 0]
+    assert [await broker.end_offset(topic, partition) for partition in range(3)] == [10, 3, 0]
+    await broker.delete_before(topic, {0: 2})
+    assert await broker.begin_offset(topic, 0) == 7, "it was deleted already"
+    with pytest.raises(OffsetExpiredError):
+        await broker.delete_before(topic, {0: 11})
+    reader = await broker.read(topic, {0: 3})
+    with pytest.raises(OffsetExpiredError):
+        await asyncio.wait_for(reader.fetch(), 20)
+    member = await Member(broker, topic).join()
+    left = sorted((record.partition, record.offset) for record in await member.take(5))
+    assert left == [(0, 7), (0, 8), (0, 9), (1, 1), (1, 2)]
+    await reader.close()
     await member.consumer.close()

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.types import Array, Int8, Int16, Int32, Schema, String
@@ -21,7 +21,7 @@ from chains_stream.brokers import kafka as kafka_module
 from chains_stream.brokers import kafka_reading, open_broker
 from chains_stream.brokers.kafka import KafkaBroker
 from chains_stream.brokers.kafka_reading import BUFFER_BYTES, KafkaGroupConsumer
-from chains_stream.errors import BrokerAuthorizationError, BrokerError, ChainsUsageError, OffsetExpiredError
+from chains_stream.errors import BrokerAuthorizationError, BrokerError, ChainsUsageError
 from chains_stream.settings import Settings
 from tests.kafka import Node, node
 
@@ -185,26 +185,6 @@ async def test_topics_are_created_as_the_retention_needs(kafka_url: str) -> None
         await admin.close()
     assert configuration["retention.ms"] == str(HOUR_MS)
     assert int(configuration["segment.ms"]) <= HOUR_MS / 4
-
-
-async def test_records_that_were_deleted_are_expired_for_readers_and_skipped_by_groups(kafka_url: str) -> None:
-    topic = f"deleted.{uuid4().hex}"
-    async with opened(kafka_url) as broker:
-        await broker.ensure_topics([TopicSpec(topic, 1, HOUR_MS)])
-        await asyncio.gather(*[await broker.publish(topic, b"%d" % n, partition=0) for n in range(10)])
-        admin = AIOKafkaAdminClient(bootstrap_servers=kafka_url.removeprefix("kafka://"))
-        await admin.start()
-        try:
-            await admin.delete_records({TopicPartition(topic, 0): RecordsToDelete(7)})
-        finally:
-            await admin.close()
-        reader = await broker.read(topic, {0: 3})
-        with pytest.raises(OffsetExpiredError, match=topic):
-            await asyncio.wait_for(reader.fetch(), 20)
-        consumer = await broker.consume(topic, topic, on_assigned=nothing, on_revoked=nothing)
-        assert await values(lambda: consumer.fetch(10), 3) == [b"7", b"8", b"9"]
-        await reader.close()
-        await consumer.close()
 
 
 async def values(fetch: Any, count: int) -> list[bytes]:
