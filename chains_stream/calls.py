@@ -27,6 +27,7 @@ from chains_stream.errors import (
     WorkerLostError,
     from_detail,
 )
+from chains_stream.fold import Fold, Step
 from chains_stream.log import get_logger
 from chains_stream.messages import Cancelled, Chunk, Done, Failed, Frame, Request, Started, decode_frames
 from chains_stream.policy import Scope
@@ -38,11 +39,7 @@ log = get_logger(__name__)
 
 
 class Call:
-    """One request under way: folds its frames, in the order of the log, into a result or a stream.
-
-    Frames of a lower attempt than one already seen are dropped, and so is a repeated sequence; a gap or a wrong count
-    is an error, never a quiet end.
-    """
+    """One request under way: makes a result or a stream of its frames (`fold`)."""
 
     def __init__(self, caller: "Caller", topic: str, scope: Scope, modules: tuple[str, ...]) -> None:
         self.id = os.urandom(16)
@@ -54,8 +51,7 @@ class Call:
         self.answered = False  # by the callee: there is nothing left to cancel
         self._caller = caller
         self._modules = modules
-        self._attempt = 0
-        self._next_sequence = 0
+        self._fold = Fold()
         self._chunks: deque[msgspec.Raw] = deque()
         self._value = msgspec.Raw()
         self._error: Exception | None = None
@@ -113,37 +109,33 @@ class Call:
 
     def feed(self, frame: Frame) -> None:
         """Take one frame from the log."""
-        if self.ended or frame.attempt < self._attempt:
+        if self.ended:
             return
-        if frame.attempt > self._attempt:
-            self._attempt = frame.attempt
-            if self._next_sequence and isinstance(frame, Started | Chunk | Done) and not self._begin_again():
-                return
+        if self._fold.begins_again(frame) and not self._begin_again():
+            return
+        step = self._fold.take(frame)
+        if step is Step.GAP:
+            self._end(self._interrupted("chunks of it are missing"))
+            return
+        if step is Step.DROP:
+            return
         match frame:
-            case Chunk(sequence=sequence, value=value):
-                self._feed_chunk(sequence, value)
-            case Done(chunks=chunks, value=value):
+            case Chunk(value=value):
+                self._chunks.append(value)
+                self._wake()
+            case Done(value=value):
                 self._value = value
-                self.answered = True
-                self._end(None if chunks == self._next_sequence else self._interrupted(f"{chunks} were sent"))
+                self._answer(None)
             case Failed(error=detail):
-                self.answered = True
-                self._end(from_detail(detail, modules=self._modules))
+                self._answer(from_detail(detail, modules=self._modules))
             case Cancelled():
-                self.answered = True
-                self._end(CallCancelledError("the request was cancelled"))
+                self._answer(CallCancelledError("the request was cancelled"))
             case Started():
                 pass
 
-    def _feed_chunk(self, sequence: int, value: msgspec.Raw) -> None:
-        if sequence < self._next_sequence:
-            return
-        if sequence > self._next_sequence:
-            self._end(self._interrupted(f"chunk {self._next_sequence} is missing"))
-            return
-        self._next_sequence += 1
-        self._chunks.append(value)
-        self._wake()
+    def _answer(self, error: Exception | None) -> None:
+        self.answered = True
+        self._end(error)
 
     def _begin_again(self) -> bool:
         """Another worker runs a stream from its beginning: False if something of it was shown, and must not change."""
@@ -151,11 +143,10 @@ class Call:
             self._end(self._interrupted("its worker was lost"))
             return False
         self._chunks.clear()
-        self._next_sequence = 0
         return True
 
     def _interrupted(self, reason: str) -> StreamInterruptedError:
-        received = self._next_sequence
+        received = self._fold.chunks
         return StreamInterruptedError(f"the stream broke off after {received} chunks: {reason}", chunks=received)
 
     def _end(self, error: Exception | None) -> None:
@@ -239,6 +230,7 @@ class Caller:
             correlation_id=call.id,
             reply_topic=self._replies,
             reply_partition=self._reply_partition,
+            reply_offset=self._reader.position(self._reply_partition) if self._reader is not None else None,
             deadline_ms=scope.deadline_ms,
             request_id=scope.request_id,
             attempt=attempt,

@@ -326,7 +326,7 @@ async def test_a_stream_whose_worker_goes_begins_again_while_nothing_was_shown(k
             await Seen.until("unread", times=64)
         async with chains.run_chain(Counting, kafka_url, **settings):
             async with asyncio.timeout(30):
-                while handle._call._attempt < 2:
+                while handle._call._fold.attempt < 2:
                     await handle._call._wait()
             assert await handle.result() == list(range(500))
 

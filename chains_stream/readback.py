@@ -1,0 +1,119 @@
+"""Reading back what was answered to a request before this worker got it, so that a stream can go on from there."""
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+
+from chains_stream.broker import Broker
+from chains_stream.fold import Fold, Step
+from chains_stream.log import get_logger
+from chains_stream.messages import Chunk, Frame, decode_frames
+
+log = get_logger(__name__)
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """What the reader of a stream has, or will have: its chunks, and whether it came to its end."""
+
+    chunks: list[msgspec.Raw]
+    ended: bool
+
+    @classmethod
+    def of(cls, frames: Sequence[Frame]) -> "Answered | None":
+        """Fold the frames of a call; None if some are missing."""
+        fold, chunks = Fold(), list[msgspec.Raw]()
+        for frame in frames:
+            if fold.begins_again(frame):
+                chunks.clear()
+            match fold.take(frame):
+                case Step.CHUNK:
+                    assert isinstance(frame, Chunk), "no other frame is one"
+                    chunks.append(frame.value)
+                case Step.END:
+                    return cls(chunks, ended=True)
+                case Step.GAP:
+                    return None
+                case Step.DROP:
+                    pass
+        return cls(chunks, ended=False)
+
+
+class _Wanted:
+    """The frames of one call, from the offset `begin` on and before `end`."""
+
+    def __init__(self, correlation_id: bytes, begin: int, end: int) -> None:
+        self.correlation_id = correlation_id
+        self.begin = begin
+        self.end = end
+        self.frames: list[Frame] = []
+        self.read: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+
+class ReadBack:
+    """Reads reply partitions, one pass over a partition for all calls that wait for one."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._wanted: dict[tuple[str, int], list[_Wanted]] = {}
+        self._reading: dict[tuple[str, int], asyncio.Task[None]] = {}
+
+    async def frames(self, topic: str, partition: int, begin: int, end: int, correlation_id: bytes) -> list[Frame]:
+        """Give the frames of a call that lie from `begin` on, and before a record at `end`, which exists.
+
+        Raises BrokerError; OffsetExpiredError if the log does not hold `begin` any more.
+        """
+        place, wanted = (topic, partition), _Wanted(correlation_id, begin, end)
+        self._wanted.setdefault(place, []).append(wanted)
+        if place not in self._reading:
+            self._reading[place] = asyncio.create_task(self._read(place), name="read back")
+        await wanted.read
+        return wanted.frames
+
+    async def close(self) -> None:
+        for task in self._reading.values():
+            task.cancel()
+        await asyncio.gather(*self._reading.values(), return_exceptions=True)  # whoever waited has what they raised
+
+    async def _read(self, place: tuple[str, int]) -> None:
+        wanted: list[_Wanted] = []
+        try:
+            while wanted := self._wanted.pop(place, []):
+                try:
+                    await self._pass(*place, wanted)
+                except Exception as error:  # noqa: BLE001 - it is raised where the frames are waited for
+                    for one in wanted:
+                        if not one.read.done():
+                            one.read.set_exception(error)
+        finally:
+            del self._reading[place]
+            for one in (*wanted, *self._wanted.pop(place, [])):
+                one.read.cancel()
+
+    async def _pass(self, topic: str, partition: int, wanted: Sequence[_Wanted]) -> None:
+        by_id = {one.correlation_id: one for one in wanted}
+        end = max(one.end for one in wanted)
+        reader = await self._broker.read(topic, {partition: min(one.begin for one in wanted)})
+        try:
+            while reader.position(partition) <= end:
+                for record in await reader.fetch():
+                    for frame in _frames(record.value):
+                        one = by_id.get(frame.correlation_id)
+                        if one is not None and one.begin <= record.offset < one.end:
+                            one.frames.append(frame)
+                _tell(wanted, reader.position(partition))
+        finally:
+            await reader.close()
+
+
+def _tell(wanted: Sequence[_Wanted], position: int) -> None:
+    for one in wanted:
+        if one.end < position and not one.read.done():
+            one.read.set_result(None)
+
+
+def _frames(value: bytes) -> list[Frame]:
+    try:
+        return decode_frames(value)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):  # a stranger's, or an answer to one
+        return []
