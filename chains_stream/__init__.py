@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ChainsError,
         ChainsRuntimeError,
         ChainsUsageError,
+        DeadLetteredError,
         DeadlineExceededError,
         GatewayError,
         GenericRemoteException,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
         RecordTooLargeError,
         RemoteErrorDetail,
         StackFrame,
+        StoredValueMissingError,
+        StoreError,
         StreamInterruptedError,
         WorkerLostError,
     )
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
         WeightsSource,
         make_abs_path_here,
     )
+    from chains_stream.policy import CurrentRequest, current_request
 
 __version__ = "0.1.0"
 
@@ -67,7 +71,9 @@ __all__ = [
     "ChainsUsageError",
     "Compute",
     "Connection",
+    "CurrentRequest",
     "CustomImage",
+    "DeadLetteredError",
     "DeadlineExceededError",
     "DeployedServiceDescriptor",
     "DeploymentContext",
@@ -87,10 +93,13 @@ __all__ = [
     "RemoteConfig",
     "RemoteErrorDetail",
     "StackFrame",
+    "StoreError",
+    "StoredValueMissingError",
     "StreamInterruptedError",
     "WeightsSource",
     "WorkerLostError",
     "connect",
+    "current_request",
     "depends",
     "depends_context",
     "make_abs_path_here",
@@ -101,7 +110,7 @@ __all__ = [
 
 # Where the names above live: imported when first asked for, in this order. A Chain file gets by without `client`, which
 # brings HTTP and the brokers with it, and `chains --help` without any of them.
-_HOMES = ("errors", "options", "chainlet", "local", "client")
+_HOMES = ("errors", "options", "policy", "chainlet", "local", "client")
 
 
 def __getattr__(name: str) -> Any:

@@ -32,13 +32,14 @@ LOCAL_DEADLINE = 600.0  # seconds, of a request made in `run_local`
 
 
 class Callee:
-    """An instance of a Chainlet, ready to be called with encoded arguments."""
+    """An instance of a Chainlet, ready to be called with decoded arguments; its results are encoded."""
 
     def __init__(self, cls: type[ChainletBase], instance: ChainletBase) -> None:
         self.name = chainlet_name(cls)
         self.signature = signature(cls)
         self.codec: Codec = codec_of(self.signature)
         self.concurrency = cls.remote_config.compute.concurrency
+        self.resumable = cls.remote_config.options.resumable
         self.slots = Limit(self.concurrency)
         # Of its own: the event loop's has a handful, whatever `predict_concurrency` says. Threads start as needed.
         self._threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix=f"{THREADS}-{self.name}")
@@ -46,21 +47,20 @@ class Callee:
         # The class's own: `run_local` puts a stub in its place on the instance.
         self._method = types.MethodType(getattr(type(instance), METHOD), instance)
 
-    async def call(self, arguments: bytes) -> bytes:
-        """Run a unary `run_remote`; a sync one in a thread. Raises what it raises, and InvalidArgumentError."""
-        decoded = self.codec.decode_arguments(arguments)
+    async def call(self, arguments: Mapping[str, Any]) -> bytes:
+        """Run a unary `run_remote`; a sync one in a thread. Raises what it raises, and InvalidResultError."""
         if self.signature.is_async:
-            result = await self._method(**decoded)
+            result = await self._method(**arguments)
         else:
-            result = await self._in_thread(decoded)
+            result = await self._in_thread(arguments)
         return self.codec.encode_result(result)
 
-    async def _in_thread(self, arguments: dict[str, Any]) -> Any:
+    async def _in_thread(self, arguments: Mapping[str, Any]) -> Any:
         """Run a sync `run_remote`. A thread can't be cancelled: it takes one of the places until it has ended."""
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._threads, context.run, self._guarded, arguments)
 
-    def _guarded(self, arguments: dict[str, Any]) -> Any:
+    def _guarded(self, arguments: Mapping[str, Any]) -> Any:
         try:
             return self._method(**arguments)
         except StopIteration as error:  # which no future can hold
@@ -70,9 +70,9 @@ class Callee:
         """Let the threads end. One that runs is left to itself."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def stream(self, arguments: bytes) -> AsyncGenerator[bytes, None]:
+    async def stream(self, arguments: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
         """Run a streaming `run_remote`, closing its generator whatever happens."""
-        items = self._method(**self.codec.decode_arguments(arguments))
+        items = self._method(**arguments)
         async with aclosing(items):
             async for item in items:
                 yield self.codec.encode_result(item)
@@ -85,15 +85,18 @@ class LocalTarget:
         self._callee = callee
 
     async def call(self, arguments: bytes, scope: Scope, attempt: int) -> Buffer:  # noqa: ARG002 - Target's
+        decoded = self._callee.codec.decode_arguments(arguments)
         async with self._callee.slots.here():
-            token = current.set(scope)
+            token = current.set(scope.of_a_call())
             try:
-                return await self._callee.call(arguments)
+                return await self._callee.call(decoded)
             finally:
                 current.reset(token)
 
     async def stream(self, arguments: bytes, scope: Scope, attempt: int) -> AsyncGenerator[Buffer, None]:  # noqa: ARG002 - Target's
-        async with self._callee.slots.here(), aclosing(self._callee.stream(arguments)) as chunks:
+        scope = scope.of_a_call()
+        decoded = self._callee.codec.decode_arguments(arguments)
+        async with self._callee.slots.here(), aclosing(self._callee.stream(decoded)) as chunks:
             while True:
                 # Set anew for each step: between two of them the reader runs, in the same context.
                 token = current.set(scope)

@@ -5,6 +5,7 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
+OUTCOMES = ("done", "failed", "cancelled", "expired", "dead_lettered")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 # --- of workers
@@ -35,3 +36,13 @@ HTTP_REQUESTS = Counter("chains_http_requests", "HTTP requests that ended.", ["r
 HTTP_SECONDS = Histogram(
     "chains_http_seconds", "From an HTTP request to the end of its answer.", ["route"], buckets=_SECONDS
 )
+
+
+class OfWorker:
+    """The counters that a worker meets with every request, looked up once."""
+
+    def __init__(self, chainlet: str) -> None:
+        self.in_flight = IN_FLIGHT.labels(chainlet)
+        self.redelivered = REDELIVERED.labels(chainlet)
+        self.finished = {kind: FINISHED.labels(chainlet, kind) for kind in OUTCOMES}
+        self.cancelled = {state: CANCELLED.labels(chainlet, state) for state in ("queued", "running")}

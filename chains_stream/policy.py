@@ -11,7 +11,7 @@ import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -19,6 +19,7 @@ import msgspec
 from chains_stream.errors import (
     CallTimeoutError,
     ChainsError,
+    ChainsUsageError,
     DeadlineExceededError,
     OverloadedError,
     is_retryable,
@@ -44,6 +45,7 @@ class Abandonable(Protocol):
 class Scope(msgspec.Struct, eq=False):
     """One request as it passes through this process. `deadline_ms` is Unix time.
 
+    `emitted` are the chunks of a stream that other workers have sent, in the `attempt` before this one or earlier ones.
     Requests of one `affinity` go to one partition of each topic, and so to one worker for as long as it is there.
     """
 
@@ -52,6 +54,8 @@ class Scope(msgspec.Struct, eq=False):
     traceparent: bytes | None = None
     tracestate: bytes | None = None
     affinity: bytes | None = None
+    attempt: int = 1
+    emitted: tuple[Any, ...] = ()
     calls: set[Abandonable] = msgspec.field(default_factory=set)
 
     @classmethod
@@ -63,6 +67,10 @@ class Scope(msgspec.Struct, eq=False):
     def remaining(self) -> float:
         """Seconds until the deadline; negative once it has passed."""
         return (self.deadline_ms - now_ms()) / 1000
+
+    def of_a_call(self) -> "Scope":
+        """Give the scope of a call made for this request that is served in this process too: it is no continuation."""
+        return msgspec.structs.replace(self, attempt=1, emitted=()) if self.attempt > 1 else self
 
     def close(self) -> None:
         """Give up the calls that were started for this request and are still open."""
@@ -87,6 +95,31 @@ class Limit:
 
 
 current: ContextVar[Scope | None] = ContextVar("current", default=None)
+
+
+class CurrentRequest(msgspec.Struct, frozen=True):
+    """What `run_remote` may know of the request that it serves.
+
+    Attributes:
+        id: the same through all hops; the ``x-request-id`` of a gateway's answer.
+        deadline: Unix time, in seconds, after which nobody waits for the answer.
+        attempt: counts the workers that got this request, from 1.
+        emitted: of a stream that is declared `resumable`: the chunks that earlier workers have sent. The reader has
+            them, or will have: yield what comes after them.
+    """
+
+    id: str
+    deadline: float
+    attempt: int
+    emitted: tuple[Any, ...]
+
+
+def current_request() -> CurrentRequest:
+    """Give the request that is being served; only inside `run_remote`. Raises ChainsUsageError anywhere else."""
+    scope = current.get()
+    if scope is None:
+        raise ChainsUsageError("current_request() is for run_remote: no request is being served here")
+    return CurrentRequest(scope.request_id, scope.deadline_ms / 1000, scope.attempt, scope.emitted)
 
 
 def new_request_id() -> str:

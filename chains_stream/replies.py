@@ -20,8 +20,10 @@ from chains_stream.messages import (
     Frame,
     Headers,
     Request,
+    Started,
     encode_frames,
 )
+from chains_stream.readback import Answered, ReadBack
 
 
 class Reply(Protocol):
@@ -29,6 +31,12 @@ class Reply(Protocol):
 
     Each of these returns when the broker has stored the whole answer: from then on the request may be committed.
     """
+
+    async def resume(self, read_back: ReadBack) -> Answered | None:
+        """Go on with what other workers have sent of a stream, and give it; None if some of it is missing.
+
+        Raises BrokerError; OffsetExpiredError if the log no longer holds it.
+        """
 
     async def chunk(self, value: bytes) -> None:
         """Send the next item of a stream; waits while its reader lags behind."""
@@ -56,12 +64,25 @@ class FrameReply:
         self._partition = request.reply_partition or 0
         self._id = request.correlation_id
         self._attempt = attempt
+        self._begin = request.reply_offset
         self._window = request.window
         self._sent = self._sent_size = 0
         self._taken = self._taken_size = 0
         self._credited = asyncio.Event()
         self._unstored: set[asyncio.Future[int]] = set()
         self._lost: StreamInterruptedError | None = None
+
+    async def resume(self, read_back: ReadBack) -> Answered | None:
+        # From this record on, readers drop what another worker may still send.
+        fence = await (await self._publish(Started(self._id, self._attempt), durable=True))
+        if self._begin is None:
+            return Answered([], ended=False)
+        frames = await read_back.frames(self._topic, self._partition, self._begin, fence, self._id)
+        answered = Answered.of(frames)
+        if answered is not None:
+            # How much its reader has taken is not known: it gets a window more than it otherwise might.
+            self._sent = self._taken = len(answered.chunks)
+        return answered
 
     async def chunk(self, value: bytes) -> None:
         if self._window is not None:
@@ -136,6 +157,9 @@ class BareReply:
         self._json = request.content_type == JSON
         self._codec = codec
 
+    async def resume(self, read_back: ReadBack) -> Answered | None:  # noqa: ARG002 - Reply's
+        return Answered([], ended=False)  # such a caller can't tell one run from another
+
     async def chunk(self, value: bytes) -> None:
         await self._publish(self._codec.result_to_json(value) if self._json else value)
 
@@ -164,6 +188,9 @@ class BareReply:
 
 class NoReply:
     """For a request that named no reply topic: it is run for its effect."""
+
+    async def resume(self, read_back: ReadBack) -> Answered | None:  # noqa: ARG002 - Reply's
+        return Answered([], ended=False)
 
     async def chunk(self, value: bytes) -> None: ...
 

@@ -1,46 +1,87 @@
-"""One request in the hands of a worker: read, run, answered."""
+"""One request in the hands of a worker: read, run, answered; or put aside."""
 
 import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from structlog.contextvars import bind_contextvars
 
-from chains_stream import policy
+from chains_stream import metrics, policy
 from chains_stream.broker import Broker, Record
 from chains_stream.errors import (
     BrokerError,
     ChainsError,
     ChainsRuntimeError,
+    DeadLetteredError,
     DeadlineExceededError,
+    InvalidArgumentError,
+    OffsetExpiredError,
     RecordTooLargeError,
-    UnknownTopicError,
+    StreamInterruptedError,
     http_status,
     message_of,
     user_frames,
 )
+from chains_stream.letters import send_letter
 from chains_stream.local import Callee
 from chains_stream.log import get_logger
 from chains_stream.messages import JSON, Request, now_ms
+from chains_stream.offsets import Ledger
 from chains_stream.policy import Scope
+from chains_stream.readback import ReadBack
 from chains_stream.replies import Reply, reply_to
 from chains_stream.settings import Settings
 
 ANSWER_GRACE = 60.0  # seconds after a request's deadline in which its answer is still tried to be stored
 CHUNKS_A_TURN = 32  # of a generator that never waits, until others have their turn of the event loop
 
-log = get_logger(__name__)
-
+T = TypeVar("T")
 Stop = Literal["cancelled", "lost", "drained"]
+
+log = get_logger(__name__)
 
 
 class Outcome(msgspec.Struct, frozen=True, eq=False):
-    """How a request ended: a result (None for a stream), an error, or its cancellation."""
+    """How a request ended: a result (None for a stream), an error, or its cancellation.
+
+    `answered` says that its caller has had the end of its answer from another worker.
+    """
 
     value: bytes | None = None
     error: Exception | None = None
     cancelled: bool = False
+    answered: bool = False
+
+    @property
+    def kind(self) -> str:
+        """In a word, for the metrics."""
+        match self.error:
+            case None:
+                return "cancelled" if self.cancelled else "done"
+            case DeadlineExceededError():
+                return "expired"
+            case DeadLetteredError():
+                return "dead_lettered"
+            case _:
+                return "failed"
+
+
+class Service:
+    """What all requests to a Chainlet have in common."""
+
+    def __init__(self, callee: Callee, topic: str, broker: Broker, settings: Settings) -> None:
+        self.callee = callee
+        self.topic = topic
+        self.broker = broker
+        self.settings = settings
+        self.read_back = ReadBack(broker)
+        self.resumable = callee.signature.streaming and callee.resumable
+        self.queue_wait = metrics.QUEUE_WAIT.labels(callee.name)
+        self.run_time = metrics.RUN_TIME.labels(callee.name)
+        self.expired = metrics.EXPIRED.labels(callee.name)
 
 
 class Job:
@@ -50,17 +91,19 @@ class Job:
     ends. In the last two cases it is not answered, and another worker runs it.
     """
 
-    def __init__(self, record: Record, attempt: int, callee: Callee, broker: Broker, settings: Settings) -> None:
+    def __init__(self, record: Record, ledger: Ledger, service: Service) -> None:
         self.record = record
-        self._attempt = attempt
         self.request: Request | None = None
         self.stop: Stop | None = None
-        self._callee = callee
-        self._broker = broker
-        self._settings = settings
+        self.redelivered = record.offset < ledger.redelivered_to
+        self.deaths = ledger.deaths(record.offset)
+        self._attempt = ledger.epoch
+        self._service = service
+        self._callee = service.callee
+        self._broker = service.broker
         self._reply: Reply | None = None
         self._task: asyncio.Task[None] | None = None
-        self._deadline_ms = record.timestamp_ms + int(settings.deadline * 1000)
+        self._deadline_ms = record.timestamp_ms + int(service.settings.deadline * 1000)
 
     def cancel(self, stop: Stop) -> None:
         """Stop `run`, be it under way or still to come."""
@@ -74,14 +117,14 @@ class Job:
             self._reply.credit(chunks, size)
 
     async def read(self) -> Request | None:
-        """Read the request's headers; None if there is no way to answer it."""
+        """Read the request's headers; None if there is no way to answer it: it is a dead letter then."""
         try:
             self.request = Request.from_headers(self.record.headers)
             self._deadline_ms = self.request.deadline_ms or self._deadline_ms
             self._reply = await self._find_reply(self.request)
         except (ValueError, BrokerError) as error:
-            where = {"topic": self.record.topic, "partition": self.record.partition, "offset": self.record.offset}
-            log.error("request.refused", **where, reason=str(error))  # noqa: TRY400 - a stranger's mistake has no stack
+            log.error("request.refused", **self._place, reason=str(error))  # noqa: TRY400 - a stranger's has no stack
+            await self.bury(error, "unreadable")
             return None
         request_id = self.request.request_id or policy.new_request_id()
         self.request = msgspec.structs.replace(self.request, request_id=request_id, deadline_ms=self._deadline_ms)
@@ -110,6 +153,28 @@ class Job:
         if self.stop is None:
             return outcome
         return Outcome(cancelled=True) if self.stop == "cancelled" else None
+
+    async def refuse(self) -> Outcome:
+        """Put aside a request that too many workers have died of."""
+        reason = f"{self.deaths} workers died while they ran this request of {self._name}, and nothing else"
+        error = DeadLetteredError(reason)
+        letter = await self.bury(error, "deaths")
+        if letter is not None:
+            error = DeadLetteredError(f"{reason}; it is kept in {letter[0]}", topic=letter[0], offset=letter[1])
+        return Outcome(error=error)
+
+    async def bury(self, error: Exception, reason: str) -> tuple[str, int] | None:
+        """Put the record into the dead-letter topic, and say where; None if that can't be done."""
+        group = self._service.topic
+        metrics.DEAD_LETTERED.labels(self._callee.name, reason).inc()
+        deaths = self.deaths or None
+        try:
+            place = await self._persist(lambda: send_letter(self._broker, self.record, group, error, deaths), None)
+        except BrokerError as unsent:
+            log.error("letter.unsent", **self._place, reason=str(unsent))  # noqa: TRY400 - the message says it all
+            return None
+        log.warning("request.dead_lettered", **self._place, letter=f"{place[0]}@{place[1]}", reason=message_of(error))
+        return place
 
     async def answer(self, outcome: Outcome) -> None:
         """Send the answer, and return when it is stored, or cannot be."""
@@ -141,30 +206,52 @@ class Job:
     def _name(self) -> str:
         return f"{self._callee.name}.run_remote"
 
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {"topic": self.record.topic, "partition": self.record.partition, "offset": self.record.offset}
+
     async def _find_reply(self, request: Request) -> Reply:
+        codec = self._callee.codec
+        return await self._persist(lambda: reply_to(self._broker, request, codec, self._attempt), ANSWER_GRACE)
+
+    async def _persist(self, action: Callable[[], Awaitable[T]], grace: float | None) -> T:
+        """Do something with the broker, again while it is away, until `grace` seconds after the deadline, if any.
+
+        Raises BrokerError.
+        """
         attempt = 1
         while True:
             try:
-                return await reply_to(self._broker, request, self._callee.codec, self._attempt)
-            except UnknownTopicError:
-                raise
+                return await action()
             except BrokerError as error:
-                if not error.retryable or now_ms() > self._deadline_ms + ANSWER_GRACE * 1000:
+                late = grace is not None and now_ms() > self._deadline_ms + grace * 1000
+                if late or not error.retryable:
                     raise
+                log.warning("broker.retry", **self._place, attempt=attempt, reason=str(error))
                 await asyncio.sleep(policy.backoff(attempt))
                 attempt += 1
 
     async def _run_in_time(self) -> Outcome:
         request = self.request
         assert request is not None, "read before it is run"
-        scope = Scope(request.request_id, self._deadline_ms, request.traceparent, request.tracestate)
+        scope = Scope(
+            request_id=request.request_id,
+            deadline_ms=self._deadline_ms,
+            traceparent=request.traceparent,
+            tracestate=request.tracestate,
+            affinity=self.record.key,
+            attempt=self._attempt,
+        )
         if scope.remaining <= 0:
+            self._service.expired.inc()
             return Outcome(error=self._expired("before it was run"))
         policy.current.set(scope)  # this task's own context
         limit = asyncio.timeout(scope.remaining)
+        began = time.perf_counter()
+        self._service.queue_wait.observe(max(0.0, (now_ms() - self.record.timestamp_ms) / 1000))
         try:
             async with limit, self._callee.slots.here():
-                return await self._run(request)
+                return await self._run(request, scope)
         except TimeoutError as error:
             return Outcome(error=self._expired("while it ran") if limit.expired() else error)
         except SystemExit as error:
@@ -174,14 +261,19 @@ class Job:
             return Outcome(error=error)
         finally:
             scope.close()
+            self._service.run_time.observe(time.perf_counter() - began)
 
-    async def _run(self, request: Request) -> Outcome:
-        arguments = self.record.value
-        if request.content_type == JSON:
-            arguments = self._callee.codec.arguments_from_json(arguments)
+    async def _run(self, request: Request, scope: Scope) -> Outcome:
+        try:
+            arguments = await self._arguments(request)
+        except InvalidArgumentError as error:
+            await self.bury(error, "undecodable")
+            raise
         if not self._callee.signature.streaming:
             return Outcome(value=await self._callee.call(arguments))
         assert self._reply is not None, "read before it is run"
+        if self._service.resumable and self.redelivered and await self._resume(self._reply, scope):
+            return Outcome(answered=True)
         sent = 0
         async with aclosing(self._callee.stream(arguments)) as chunks:
             async for chunk in chunks:
@@ -191,8 +283,30 @@ class Job:
                     await asyncio.sleep(0)
         return Outcome()
 
+    async def _arguments(self, request: Request) -> Mapping[str, Any]:
+        """Decode the arguments. Raises InvalidArgumentError."""
+        value = self.record.value
+        if request.content_type == JSON:
+            value = self._callee.codec.arguments_from_json(value)
+        return self._callee.codec.decode_arguments(value)
+
+    async def _resume(self, reply: Reply, scope: Scope) -> bool:
+        """Find out what the reader of a stream has of it; True if it has it all."""
+        try:
+            answered = await self._persist(lambda: reply.resume(self._service.read_back), 0.0)
+        except OffsetExpiredError as error:
+            raise StreamInterruptedError(f"what was sent of the stream is no longer in the log: {error}") from error
+        if answered is None:
+            raise StreamInterruptedError("some of what was sent of the stream is missing in the log")
+        scope.emitted = tuple(map(self._callee.codec.decode_result, answered.chunks))
+        if answered.chunks:
+            log.info("stream.resumed", chainlet=self._callee.name, chunks=len(answered.chunks), attempt=self._attempt)
+        return answered.ended
+
     async def _send(self, outcome: Outcome) -> None:
         assert self._reply is not None, "read before it is answered"
+        if outcome.answered:
+            return
         if outcome.cancelled:
             log.info("request.cancelled", chainlet=self._callee.name)
             await self._reply.cancelled()

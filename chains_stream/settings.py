@@ -62,7 +62,7 @@ class Settings(pydantic.BaseModel):
         None  # a URL of fsspec for values over max_record_bytes; a folder of this machine if none is named
     )
     instance_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")] | None = None  # for static membership
-    max_uncommitted: Annotated[int, Field(ge=1, le=1_900)] = (
+    max_uncommitted: Annotated[int, Field(ge=1, le=1_500)] = (
         1_000  # records of a partition taken beyond the first open one
     )
     max_deliveries: PositiveInt = 3  # of a request that was alone each time its worker died

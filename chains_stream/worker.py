@@ -6,70 +6,79 @@ stored its whole answer, and only when all requests before it on its partition a
 
 import asyncio
 import inspect
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Collection, Sequence
 
-from chains_stream.broker import Broker, Committed, GroupConsumer, Record, TopicSpec
+from chains_stream import metrics
+from chains_stream.assignment import Assignment
+from chains_stream.broker import Broker, GroupConsumer, Record, TopicSpec
 from chains_stream.calls import Caller, remote_target
 from chains_stream.chain import Chain
 from chains_stream.chainlet import ChainletBase, chainlet_name, dependencies, instantiate, signature
-from chains_stream.control import Cancel, Credit, Message
-from chains_stream.errors import BrokerError, ChainsUsageError, user_frames
+from chains_stream.control import Cancel, CancelRequest, Credit, Message
+from chains_stream.errors import ChainsUsageError, user_frames
+from chains_stream.letters import dead_letter_spec
 from chains_stream.local import Callee, LocalTarget
 from chains_stream.log import get_logger
-from chains_stream.offsets import Ledger, Note
+from chains_stream.messages import Request
+from chains_stream.offsets import Ledger
 from chains_stream.options import DeploymentContext, RPCOptions
-from chains_stream.policy import backoff
-from chains_stream.serving import Job, Outcome
+from chains_stream.serving import Job, Outcome, Service
 from chains_stream.settings import Settings
 from chains_stream.stub import Stub
 
-COMMIT_INTERVAL = 0.1  # seconds between two commits: what a crash may repeat, against requests to the broker
+MAX_TAKEN = 256  # records at once
 MAX_UNSTORED_ANSWERS = 1024  # a worker: answers that the broker has not acknowledged yet
-MAX_CANCELLED = 10_000  # a worker: cancelled requests remembered until they are met in the queue
+MAX_CANCELLED = 50_000  # a worker: cancelled requests remembered until they are met in the queue
 CANCEL_PATIENCE = 5.0  # seconds for cancelled work to end, when the process does
 
 log = get_logger(__name__)
 
 
 class Worker:
-    """Serves one Chainlet from its topic, up to its `predict_concurrency` requests at once."""
+    """Serves one Chainlet from its topic, up to its `predict_concurrency` requests at once.
 
-    def __init__(self, callee: Callee, topic: str, broker: Broker, settings: Settings) -> None:
+    `alone` is held while a suspect runs, of whatever Chainlet of this process: see `offsets`.
+    """
+
+    def __init__(self, callee: Callee, topic: str, broker: Broker, settings: Settings, alone: asyncio.Lock) -> None:
         self.topic = topic
         self.callee = callee
-        self._broker = broker
+        self.running = 0
         self._settings = settings
+        self._service = Service(callee, topic, broker, settings)
+        self._assignment = Assignment(callee.name, topic, broker, settings, self._lose)
         self._consumer: GroupConsumer | None = None
-        self._held: frozenset[int] = frozenset()
-        self._ledgers: dict[int, Ledger] = {}
-        self._committed: dict[int, int] = {}
-        self._notes: dict[int, Note] = {}  # of the partitions that were taken over
-        self._running = 0
         self._jobs: dict[asyncio.Task[None], Job] = {}
         self._by_id: dict[bytes, Job] = {}  # a stranger's requests may have no id, or repeat one
-        self._cancelled: dict[bytes, tuple[int, int]] = {}  # partition and offset, from which on they may be met
+        self._cancellations = Cancellations(settings.deadline)
         self._freed = asyncio.Event()
-        self._finished = asyncio.Event()
-        self._taking: asyncio.Task[None] | None = None
-        self._committing: asyncio.Task[None] | None = None
+        self._gate = asyncio.Lock()  # held by whoever begins requests
+        self._alone = alone
+        self._suspects: deque[tuple[Record, Ledger]] = deque()
+        self._suspected = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._metrics = metrics.OfWorker(callee.name)
 
     async def start(self) -> None:
         """Join the group and begin to take requests."""
-        self._consumer = await self._broker.consume(
-            self.topic, self.topic, on_assigned=self._assigned, on_revoked=self._revoked
-        )
+        self._consumer = await self._assignment.join()
         name = self.callee.name
-        self._taking = asyncio.create_task(self._take(self._consumer), name=f"take {name}")
-        self._committing = asyncio.create_task(self._commit_regularly(), name=f"commit {name}")
+        self._tasks = [
+            asyncio.create_task(self._take(self._consumer), name=f"take {name}"),
+            asyncio.create_task(self._run_suspects(), name=f"suspects {name}"),
+            asyncio.create_task(self._assignment.commit_regularly(), name=f"commit {name}"),
+        ]
         log.info("worker.started", chainlet=name, topic=self.topic)
 
     async def failed(self) -> None:
         """Wait until the worker can't go on. Raises what stopped it."""
-        await asyncio.gather(*(asyncio.shield(task) for task in (self._taking, self._committing) if task is not None))
+        await asyncio.gather(*map(asyncio.shield, self._tasks))
 
     async def drain(self, grace: float) -> None:
         """Stop taking, give running requests `grace` seconds, commit, and leave; the unfinished are left to others."""
-        await _end(self._taking)
+        await _end(*self._tasks[:2])
         if self._jobs:
             await asyncio.wait(self._jobs, timeout=grace)
         if self._jobs:
@@ -80,25 +89,38 @@ class Worker:
             _, ignoring = await asyncio.wait(self._jobs, timeout=CANCEL_PATIENCE)
             if ignoring:
                 log.warning("worker.abandoned", chainlet=self.callee.name, requests=len(ignoring))
-        await _end(self._committing)
-        if self._consumer is not None:
-            await self._consumer.close()  # which commits, when the partitions are revoked
+        await _end(*self._tasks[2:])
+        await self._service.read_back.close()
+        await self._assignment.leave()
         log.info("worker.stopped", chainlet=self.callee.name)
+
+    @property
+    def held(self) -> frozenset[int]:
+        """The partitions that this worker has now."""
+        return self._assignment.held
+
+    def lag(self) -> dict[int, int]:
+        """Give how many records of each partition wait to be taken, as far as is known."""
+        return self._consumer.lag() if self._consumer is not None else {}
 
     def handle(self, message: Message) -> None:
         """Take a control message about a request on this worker's topic, which may be another worker's."""
-        job = self._by_id.get(message.correlation_id)
         match message:
             case Cancel(correlation_id=correlation_id, partition=partition, offset=offset):
-                if job is not None:
+                if (job := self._by_id.get(correlation_id)) is not None:
                     job.cancel("cancelled")
-                elif partition in self._held:
-                    self._cancelled[correlation_id] = (partition, offset)
-                    if len(self._cancelled) > MAX_CANCELLED:
-                        del self._cancelled[next(iter(self._cancelled))]
-            case Credit(chunks=chunks, size=size):
-                if job is not None:
+                else:
+                    self._cancellations.add(correlation_id, partition, offset)
+            case CancelRequest(request_id=request_id):
+                self._cancellations.add(request_id)
+                for job in self._jobs.values():
+                    if job.request is not None and job.request.request_id == request_id:
+                        job.cancel("cancelled")
+            case Credit(correlation_id=correlation_id, chunks=chunks, size=size):
+                if (job := self._by_id.get(correlation_id)) is not None:
                     job.credit(chunks, size)
+            case _:
+                pass  # for callers
 
     async def healthy(self) -> bool:
         """Ask the Chainlet's own `is_healthy`, if it has one."""
@@ -108,53 +130,84 @@ class Worker:
         answer = check()
         return bool(await answer if inspect.isawaitable(answer) else answer)
 
-    # --- taking and serving
+    # --- taking
 
     async def _take(self, consumer: GroupConsumer) -> None:
         concurrency = self.callee.concurrency
         while True:
-            unstored = len(self._jobs) - self._running
-            free = min(concurrency - self._running, MAX_UNSTORED_ANSWERS - unstored)
+            unstored = len(self._jobs) - self.running
+            free = min(concurrency - self.running, MAX_UNSTORED_ANSWERS - unstored, MAX_TAKEN)
             if free <= 0:
                 self._freed.clear()
                 await self._freed.wait()
                 continue
-            for record in await consumer.fetch(free):
-                note = self._notes.get(record.partition) or await self._take_over(consumer, record)
-                if note is not None and self._ledgers[record.partition].take(record.offset):
-                    self._begin(record, self._ledgers[record.partition], note.epoch)
+            records = await consumer.fetch(free)
+            async with self._gate:
+                await self._assignment.take_over(records)
+                await self._admit(records)
 
-    async def _take_over(self, consumer: GroupConsumer, first: Record) -> Note | None:
-        """Raise the epoch of a partition before anything of it is run; None if it is lost meanwhile."""
-        partition = first.partition
-        attempt = 1
-        while partition in self._held:
-            try:
-                committed = (await consumer.committed([partition])).get(partition)
-                note = Note(Note.read(committed.metadata if committed else "").epoch + 1)
-                position = Committed(committed.offset if committed else first.offset, note.write())
-                if partition in await consumer.commit({partition: position}) and partition in self._held:
-                    self._notes[partition] = note
-                    # What another worker has done since this record was fetched is not run again.
-                    self._ledgers[partition] = Ledger(position.offset)
-                    return note
-            except BrokerError as error:
-                log.warning("takeover.retry", chainlet=self.callee.name, partition=partition, reason=str(error))
-                await asyncio.sleep(backoff(attempt))
-                attempt += 1
+    async def _admit(self, records: Sequence[Record]) -> None:
+        """Begin those of the records that are ours to run, and may run now."""
+        watched: list[tuple[Record, Ledger]] = []
+        for record in records:
+            ledger = self._assignment.of(record)
+            if ledger is None or not ledger.take(record.offset):
+                continue
+            self._assignment.taken(record, ledger)
+            if ledger.suspect(record.offset) and ledger.deaths(record.offset) < self._settings.max_deliveries:
+                self._suspects.append((record, ledger))
+                self._suspected.set()
+            elif ledger.watched:
+                watched.append((record, ledger))
             else:
-                return None  # it went to another worker
-        return None
+                self._begin(record, ledger)
+        if watched:
+            await self._assignment.name({record.partition: ledger for record, ledger in watched})
+            for record, ledger in watched:
+                if self._assignment.of(record) is ledger:
+                    self._begin(record, ledger)
 
-    def _begin(self, record: Record, ledger: Ledger, epoch: int) -> None:
-        self._running += 1
-        job = Job(record, epoch, self.callee, self._broker, self._settings)
+    async def _run_suspects(self) -> None:
+        """Run those that may have killed a worker, one at a time and with nothing else: then it's known who did."""
+        while True:
+            self._suspected.clear()
+            await self._suspected.wait()
+            while self._suspects:
+                async with self._alone, self._gate:
+                    while self._jobs:
+                        await asyncio.wait(self._jobs)
+                    await self._run_suspect(*self._suspects.popleft())
+
+    async def _run_suspect(self, record: Record, ledger: Ledger) -> None:
+        if self._assignment.of(record) is not ledger:
+            return  # its partition went to another worker
+        log.warning("suspect.alone", chainlet=self.callee.name, partition=record.partition, offset=record.offset)
+        ledger.alone = record.offset
+        await self._assignment.name({record.partition: ledger})
+        if self._assignment.of(record) is ledger:
+            await asyncio.wait([self._begin(record, ledger)])
+
+    def _lose(self, partitions: Collection[int]) -> None:
+        for job in self._jobs.values():
+            if job.record.partition in partitions:
+                job.cancel("lost")
+
+    # --- serving
+
+    def _begin(self, record: Record, ledger: Ledger) -> "asyncio.Task[None]":
+        self.running += 1
+        job = Job(record, ledger, self._service)
         task = asyncio.create_task(self._serve(job, ledger))
         self._jobs[task] = job
+        self._metrics.in_flight.inc()
+        if job.redelivered:
+            self._metrics.redelivered.inc()
         task.add_done_callback(self._ended)
+        return task
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: "asyncio.Task[None]") -> None:
         del self._jobs[task]
+        self._metrics.in_flight.dec()
         self._freed.set()
 
     async def _serve(self, job: Job, ledger: Ledger) -> None:
@@ -164,108 +217,71 @@ class Worker:
                 return  # it is not finished: another worker takes it up
             if outcome is not None:
                 await job.answer(outcome)
+                self._metrics.finished[outcome.kind].inc()
         except Exception:
             # A defect of ours. Left open, the record would hold up its partition for ever.
             log.exception("worker.defect", chainlet=self.callee.name, offset=job.record.offset)
-        ledger.finish(job.record.offset)
-        self._finished.set()
+        self._assignment.finish(job.record, ledger)
 
     async def _run(self, job: Job) -> Outcome | None:
         """Have a request run, in one of the places that `predict_concurrency` gives."""
         try:
             request = await job.read()
-            return await self._outcome(job, request.correlation_id) if request is not None else None
+            if request is None:
+                return None
+            if job.deaths >= self._settings.max_deliveries:
+                return await job.refuse()
+            return await self._outcome(job, request)
         finally:
-            self._running -= 1
+            self.running -= 1
             self._freed.set()
 
-    async def _outcome(self, job: Job, correlation_id: bytes) -> Outcome | None:
-        if self._cancelled.pop(correlation_id, None) is not None:
+    async def _outcome(self, job: Job, request: Request) -> Outcome | None:
+        if self._cancellations.meet(request):
+            self._metrics.cancelled["queued"].inc()
             return Outcome(cancelled=True)
-        self._by_id[correlation_id] = job
+        self._by_id[request.correlation_id] = job
         try:
-            return await job.run()
+            outcome = await job.run()
         finally:
-            if self._by_id.get(correlation_id) is job:
-                del self._by_id[correlation_id]
-
-    # --- committing
-
-    async def _commit_regularly(self) -> None:
-        while True:
-            await self._finished.wait()
-            self._finished.clear()
-            await self._commit()
-            await asyncio.sleep(COMMIT_INTERVAL)
-
-    async def _commit(self) -> None:
-        assert self._consumer is not None, "started"
-        due = {
-            partition: position
-            for partition, ledger in self._ledgers.items()
-            if (position := ledger.position) is not None and position > self._committed.get(partition, -1)
-        }
-        if not due:
-            return
-        try:
-            stored = await self._consumer.commit(
-                {partition: Committed(position, self._notes[partition].write()) for partition, position in due.items()}
-            )
-        except BrokerError as error:
-            # The next commit covers it; until then a crash repeats more.
-            log.warning("commit.failed", chainlet=self.callee.name, reason=str(error))
-            self._finished.set()
-            return
-        self._committed.update({partition: due[partition] for partition in stored})
-        self._forget_cancelled()
-
-    def _forget_cancelled(self) -> None:
-        """Drop the cancellations of requests that were finished long since."""
-        done = [
-            correlation_id
-            for correlation_id, (partition, offset) in self._cancelled.items()
-            if 0 < offset < self._committed.get(partition, 0)
-        ]
-        for correlation_id in done:
-            del self._cancelled[correlation_id]
-
-    async def _assigned(self, partitions: frozenset[int]) -> None:
-        """Go on with what was kept, and stop work on partitions that went to others."""
-        lost = {partition for partition in self._ledgers if partition not in partitions}
-        for partition in self._ledgers.keys() - lost:
-            if await self._overtaken(partition):
-                lost.add(partition)
-        for job in self._jobs.values():
-            if job.record.partition in lost:
-                job.cancel("lost")
-        for partition in lost:
-            del self._ledgers[partition]
-        self._notes = {partition: note for partition, note in self._notes.items() if partition in self._ledgers}
-        self._held = partitions
-        # What was committed while the partitions moved may not have counted: say it again.
-        self._committed.clear()
-        self._finished.set()
-        log.info("worker.assigned", chainlet=self.callee.name, partitions=len(partitions), lost=sorted(lost))
-
-    async def _overtaken(self, partition: int) -> bool:
-        """Tell whether another worker has had a partition since, which we seem to have kept."""
-        assert self._consumer is not None, "there are ledgers only after the first assignment"
-        try:
-            committed = (await self._consumer.committed([partition])).get(partition)
-        except BrokerError as error:
-            log.warning("commit.unknown", chainlet=self.callee.name, partition=partition, reason=str(error))
-            return False
-        return committed is not None and Note.read(committed.metadata).epoch > self._notes[partition].epoch
-
-    async def _revoked(self, partitions: frozenset[int]) -> None:  # noqa: ARG002 - the broker's callback
-        if self._consumer is not None:
-            await self._commit()
+            if self._by_id.get(request.correlation_id) is job:
+                del self._by_id[request.correlation_id]
+        if outcome is not None and outcome.cancelled:
+            self._metrics.cancelled["running"].inc()
+        return outcome
 
 
-async def _end(task: asyncio.Task[None] | None) -> None:
-    if task is not None:
+class Cancellations:
+    """Requests that were cancelled before this process met them, kept for as long as they may wait in the queue.
+
+    Bounded: beyond `MAX_CANCELLED` the oldest is forgotten, and its request runs to its deadline.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds  # after which nobody waits for the answer anyway
+        self._known: dict[bytes | str, tuple[int, int, float]] = {}  # in the order of time
+
+    def add(self, request: bytes | str, partition: int = -1, offset: int = 0) -> None:
+        """Note a correlation id and from which offset of which partition on it may be met; or a request's id."""
+        now = time.monotonic()
+        while self._known and (len(self._known) >= MAX_CANCELLED or self._oldest() < now - self._seconds):
+            del self._known[next(iter(self._known))]
+        self._known.pop(request, None)
+        self._known[request] = (partition, offset, now)
+
+    def meet(self, request: Request) -> bool:
+        """Tell whether a request was cancelled, and forget it."""
+        # By its id it may come again: a retry, or another Chainlet's part of it.
+        return self._known.pop(request.correlation_id, None) is not None or request.request_id in self._known
+
+    def _oldest(self) -> float:
+        return next(iter(self._known.values()))[2]
+
+
+async def _end(*tasks: "asyncio.Task[None]") -> None:
+    for task in tasks:
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)  # `failed` tells what it died of
+    await asyncio.gather(*tasks, return_exceptions=True)  # `failed` tells what they died of
 
 
 class Host:
@@ -292,12 +308,17 @@ class Host:
         settings = self._settings
         topics = {cls: self._chain.topic(cls, settings.namespace) for cls in self._served}
         await self._broker.ensure_topics(
-            [TopicSpec(topic, settings.partitions, settings.request_retention_ms) for topic in topics.values()]
+            [
+                *(TopicSpec(topic, settings.partitions, settings.request_retention_ms) for topic in topics.values()),
+                *(dead_letter_spec(topic, settings) for topic in topics.values()),
+            ]
         )
+        alone = asyncio.Lock()
         for cls, topic in topics.items():
             self._callees[cls] = Callee(cls, await self._build(cls))
-            self.workers.append(Worker(self._callees[cls], topic, self._broker, settings))
-        await self._caller.control.follow({worker.topic: worker.handle for worker in self.workers})
+            self.workers.append(Worker(self._callees[cls], topic, self._broker, settings, alone))
+        # As far back as work can have waited: what was cancelled while nobody was there is not run.
+        await self._caller.control.follow({w.topic: w.handle for w in self.workers}, since=settings.deadline)
         try:
             async with asyncio.TaskGroup() as joining:
                 for worker in self.workers:

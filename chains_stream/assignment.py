@@ -1,0 +1,197 @@
+"""The partitions that a worker holds: taken over, paused, committed, and given back."""
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from chains_stream.broker import Broker, Committed, GroupConsumer, Record
+from chains_stream.errors import BrokerError
+from chains_stream.log import get_logger
+from chains_stream.offsets import Ledger, Note
+from chains_stream.policy import backoff
+from chains_stream.settings import Settings
+
+COMMIT_INTERVAL = 0.1  # seconds between two commits: what a crash may repeat, against requests to the broker
+
+log = get_logger(__name__)
+
+
+class Assignment:
+    """The ledgers of the partitions that are held, and what of them the broker has stored.
+
+    `lose` is told of partitions that went to others: what runs of them is no longer ours.
+    """
+
+    def __init__(
+        self, chainlet: str, topic: str, broker: Broker, settings: Settings, lose: Callable[[Collection[int]], None]
+    ) -> None:
+        self.held: frozenset[int] = frozenset()
+        self.ledgers: dict[int, Ledger] = {}
+        self.paused: set[int] = set()
+        self._chainlet = chainlet
+        self._topic = topic
+        self._broker = broker
+        self._limit = settings.max_uncommitted
+        self._lose = lose
+        self._consumer: GroupConsumer | None = None
+        self._stored: dict[int, tuple[int, str]] = {}
+        self._changed: set[int] = set()  # partitions with something to commit
+        self._due = asyncio.Event()
+        self._settled = asyncio.Event()  # cleared while the group moves partitions
+
+    async def join(self) -> GroupConsumer:
+        """Join the group of the topic. Raises BrokerError."""
+        self._consumer = await self._broker.consume(
+            self._topic, self._topic, on_assigned=self._assigned, on_revoked=self._revoked
+        )
+        return self._consumer
+
+    async def leave(self) -> None:
+        """Leave the group, after a commit that says that all is in order."""
+        if self._consumer is not None:
+            await self._consumer.close()
+
+    def of(self, record: Record) -> Ledger | None:
+        """Give the ledger that a record belongs to, or None if its partition went to another worker."""
+        return self.ledgers.get(record.partition)
+
+    def taken(self, record: Record, ledger: Ledger) -> None:
+        """Pause a partition with too many records behind an open one: what a note can tell of is limited."""
+        if ledger.span >= self._limit and record.partition not in self.paused:
+            assert self._consumer is not None, "records come from it"
+            self._consumer.pause(record.partition)
+            self.paused.add(record.partition)
+            log.warning("partition.paused", chainlet=self._chainlet, partition=record.partition, open=ledger.position)
+
+    def finish(self, record: Record, ledger: Ledger) -> None:
+        """Note a record as finished, for the next commit."""
+        ledger.finish(record.offset)
+        if self.of(record) is not ledger:
+            return
+        self._change([record.partition])
+        if record.partition in self.paused and ledger.span <= self._limit // 2:
+            assert self._consumer is not None, "records come from it"
+            self.paused.discard(record.partition)
+            self._consumer.resume(record.partition)
+
+    # --- taking over
+
+    async def take_over(self, records: Sequence[Record]) -> None:
+        """Raise the epoch of the partitions of these records, before anything of them is run."""
+        attempt = 1
+        while new := self._not_taken_over(records):
+            try:
+                ledgers = await self._next_ledgers(new)
+                stored = await self._store(ledgers)
+            except BrokerError as error:
+                log.warning("takeover.retry", chainlet=self._chainlet, partitions=sorted(new), reason=str(error))
+                await asyncio.sleep(backoff(attempt))
+                attempt += 1
+            else:
+                self.ledgers |= {number: ledgers[number] for number in stored if number in self.held}
+                return  # the others went to other workers
+
+    def _not_taken_over(self, records: Sequence[Record]) -> dict[int, int]:
+        """Give the partitions that are new to us, each with the offset of its first record."""
+        firsts = {record.partition: record.offset for record in reversed(records)}
+        return {number: at for number, at in firsts.items() if number in self.held and number not in self.ledgers}
+
+    async def _next_ledgers(self, firsts: Mapping[int, int]) -> dict[int, Ledger]:
+        assert self._consumer is not None, "records come from it"
+        committed = await self._consumer.committed(firsts)
+        ledgers = {}
+        for number, first in firsts.items():
+            # What another worker has done since this record was fetched is not run again.
+            position, metadata = committed.get(number, Committed(first))
+            note = Note.read(metadata)
+            abandoned = note.epoch > 0 and not note.clean
+            end = await self._broker.end_offset(self._topic, number) if abandoned else position
+            ledgers[number] = Ledger.take_over(position, note, end)
+            if abandoned:
+                log.warning("partition.abandoned", chainlet=self._chainlet, partition=number, offset=position)
+        return ledgers
+
+    # --- committing
+
+    async def name(self, ledgers: Mapping[int, Ledger]) -> None:
+        """Store what may be running on partitions, before it is: whoever takes them over will know."""
+        waiting, attempt = dict(ledgers), 1
+        while waiting := {number: ledger for number, ledger in waiting.items() if self.ledgers.get(number) is ledger}:
+            await self._settled.wait()
+            try:
+                stored = await self._store(waiting)
+            except BrokerError as error:
+                log.warning("commit.retry", chainlet=self._chainlet, partitions=sorted(waiting), reason=str(error))
+            else:
+                waiting = {number: ledger for number, ledger in waiting.items() if number not in stored}
+                if not waiting:
+                    return
+            await asyncio.sleep(backoff(attempt))
+            attempt += 1
+
+    async def commit_regularly(self) -> None:
+        while True:
+            await self._due.wait()
+            await self._settled.wait()  # or it would take back what `_revoked` has said
+            self._due.clear()
+            await self._commit()
+            await asyncio.sleep(COMMIT_INTERVAL)
+
+    async def _commit(self, *, clean: bool = False) -> None:
+        changed = {number: self.ledgers[number] for number in self._changed if number in self.ledgers}
+        self._changed.clear()
+        try:
+            await self._store(changed, clean=clean)
+        except BrokerError as error:
+            # The next commit covers it; until then a crash repeats more.
+            log.warning("commit.failed", chainlet=self._chainlet, reason=str(error))
+            self._change(changed)
+
+    async def _store(self, ledgers: Mapping[int, Ledger], *, clean: bool = False) -> frozenset[int]:
+        """Commit where ledgers stand, but for those that are stored so; give those that now are. Raises BrokerError."""
+        assert self._consumer is not None, "joined"
+        states = {n: (ledger.position, ledger.note(clean=clean).write()) for n, ledger in ledgers.items()}
+        known = frozenset(number for number, state in states.items() if self._stored.get(number) == state)
+        due = {number: Committed(*state) for number, state in states.items() if number not in known}
+        stored = await self._consumer.commit(due) if due else frozenset[int]()
+        self._stored |= {number: states[number] for number in stored}
+        return stored | known
+
+    def _change(self, partitions: Collection[int]) -> None:
+        self._changed.update(partitions)
+        self._due.set()
+
+    # --- as the group moves partitions
+
+    async def _assigned(self, partitions: frozenset[int]) -> None:
+        """Go on with what was kept, and stop work on partitions that went to others."""
+        kept = self.ledgers.keys() & partitions
+        lost = (self.ledgers.keys() - kept) | await self._overtaken(kept)
+        self._lose(lost)
+        for number in lost:
+            del self.ledgers[number]
+        self.held = partitions
+        self.paused.clear()
+        # What was committed while the partitions moved may not have counted, and it says that they were given back.
+        self._stored.clear()
+        self._change(self.ledgers.keys())
+        self._settled.set()
+        log.info("worker.assigned", chainlet=self._chainlet, partitions=len(partitions), lost=sorted(lost))
+
+    async def _overtaken(self, partitions: Collection[int]) -> set[int]:
+        """Give those that another worker has had meanwhile, though we seem to have kept them."""
+        if not partitions:
+            return set()
+        assert self._consumer is not None, "there are ledgers only after the first assignment"
+        try:
+            committed = await self._consumer.committed(partitions)
+        except BrokerError as error:
+            log.warning("commit.unknown", chainlet=self._chainlet, reason=str(error))
+            return set()
+        return {n for n, found in committed.items() if Note.read(found.metadata).epoch > self.ledgers[n].epoch}
+
+    async def _revoked(self, partitions: frozenset[int]) -> None:  # noqa: ARG002 - the broker's callback: it is all
+        """Say how far the work is, and that it is given back in order; it goes on until we know who has it next."""
+        self._settled.clear()
+        if self._consumer is not None:
+            self._change(self.ledgers.keys())
+            await self._commit(clean=True)
