@@ -13,11 +13,14 @@ import click
 from chains_stream import __version__
 from chains_stream.cli.author import check, graph, init, topics
 from chains_stream.cli.call import call
+from chains_stream.cli.cancel import cancel
+from chains_stream.cli.dlq import dlq
+from chains_stream.cli.options import Ordered
 from chains_stream.cli.report import StoppedError, give_up, report
 from chains_stream.cli.serve import gateway, run, worker
 
 
-class _Chains(click.Group):
+class _Chains(Ordered):
     def invoke(self, ctx: click.Context) -> object:
         # Here, before click sees them: it would print an empty line for the one, and exit with 1 for the other.
         try:
@@ -29,9 +32,6 @@ class _Chains(click.Group):
             give_up(sys.stdout)
             raise StoppedError(signal.SIGPIPE) from None
         return result
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's
-        return list(self.commands)  # in the order of use, not of the alphabet
 
 
 @click.group(
@@ -51,7 +51,7 @@ def chains() -> None:
     """
 
 
-for command in (init, check, run, call, gateway, worker, graph, topics):
+for command in (init, check, run, call, gateway, worker, graph, topics, dlq, cancel):
     chains.add_command(command)
 
 

@@ -34,6 +34,13 @@ _SETTINGS = {
 file_argument = click.argument("file", metavar="FILE")
 
 
+class Ordered(click.Group):
+    """Lists its commands in the order of use, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's
+        return list(self.commands)
+
+
 def options(*names: str, quiet: bool = False) -> Callable[[F], F]:
     """Add the named options, and those about logs, to a command."""
 
@@ -59,6 +66,17 @@ def read_settings(flags: dict[str, str | None], *, quiet: bool = False) -> "Sett
     telemetry.configure(settings.log_format, level)
     for variable, meant in misspelled(os.environ).items():
         get_logger(__name__).warning("setting.unknown", variable=variable, meant=meant)
+    return settings
+
+
+def read_cluster_settings(flags: dict[str, str | None]) -> "Settings":
+    """Make the settings of a command that looks into a cluster, and has nothing to do without one."""
+    from chains_stream.errors import ChainsUsageError
+
+    settings = read_settings(flags, quiet=True)
+    if settings.broker.startswith("memory:"):
+        reason = "memory:// lives in one process, and no other can look into it"
+        raise ChainsUsageError(f"{reason}: name a cluster with --broker kafka://host:port")
     return settings
 
 

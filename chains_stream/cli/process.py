@@ -6,9 +6,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -183,11 +183,31 @@ async def connect(stack: AsyncExitStack, settings: Settings) -> tuple[Broker, Ca
     """Connect to the broker, and start this process's caller. Raises BrokerError, within `BROKER_TIMEOUT`."""
     broker = open_broker(settings)
     stack.push_async_callback(broker.close)
+    async with patience(broker):
+        await broker.start()
+        caller = await open_caller(stack, broker, settings)
+    return broker, caller
+
+
+@asynccontextmanager
+async def connected(settings: Settings) -> AsyncIterator[Broker]:
+    """Connect to the broker, for the length of the block. Raises BrokerError, within `BROKER_TIMEOUT`."""
+    broker = open_broker(settings)
+    try:
+        async with patience(broker):
+            await broker.start()
+        yield broker
+    finally:
+        await broker.close()
+
+
+@asynccontextmanager
+async def patience(broker: Broker) -> AsyncIterator[None]:
+    """Let the block wait for the broker at most `BROKER_TIMEOUT`, then raise BrokerError."""
     limit = asyncio.timeout(BROKER_TIMEOUT)
     try:
         async with limit:
-            await broker.start()
-            return broker, await open_caller(stack, broker, settings)
+            yield
     except TimeoutError as error:
         if not limit.expired():
             raise

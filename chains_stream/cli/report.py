@@ -84,9 +84,14 @@ def nearest(path: str) -> str:
 def say(text: str) -> None:
     """Write lines for a person to stderr; whoever closed it does not want them."""
     try:
-        click.echo(_CONTROL.sub("�", text), err=True)
+        click.echo(printable(text), err=True)
     except BrokenPipeError:
         give_up(sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Take out of a text what a terminal would obey."""
+    return _CONTROL.sub("�", text)
 
 
 def give_up(stream: TextIO) -> None:
