@@ -84,10 +84,10 @@ class Command:
     def send(self, number: signal.Signals) -> None:
         os.kill(self._process.pid, number)
 
-    def wait(self) -> int:
+    def wait(self, seconds: float = DEADLINE) -> int:
         """Wait for the end, and give the status."""
         try:
-            return self._process.wait(DEADLINE)
+            return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self} did not end\n{self.report()}") from None
 
