@@ -140,7 +140,8 @@ class Broker(Protocol):
 
         Returns when the first partitions are assigned, which may be none. `on_assigned` runs before records of the
         partitions are delivered, `on_revoked` before others may get them; it may commit. What they raise is raised
-        here, or by the next `fetch`, as BrokerError.
+        here, or by the next `fetch`, as BrokerError. A consumer of a process with an `instance_id` that is closed keeps
+        its partitions until it joins again or its session ends; one whose id joins elsewhere gets a BrokerError.
         """
 
     async def read(self, topic: str, positions: Mapping[int, int | None]) -> Reader:

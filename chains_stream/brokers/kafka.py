@@ -119,7 +119,7 @@ class KafkaBroker:
         self, topic: str, group: str, *, on_assigned: PartitionsChanged, on_revoked: PartitionsChanged
     ) -> KafkaGroupConsumer:
         await self._cluster.partitions(topic)
-        session = self._settings.kafka.session_timeout_ms
+        session, instance_id = self._settings.kafka.session_timeout_ms, self._settings.instance_id
         make = functools.partial(
             self._consumer,
             group_id=group,
@@ -130,8 +130,10 @@ class KafkaBroker:
             # A worker that is full does not poll, and is alive all the same.
             max_poll_interval_ms=NEVER_MS,
             fetch_max_wait_ms=GROUP_FETCH_WAIT_MS,
+            group_instance_id=instance_id,
         )
-        consumer = KafkaGroupConsumer(self._cluster, make, topic, group, (on_assigned, on_revoked))
+        callbacks = (on_assigned, on_revoked)
+        consumer = KafkaGroupConsumer(self._cluster, make, topic, group, callbacks, instance_id=instance_id)
         # A member that was killed holds its partitions until its session times out, and the group waits for it.
         await consumer.join(3 * session / 1000 + self._cluster.patience)
         return consumer

@@ -20,6 +20,7 @@ from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.offset import OffsetRequest
 
 from chains_stream.broker import Committed
+from chains_stream.brokers.kafka_static import FencedInstanceIdError
 from chains_stream.errors import (
     BrokerAuthorizationError,
     BrokerError,
@@ -64,6 +65,7 @@ FINAL = (
     kafka.InvalidSessionTimeoutError,
     kafka.InconsistentGroupProtocolError,
     kafka.IncompatibleBrokerVersion,
+    FencedInstanceIdError,
 )
 
 

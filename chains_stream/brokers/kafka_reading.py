@@ -17,6 +17,7 @@ from aiokafka.structs import OffsetAndMetadata
 from chains_stream.broker import Committed, PartitionsChanged, Record
 from chains_stream.brokers.buffer import Buffer
 from chains_stream.brokers.kafka_cluster import BEGIN, FINAL, Cluster, said, stop
+from chains_stream.brokers.kafka_static import FencedInstanceIdError, name_instance
 from chains_stream.errors import BrokerError
 from chains_stream.log import get_logger
 
@@ -37,6 +38,7 @@ _LOST = (
     kafka.IllegalStateError,
     kafka.RebalanceInProgressError,
     kafka.UnknownMemberIdError,
+    FencedInstanceIdError,
 )
 MakeConsumer = Callable[..., AIOKafkaConsumer]
 
@@ -98,7 +100,8 @@ class _Feed(ABC):
                 try:
                     await self._move()
                 except Exception as error:  # noqa: BLE001 - whatever broke inside aiokafka, another one may do
-                    self._get_over(error)
+                    trouble, self._trouble = self._trouble, None
+                    self._get_over(trouble or error)
                 await self._replace()
         except (kafka.KafkaError, OSError, BrokerError) as error:
             self._fail(self._translated(error))
@@ -111,8 +114,7 @@ class _Feed(ABC):
         assert client is not None, "opened"
         while True:
             if self._trouble is not None:
-                trouble, self._trouble = self._trouble, None
-                raise trouble
+                raise self._trouble
             if self._buffer.full:
                 await client.getmany(_NO_PARTITION)  # for the group's errors alone
                 await self._buffer.wait_for_room(POLL_SECONDS)
@@ -197,9 +199,12 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
         topic: str,
         group: str,
         callbacks: tuple[PartitionsChanged, PartitionsChanged],
+        *,
+        instance_id: str | None,
     ) -> None:
         super().__init__(cluster, make, topic)
         self._group = group
+        self._instance_id = instance_id
         self._on_assigned, self._on_revoked = callbacks
         self._held: frozenset[int] = frozenset()
         self._taken: dict[int, int] = {}  # the offset of the next record that `fetch` will give, by partition held
@@ -311,6 +316,8 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
         try:
             # Subscribed only then: `start` would wait, for as long as it takes, for partitions.
             await client.start()
+            if self._instance_id is not None:
+                name_instance(client, self._instance_id, self._fenced)
             self._client = client  # the callbacks may come before we return
             client.subscribe([self._topic], listener=self)
         except BaseException:
@@ -325,6 +332,10 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
             if self._held:
                 await self._told(self._on_revoked(self._held))
             self._held = frozenset()
+
+    def _fenced(self) -> None:
+        reason = f"another process with the instance id `{self._instance_id}` joined the group {self._group}"
+        self._trouble = FencedInstanceIdError(f"{reason}; each needs one of its own (CHAINS_INSTANCE_ID)")
 
     async def _told(self, callback: Awaitable[None]) -> bool:
         try:

@@ -1,0 +1,82 @@
+"""Static membership: a member that is closed and comes back soon is the same one to its group."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from uuid import uuid4
+
+import pytest
+
+from chains_stream.broker import Broker, Committed, TopicSpec
+from chains_stream.brokers import open_broker
+from chains_stream.errors import BrokerError
+from chains_stream.settings import Settings
+from tests.contract.test_broker import Member, fill
+
+pytestmark = pytest.mark.kafka
+
+HOUR_MS = 3_600_000
+
+
+async def as_instance(stack: AsyncExitStack, url: str, instance_id: str) -> Broker:
+    broker = open_broker(Settings.of(broker=url, instance_id=instance_id))
+    stack.push_async_callback(broker.close)
+    await broker.start()
+    return broker
+
+
+async def test_a_member_that_comes_back_moves_no_partitions(kafka_url: str) -> None:
+    topic = f"static.{uuid4().hex}"
+    async with AsyncExitStack() as stack:
+        one, two = await as_instance(stack, kafka_url, "one"), await as_instance(stack, kafka_url, "two")
+        await one.ensure_topics([TopicSpec(topic, 4, HOUR_MS)])
+        first, second = await Member(one, topic).join(), await Member(two, topic).join()
+        await first.until(2)
+        for back, other in ((first, second), (second, first)):  # the first one leads the group
+            for partition in range(4):
+                await fill(one, topic, 1, partition=partition)
+            got = await back.take(2)
+            held, told = back.held, len(other.revoked)
+            await back.consumer.commit({record.partition: Committed(record.offset + 1) for record in got})
+            await back.consumer.close()
+            await back.join()
+            assert back.held == held
+            await fill(one, topic, 1, partition=min(held))
+            assert [record.partition for record in await back.take(1)] == [min(held)]
+            assert len(other.revoked) == told, "no rebalance"
+        await first.consumer.close()
+        await second.consumer.close()
+
+
+async def test_a_second_process_with_the_same_instance_id_ends_the_first_and_stays(kafka_url: str) -> None:
+    topic = f"fenced.{uuid4().hex}"
+    async with AsyncExitStack() as stack:
+        old, new = [await as_instance(stack, kafka_url, "same") for _ in range(2)]
+        await old.ensure_topics([TopicSpec(topic, 2, HOUR_MS)])
+        first = await Member(old, topic).join()
+        await fill(old, topic, 1)
+        await first.take(1)
+        second = await Member(new, topic).join()
+        assert await first.consumer.commit({0: Committed(1)}) == frozenset(), "it is the second one's"
+        with pytest.raises(BrokerError, match=r"instance id `same` joined the group") as caught:
+            await asyncio.wait_for(first.consumer.fetch(1), 20)
+        assert "\n" not in str(caught.value)
+        await first.consumer.close()
+        assert await second.consumer.commit({1: Committed(0)}) == {1}
+        assert [record.offset for record in await second.take(1)] == [0]
+        assert second.revoked == []
+        await second.consumer.close()
+
+
+async def test_a_fenced_member_that_does_nothing_is_told_too(kafka_url: str) -> None:
+    topic = f"fenced.{uuid4().hex}"
+    async with AsyncExitStack() as stack:
+        old, new = [await as_instance(stack, kafka_url, "same") for _ in range(2)]
+        await old.ensure_topics([TopicSpec(topic, 2, HOUR_MS)])
+        first, second = await Member(old, topic).join(), await Member(new, topic).join()
+        with pytest.raises(BrokerError, match=r"instance id `same` joined the group"):
+            await asyncio.wait_for(first.consumer.fetch(1), 20)
+        await first.consumer.close()
+        await fill(new, topic, 1)
+        assert len(await second.take(1)) == 1
+        assert second.revoked == []
+        await second.consumer.close()
