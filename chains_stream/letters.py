@@ -113,7 +113,7 @@ def _added(record: Record, group: str, error: BaseException, deliveries: int | N
             f"{module}.{detail.exception_cls_name}".encode() if module else _utf8(detail.exception_cls_name),
         ),
         (EXCEPTION_CAUSE_FQCN, f"{type(cause).__module__}.{type(cause).__qualname__}".encode() if cause else None),
-        (EXCEPTION_MESSAGE, _utf8(detail.exception_message)[:MESSAGE_BYTES]),
+        (EXCEPTION_MESSAGE, _whole(_utf8(detail.exception_message)[:MESSAGE_BYTES])),
         (EXCEPTION_STACKTRACE, trace),
         (DELIVERIES, None if deliveries is None else deliveries.to_bytes(4, "big")),
     )
@@ -123,13 +123,18 @@ def _added(record: Record, group: str, error: BaseException, deliveries: int | N
 def _trace(error: BaseException) -> bytes | None:
     """Give the stack trace of an error that was raised, here or in another process; of a long one its end."""
     if error.__traceback__ is not None:
-        return _utf8("".join(traceback.format_exception(error)))[-TRACE_BYTES:]
+        return _whole(_utf8("".join(traceback.format_exception(error)))[-TRACE_BYTES:])
     detail = remote_detail(error)
-    return _utf8(detail.format())[-TRACE_BYTES:] if detail is not None else None
+    return _whole(_utf8(detail.format())[-TRACE_BYTES:]) if detail is not None else None
 
 
 def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
+
+
+def _whole(text: bytes) -> bytes:
+    """Drop the parts of characters that were cut through."""
+    return text.decode("utf-8", "ignore").encode()
 
 
 # --- reading

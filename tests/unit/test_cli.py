@@ -16,7 +16,7 @@ import pydantic
 import pytest
 
 import chains_stream as chains
-from chains_stream import cli
+from chains_stream import cli, policy
 from chains_stream.chain import Chain
 from chains_stream.chainlet import signature
 from chains_stream.cli.example import example_arguments
@@ -246,6 +246,60 @@ def test_main_gives_the_status(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "nowhere.py"]) == 2
     assert cli.main(["nothing"]) == 2
     assert capsys.readouterr().out == f"chains {chains.__version__}\n"
+
+
+HELLO = str(Path(__file__).parents[2] / "chainlets" / "hello.py")
+KAFKA = ["--broker", "kafka://127.0.0.1:1"]  # nothing is there, and nothing is asked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["dlq", "list", HELLO], "memory:// lives in one process, and no other can look into it"),
+        (["dlq", "purge", HELLO, "--all", "--yes"], "memory:// lives in one process"),
+        (["cancel", "a" * 22], "memory:// lives in one process"),
+        (["dlq", "list", HELLO, "--chainlet", "SayHallo", *KAFKA], "has no Chainlet named SayHallo; it has"),
+        (["dlq", "show", HELLO, "Nobody/0", *KAFKA], "has no Chainlet named Nobody; it has"),
+        (["dlq", "show", HELLO, *KAFKA], "Missing argument 'ID'"),
+        *(
+            (["dlq", "show", HELLO, wrong, *KAFKA], "is no id of a letter: write CHAINLET/NUMBER, as in HelloAll/0")
+            for wrong in ("7", "HelloAll", "HelloAll/x", "HelloAll/", f"HelloAll/{'9' * 30}")
+        ),
+        (
+            ["dlq", "replay", HELLO, *KAFKA],
+            "name the letters to send again, or say --all. See: chains dlq replay --help",
+        ),
+        (["dlq", "replay", HELLO, "HelloAll/0", "--all", *KAFKA], "or say --all"),
+        (["dlq", "replay", HELLO, "HelloAll/0", "--chainlet", "HelloAll", *KAFKA], "--chainlet goes with --all"),
+        (["dlq", "purge", HELLO, "--yes", *KAFKA], "say --all, or --before a letter"),
+        (["dlq", "purge", HELLO, "--all", "--before", "HelloAll/0", *KAFKA], "say --all, or --before a letter"),
+        (["dlq", "purge", HELLO, "--before", "HelloAll/0", "--chainlet", "HelloAll"], "--chainlet goes with --all"),
+        (["dlq", "purge", HELLO, "--all", *KAFKA], "standard input is no terminal: say --yes"),
+        (["dlq", "purge", HELLO, "HelloAll/0", *KAFKA], "can't be deleted alone"),
+        (["cancel", *KAFKA], "Missing argument 'REQUEST_ID"),
+        (["cancel", "a" * 21, *KAFKA], "a request id has 22 letters"),
+        (["cancel", "a" * 21 + "/", *KAFKA], "a request id has 22 letters"),
+        (["cancel", "a" * 22 + "\n", *KAFKA], "a request id has 22 letters"),
+        (["cancel", "--nothing", "a" * 22, *KAFKA], "No such option"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.delenv("CHAINS_BROKER", raising=False)
+    monkeypatch.setattr(sys, "stdin", Stdout(terminal=False))
+    assert cli.main(arguments) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert said in told.err
+    assert (told.err.startswith("error: "), told.err.count("\n")) == (True, 1)
+
+
+@pytest.mark.parametrize("request_id", [policy.new_request_id(), "-" + "a" * 21, "--" + "h" * 20, "-h" + "_" * 20])
+def test_what_new_request_id_makes_is_a_request_id(capsys: pytest.CaptureFixture[str], request_id: str) -> None:
+    assert cli.main(["cancel", request_id, "--broker", "memory://"]) == 2
+    assert cli.main(["cancel", "--broker", "memory://", "--", request_id]) == 2
+    assert capsys.readouterr().err.count("error: memory:// lives in one process") == 2
 
 
 def test_the_defaults_that_the_options_tell_are_those_of_the_settings() -> None:
