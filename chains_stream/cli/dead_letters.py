@@ -131,7 +131,7 @@ def _described(where: Place, letter: Letter) -> Iterator[str]:
         yield f"  deliveries  {letter.deliveries}"
     yield f"  topic       {_shown(letter.topic)}"
     yield f"  lay at      partition {_shown(letter.partition)}, offset {_shown(letter.offset)}"
-    if letter.timestamp_ms is not None:
+    if letter.timestamp_ms is not None and letter.timestamp_ms >= 0:  # Kafka has -1 for none
         yield f"  sent at     {_time(letter.timestamp_ms)}"
     yield f"  group       {_shown(letter.group)}"
     if letter.record.key is not None:

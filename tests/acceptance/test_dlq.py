@@ -21,9 +21,10 @@ from chains_stream.errors import WorkerLostError
 from chains_stream.letters import dead_letter_spec, dead_letter_topic, send_letter
 from chains_stream.messages import DATAREF, Headers, Request
 from chains_stream.settings import Settings
-from tests.acceptance.command import CHAINS, DEADLINE, HERE, chains, environment
+from tests.acceptance.command import CHAINS, DEADLINE, HERE, Commands, chains, environment
 
 ORDERS = str(HERE / "chains" / "orders.py")
+TELL = f"{ORDERS}:Tell"
 ID = "abcdefghijklmnopqrstu-"
 HOUR_MS = 3_600_000
 T = TypeVar("T")
@@ -42,7 +43,7 @@ class Kafka:
         return chains(*arguments, "--broker", self.url, "--namespace", self.namespace)
 
     def topic(self, name: str = "Order") -> str:
-        chain = Chain.load(ORDERS)
+        chain = Chain.load(TELL if name == "Words" else ORDERS)
         return chain.topic(chain.find(name), self.namespace)
 
     async def on(self, work: Callable[[Broker], Awaitable[T]]) -> T:
@@ -208,6 +209,39 @@ async def test_replay(kafka: Kafka) -> None:
     assert len(kafka("dlq", "list", ORDERS, "--chainlet", "Order").stdout.splitlines()) == 3
 
 
+async def test_a_worker_runs_what_was_sent_again(kafka: Kafka, start: Commands) -> None:
+    """With its own caller's reply topic, and though the deadline that it had has passed."""
+    replies = f"{kafka.namespace}.mine"
+    request = Request(
+        correlation_id=b"\x02" * 16,
+        request_id=ID,
+        reply_topic=replies,
+        reply_partition=0,
+        reply_offset=0,
+        deadline_ms=1_700_000_005_000,
+        content_type="application/json",
+    )
+    words = Record(kafka.topic("Words"), 1, 7, 1_700_000_000_000, None, b'{"text":"one two"}', request.to_headers())
+    await kafka.put_aside(words)
+    await kafka.on(lambda broker: broker.ensure_topics([TopicSpec(replies, 1, HOUR_MS)]))
+    worker = start("worker", TELL, "--broker", kafka.url, "--namespace", kafka.namespace)
+    worker.ready()
+    assert kafka("dlq", "replay", TELL, "Words/0").returncode == 0
+
+    async def answer(broker: Broker) -> list[bytes]:
+        reader = await broker.read(replies, {0: 0})
+        found: list[bytes] = []
+        try:
+            while b"" not in found:
+                found += [record.value for record in await reader.fetch()]
+        finally:
+            await reader.close()
+        return found
+
+    assert await kafka.on(answer) == [b'"one"', b'"two"', b""]
+    assert worker.stop() == 0
+
+
 async def test_replay_tells_of_letters_that_can_t_be_sent_again(kafka: Kafka) -> None:
     await kafka.put_aside(kafka.record(1))
 
@@ -252,7 +286,7 @@ async def test_purge_of_one_says_what_kafka_can_do(kafka: Kafka) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "status", "left"), [(b"y\n", 0, 0), (b"n\n", 1, 2), (b"\n", 1, 2), (b"\x03", 130, 2)]
+    ("answer", "status", "left"), [(b"y\n", 0, 0), (b"n\n", 1, 2), (b"\n", 1, 2), (b"\x04", 130, 2)]
 )
 async def test_purge_asks_on_a_terminal(kafka: Kafka, answer: bytes, status: int, left: int) -> None:
     await kafka.put_aside(kafka.record(1), kafka.record(2))
@@ -265,11 +299,10 @@ async def test_purge_asks_on_a_terminal(kafka: Kafka, answer: bytes, status: int
 def asked(kafka: Kafka, answer: bytes) -> tuple[str, int]:
     """Purge all on a terminal, and type the answer; give the question and the status."""
     ours, theirs = pty.openpty()
-    # The leader of a new session gets the terminal that it opens, so that a key can be Ctrl-C there.
-    by_shell = ["sh", "-c", f'exec "$@" <{os.ttyname(theirs)}', "sh"]
     purge = [str(CHAINS), "dlq", "purge", ORDERS, "--all", "--broker", kafka.url, "--namespace", kafka.namespace]
     with subprocess.Popen(
-        [*by_shell, *purge],
+        purge,
+        stdin=theirs,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(),
@@ -314,3 +347,20 @@ def test_cancel_where_nothing_has_run(kafka: Kafka) -> None:
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith(f"error: nothing has run in the namespace {kafka.namespace}: ")
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("dlq", "list", ORDERS),
+        ("dlq", "show", ORDERS, "Order/0"),
+        ("dlq", "replay", ORDERS, "--all"),
+        ("dlq", "purge", ORDERS, "--all", "--yes"),
+        ("cancel", ID),
+    ],
+    ids=lambda command: " ".join(command[:2]).replace(f" {ID}", ""),
+)
+def test_a_broker_that_can_t_be_reached(command: tuple[str, ...]) -> None:
+    done = chains(*command, "--broker", "kafka://127.0.0.1:1", variables={"CHAINS_KAFKA_CONNECT_TIMEOUT": "0.5"})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: .+ at kafka://127\.0\.0\.1:1 .+\n", done.stderr)
