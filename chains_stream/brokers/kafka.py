@@ -168,6 +168,9 @@ class KafkaBroker:
     async def delete_before(self, topic: str, positions: Mapping[int, int]) -> None:
         await self._cluster.delete_before(topic, positions)
 
+    def trouble(self) -> str | None:
+        return None
+
     async def members(self, group: str) -> int:
         return await self._cluster.members(group)
 
