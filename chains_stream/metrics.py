@@ -29,8 +29,17 @@ LAG = Gauge("chains_lag", "Records that wait on a partition of a request topic."
 # --- of callers
 CALLS = Gauge("chains_calls_in_flight", "Calls to other Chainlets, or to the entrypoint, that wait for an answer.")
 
+# --- of all that serve
+LOOP_LAG = Histogram(
+    "chains_loop_lag_seconds", "How late the event loop was, looked at ten times a second.", buckets=_SECONDS
+)
+
 # --- of gateways
-SHED = Counter("chains_shed", "Requests turned away with 429.", ["reason"])
+SHED = Counter(
+    "chains_shed",
+    "Requests turned away with 429: too many requests, too many of a key, too many bytes of bodies.",
+    ["reason"],
+)
 HTTP_IN_FLIGHT = Gauge("chains_http_requests_in_flight", "HTTP requests that are being served.")
 HTTP_REQUESTS = Counter("chains_http_requests", "HTTP requests that ended.", ["route", "status"])
 HTTP_SECONDS = Histogram(

@@ -134,7 +134,7 @@ class Served:
         self.caller: Caller
         self.http: httpx.AsyncClient
         self._stack = stack
-        self._host: Host | None = None
+        self.hosted: Host | None = None
 
     async def start(self) -> None:
         self.broker = await open_connected(self._stack, self.settings)
@@ -149,9 +149,9 @@ class Served:
 
     async def host(self) -> None:
         """Have the Chainlets served."""
-        self._host = Host(self.chain, self.chain.chainlets, self.broker, self.caller, self.settings)
-        self._stack.push_async_callback(self._host.drain)
-        await self._host.start()
+        self.hosted = Host(self.chain, self.chain.chainlets, self.broker, self.caller, self.settings)
+        self._stack.push_async_callback(self.hosted.drain)
+        await self.hosted.start()
 
     async def call(self, accept: str | None = None, **arguments: Any) -> httpx.Response:
         headers = {} if accept is None else {"accept": accept}
@@ -253,6 +253,13 @@ class RawClient:
     async def read_until(self, mark: bytes) -> bytes:
         async with asyncio.timeout(WAIT):
             return await self.reader.readuntil(mark)
+
+    async def read_answer(self) -> bytes:
+        """Read an answer that has a length, head and body."""
+        head = await self.read_until(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        async with asyncio.timeout(WAIT):
+            return head + await self.reader.readexactly(length)
 
     async def read_all(self) -> bytes:
         """Read to the end of the connection."""

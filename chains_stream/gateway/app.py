@@ -21,7 +21,7 @@ from chains_stream.chain import Chain
 from chains_stream.chainlet import chainlet_name, signature
 from chains_stream.codec import codec_of
 from chains_stream.errors import BrokerError
-from chains_stream.gateway import openapi, problems
+from chains_stream.gateway import openapi, probes, problems
 from chains_stream.gateway.exchange import Entry, exchange_of
 from chains_stream.gateway.problems import Refusal
 from chains_stream.gateway.run_remote import RunRemote
@@ -67,7 +67,8 @@ class Gateway:
         self.app = _app(
             [
                 Route("/run_remote", self._run_remote, methods=["POST"]),
-                Route("/healthz", _healthz),
+                Route("/healthz", self._healthz),
+                Route("/metrics", probes.metrics),
                 Route("/readyz", readiness.readyz),
                 Route("/openapi.json", Response(document, media_type="application/json"), methods=["GET"]),
                 Route("/docs", _docs(), methods=["GET"]),
@@ -78,6 +79,9 @@ class Gateway:
         """Answer the requests that are still under way with 503. They are not cancelled: they run to their deadline."""
         if self._run_remote is not None:
             self._run_remote.interrupt()
+
+    async def _healthz(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's
+        return probes.health(await probes.trouble(self._broker, self._caller))
 
 
 async def create_app(chain: Chain, caller: Caller, broker: Broker, settings: Settings) -> Starlette:
@@ -120,18 +124,9 @@ class Readiness:
         except BrokerError as error:
             return "broker", str(error)
         # The reply position was known when the caller started; since then reading may have stopped.
-        if (fault := await self._reading_fault()) is not None:
+        if (fault := await probes.fault_of(self._caller.failed)) is not None:
             return "replies", f"answers can't be read any more: {fault}"
         return None if members else ("worker", f"no worker serves {self._entrypoint} (topic {self._topic})")
-
-    async def _reading_fault(self) -> BaseException | None:
-        failed = asyncio.create_task(self._caller.failed(), name="readiness")
-        await asyncio.wait([failed], timeout=0)
-        if failed.done():
-            return failed.exception()
-        failed.cancel()
-        await asyncio.wait([failed])
-        return None
 
 
 def _app(routes: list[Route]) -> Starlette:
@@ -142,10 +137,6 @@ def _app(routes: list[Route]) -> Starlette:
     )
     app.router.redirect_slashes = False  # one path, one route
     return app
-
-
-async def _healthz(request: Request) -> Response:  # noqa: ARG001 - Starlette's
-    return JSONResponse({"status": "ok"})
 
 
 async def _on_http(request: Request, error: Exception) -> Response:

@@ -7,16 +7,19 @@ end; a mistake of the gateway's own ends there.
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import cache
 from http import HTTPStatus
 from typing import Protocol
 
+from prometheus_client import Counter, Histogram
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as ASGIScope
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
+from chains_stream import metrics
 from chains_stream.errors import DeadlineExceededError
 from chains_stream.gateway import problems
 from chains_stream.gateway.problems import Problem, Refusal
@@ -25,6 +28,9 @@ from chains_stream.messages import now_ms
 from chains_stream.policy import Scope, new_request_id
 
 TIMEOUT_HEADER = "x-request-timeout"  # seconds that a client gives its request, at most what the gateway gives it
+AFFINITY_HEADER = "chains-affinity-key"  # text; requests of one key go to one worker for as long as it is there
+MAX_AFFINITY = 256  # bytes
+DISCARDED = 64 << 10  # bytes of a body that cost less to take and throw away than a new connection does
 FAREWELL = 1.0  # seconds that a client has to take the end of an answer that was cut short
 
 _EXCHANGE = "chains.exchange"  # in the ASGI scope of a request
@@ -86,8 +92,16 @@ class Exchange:
         """The path of the route that was met, for the log: never what a stranger wrote into the URL."""
         return getattr(self._scope.get("route"), "path", "unknown")
 
+    @property
+    def sending(self) -> bool:
+        """Whether the client may still send so much of a body that an answer now has to end the connection."""
+        if self._listener is not None:
+            return False  # all of it has been read
+        length = int(self.headers.get("content-length", "0"))
+        return length > DISCARDED or "transfer-encoding" in self.headers or "expect" in self.headers
+
     def begin(self, deadline: float) -> Scope:
-        """Begin a request to the Chain with `deadline` seconds, or fewer if the client says so."""
+        """Begin a request to the Chain with `deadline` seconds, or fewer if the client says so. Raises Refusal."""
         seconds = min(deadline, _timeout(self.headers.get(TIMEOUT_HEADER)) or deadline)
         traceparent, tracestate = self.headers.get("traceparent", ""), self.headers.get("tracestate", "")
         traced = _TRACEPARENT.fullmatch(traceparent) is not None
@@ -96,6 +110,7 @@ class Exchange:
             deadline_ms=now_ms() + int(seconds * 1000),
             traceparent=traceparent.encode("latin-1") if traced else None,
             tracestate=tracestate.encode("latin-1") if traced and 0 < len(tracestate) <= _MAX_TRACESTATE else None,
+            affinity=_affinity(self.headers.get(AFFINITY_HEADER)),
         )
 
     @asynccontextmanager
@@ -116,21 +131,24 @@ class Exchange:
         finally:
             self._limit = None
 
-    async def body(self, limit: int) -> bytes:
+    async def body(self, limit: int, hold: Callable[[int], None]) -> bytes:
         """Read the body, of at most `limit` bytes; from then on notice when the client leaves.
 
+        `hold` is told, before more is read, how many bytes are announced or here; it may raise to end the reading.
         Raises Refusal, ClientLeftError.
         """
         announced = int(self.headers.get("content-length", "0"))  # the server has checked it
         parts = list[bytes]()
         received = 0
         while max(announced, received) <= limit:
+            hold(max(announced, received))
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ClientLeftError
             parts.append(message.get("body", b""))
             received += len(parts[-1])
             if received <= limit and not message.get("more_body", False):
+                hold(received)
                 self._listen()
                 return b"".join(parts)
         raise Refusal(
@@ -242,6 +260,7 @@ class Entry:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
+        metrics.HTTP_IN_FLIGHT.inc()
         exchange = scope[_EXCHANGE] = Exchange(scope, receive, send)
         clear_contextvars()
         bind_contextvars(request_id=exchange.request_id)
@@ -253,6 +272,11 @@ class Entry:
             log.exception("gateway.defect")
             await self._apologize(exchange)
         finally:
+            metrics.HTTP_IN_FLIGHT.dec()
+            seconds = time.perf_counter() - began
+            ended, took = _children(exchange.route, exchange.status)
+            ended.inc()
+            took.observe(seconds)
             await exchange.close()
             fields = {} if exchange.error is None else {"error": exchange.error}
             log.info(
@@ -260,9 +284,10 @@ class Entry:
                 method=scope["method"],
                 route=exchange.route,
                 status=exchange.status,
-                duration_ms=round((time.perf_counter() - began) * 1000, 1),
+                duration_ms=round(seconds * 1000, 1),
                 **fields,
             )
+            del scope[_EXCHANGE]  # the two hold each other, and what the server has read of a body
 
     async def _apologize(self, exchange: Exchange) -> None:
         if not exchange.started:
@@ -270,6 +295,33 @@ class Entry:
         elif not exchange.complete:
             exchange.error = "internal"
             await exchange.end_early(None)
+
+
+@cache
+def _children(route: str, status: int) -> tuple[Counter, Histogram]:
+    """Give what counts the requests of a route that end so. There are few: routes of ours, and statuses of HTTP."""
+    return metrics.HTTP_REQUESTS.labels(route, status), metrics.HTTP_SECONDS.labels(route)
+
+
+def _affinity(value: str | None) -> bytes | None:
+    if value is None:
+        return None
+    key = value.encode("latin-1")  # as it came
+    if not (0 < len(key) <= MAX_AFFINITY and _is_text(key)):
+        raise Refusal(
+            HTTPStatus.BAD_REQUEST,
+            "invalid-header",
+            f"the header {AFFINITY_HEADER} should be a text of 1 to {MAX_AFFINITY} bytes of UTF-8",
+        )
+    return key
+
+
+def _is_text(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _timeout(value: str | None) -> float | None:

@@ -8,7 +8,7 @@ import msgspec
 from chains_stream.chain import Chain
 from chains_stream.codec import Codec
 from chains_stream.gateway import problems
-from chains_stream.gateway.exchange import TIMEOUT_HEADER
+from chains_stream.gateway.exchange import AFFINITY_HEADER, MAX_AFFINITY, TIMEOUT_HEADER
 from chains_stream.gateway.problems import Problem
 from chains_stream.gateway.streaming import EVENTS, LINES, OCTETS, TEXT, media_types
 from chains_stream.settings import Settings
@@ -23,7 +23,7 @@ _FAILURES = {
     408: "The body did not arrive before the deadline.",
     413: "The body is too large.",
     415: "The body is not JSON.",
-    429: "Too many requests are under way; try again after `retry-after` seconds.",
+    429: "Too many requests, or bytes of them, are under way: see `detail`. Try again after `retry-after` seconds.",
     499: "The request was cancelled.",
     500: "The Chain failed; `error` has the exception and its way through the Chainlets.",
     502: "The stream broke off below.",
@@ -48,8 +48,9 @@ def document(chain: Chain, codec: Codec, settings: Settings) -> Json:
         },
         "paths": {
             "/run_remote": {"post": _run_remote(codec, schema, settings)},
-            "/healthz": {"get": _probe("healthz", "Whether this process lives", "It does.")},
+            "/healthz": {"get": _health()},
             "/readyz": {"get": _ready()},
+            "/metrics": {"get": _metrics()},
         },
         "components": {
             "schemas": schema["$defs"] | {f"{_PREFIX}{name}": found for name, found in ours.items()},
@@ -76,7 +77,14 @@ def _run_remote(codec: Codec, schema: Json, settings: Settings) -> Json:
                 "in": "header",
                 "description": f"Seconds that the request may take; at most, and if not given, {settings.deadline:g}.",
                 "schema": {"type": "number", "exclusiveMinimum": 0},
-            }
+            },
+            {
+                "name": AFFINITY_HEADER,
+                "in": "header",
+                "description": "Text, the id of a conversation say: requests "
+                "with the same one go to the same worker, for as long as it is there.",
+                "schema": {"type": "string", "minLength": 1, "maxLength": MAX_AFFINITY},
+            },
         ],
         "requestBody": {"required": bool(arguments.get("required")), "content": {_JSON: {"schema": arguments}}},
         "responses": {"200": _success(codec, schema["result"])}
@@ -102,6 +110,21 @@ def _success(codec: Codec, result: Json) -> Json:
     }
     text = f"The stream, in the form that `accept` asks for; {media_types(codec)[0]} unless it names another."
     return _answer(text, content)
+
+
+def _health() -> Json:
+    described = _probe("healthz", "Whether this process lives", "It does.")
+    fields = {"status": {"const": "unhealthy"}, "reason": {"type": "string"}}
+    schema = {"type": "object", "properties": fields, "required": list(fields)}
+    described["responses"]["503"] = _answer(
+        "It has to be started anew; `reason` says why.", {_JSON: {"schema": schema}}
+    )
+    return described
+
+
+def _metrics() -> Json:
+    answer = _answer("Metrics in the text format of Prometheus.", {"text/plain": {"schema": {"type": "string"}}})
+    return {"operationId": "metrics", "summary": "What this process counts", "responses": {"200": answer}}
 
 
 def _ready() -> Json:

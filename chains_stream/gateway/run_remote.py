@@ -8,11 +8,12 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
-from chains_stream.calls import RemoteTarget
+from chains_stream.calls import Call, RemoteTarget
 from chains_stream.codec import Codec
 from chains_stream.errors import GatewayError, OverloadedError
 from chains_stream.gateway import problems
 from chains_stream.gateway.exchange import ClientLeftError, Exchange, exchange_of
+from chains_stream.gateway.limits import Limits, Place
 from chains_stream.gateway.negotiation import choose
 from chains_stream.gateway.problems import Refusal
 from chains_stream.gateway.streaming import Form, Stream, form_of, media_types
@@ -20,7 +21,6 @@ from chains_stream.policy import Scope
 from chains_stream.settings import Settings
 
 JSON = "application/json"
-MAX_REQUESTS = 10_000  # under way at once: more would fill the memory of a process before a queue says so
 
 _HINT = f"send the arguments as a JSON object with `content-type: {JSON}` (curl --json does)"
 
@@ -33,6 +33,7 @@ class RunRemote:
         self._target = target
         self._settings = settings
         self._streaming = codec.signature.streaming
+        self._limits = Limits(settings)
         self._exchanges: set[Exchange] = set()
         self.media_types = media_types(codec) if self._streaming else [JSON]
 
@@ -43,13 +44,25 @@ class RunRemote:
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - the exchange has both
         exchange = exchange_of(scope)
-        form: Form | None = None
+        try:
+            place = self._limits.enter(exchange.headers)
+        except OverloadedError as error:
+            await _fail(exchange, None, error)
+            return
         self._exchanges.add(exchange)
+        try:
+            await self._answer(exchange, place)
+        finally:
+            self._exchanges.discard(exchange)
+            place.leave()
+
+    async def _answer(self, exchange: Exchange, place: Place) -> None:
+        form: Form | None = None
         try:
             form = self._form(exchange.headers)
             request = exchange.begin(self._settings.deadline)
             async with exchange.wanted(request):
-                await self._serve(exchange, request, form)
+                await self._serve(exchange, place, request, form)
         except ClientLeftError:
             exchange.status = problems.CLIENT_CLOSED_REQUEST  # for the log alone
         except Refusal as refusal:
@@ -58,16 +71,9 @@ class RunRemote:
             if not problems.is_known(error):
                 raise
             await _fail(exchange, form, error)
-        finally:
-            self._exchanges.discard(exchange)
 
-    async def _serve(self, exchange: Exchange, request: Scope, form: Form | None) -> None:
-        if len(self._exchanges) > MAX_REQUESTS:
-            raise OverloadedError(f"the gateway has {MAX_REQUESTS} requests under way", retry_after=1)
-        _check_content(exchange.headers)
-        body = await exchange.body(self._settings.max_body_bytes)
-        call = await self._target.open(self._codec.arguments_from_json(body or b"{}"), request, 1)
-        del body  # not kept for as long as the answer takes
+    async def _serve(self, exchange: Exchange, place: Place, request: Scope, form: Form | None) -> None:
+        call = await self._open(exchange, place, request)
         try:
             if form is not None:
                 await Stream(exchange, call, form).run()
@@ -84,6 +90,17 @@ class RunRemote:
             call.close()
             raise
         call.close()
+
+    async def _open(self, exchange: Exchange, place: Place, request: Scope) -> Call:
+        """Read the request, and publish it."""
+        _check_content(exchange.headers)
+        arguments = self._codec.arguments_from_json(await self._body(exchange, place))
+        call = await self._target.open(arguments, request, 1)
+        place.hold(0)  # from here on the broker's own buffer bounds it
+        return call
+
+    async def _body(self, exchange: Exchange, place: Place) -> bytes:
+        return await exchange.body(self._settings.max_body_bytes, place.hold) or b"{}"
 
     def _form(self, headers: Headers) -> Form | None:
         """Choose how to write the stream; None for a unary result. Raises Refusal."""
@@ -107,7 +124,7 @@ async def _fail(exchange: Exchange, form: Form | None, error: Exception) -> None
     """Tell the client of an error, in the way that is left at this point of the answer."""
     problem = problems.of_error(error, exchange.request_id)
     if not exchange.started:
-        await exchange.answer(problem)
+        await exchange.answer(problem, {"connection": "close"} if exchange.sending else None)
     elif not exchange.complete:
         exchange.error = problem.code
         await exchange.end_early(None if form is None else form.failure(msgspec.json.encode(problem)))

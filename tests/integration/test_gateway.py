@@ -18,7 +18,6 @@ import chains_stream as chains
 from chains_stream.brokers.memory import MemoryReader
 from chains_stream.errors import BrokerError, InvalidArgumentError, remote_detail
 from chains_stream.gateway import app as gateway_app
-from chains_stream.gateway import run_remote
 from tests.sample import Counting, Item, Leaf, Relay, Sample, SampleError, Seen
 from tests.serving import (
     WAIT,
@@ -296,21 +295,6 @@ async def test_a_request_waits_for_the_first_worker() -> None:
         early = asyncio.ensure_future(served.http.post("/run_remote"))
         await served.host()
         assert (await early).json() == "Hello, world!"
-
-
-async def test_more_requests_than_it_can_hold_are_shed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_remote, "MAX_REQUESTS", 2)
-    async with serving(Slow) as served:
-        requests = await served.follow(served.topic)
-        held = []
-        for name in ("first", "second"):
-            held.append(asyncio.ensure_future(served.call(name=name)))
-            await requests.fetch()
-        response = await served.call(name="third")
-        assert problem_of(response, 429)["code"] == "overloaded"
-        assert response.headers["retry-after"] == "1"
-        Seen.note("go")
-        assert [(await request).json() for request in held] == ["first", "second"]
 
 
 async def test_pipelined_requests_are_answered_in_order(greet: Served) -> None:

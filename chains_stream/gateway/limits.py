@@ -1,0 +1,95 @@
+"""What a gateway takes on at once. What goes beyond is turned away with 429 before it is read, and leaves nothing."""
+
+import hashlib
+from typing import Literal, Never
+
+from starlette.datastructures import Headers
+
+from chains_stream import metrics
+from chains_stream.errors import OverloadedError
+from chains_stream.gateway.problems import RETRY_AFTER
+from chains_stream.settings import Settings
+
+CREDENTIALS = ("authorization", "x-api-key")  # headers that say whose a request is; the first one there counts
+
+_Reason = Literal["requests", "key", "bytes"]
+_SHED = {reason: metrics.SHED.labels(reason) for reason in ("requests", "key", "bytes")}
+
+
+class Limits:
+    """Requests in flight, in all and of one key, and the bytes of bodies that wait to be published.
+
+    The key is the credential that a request presents, whether it is a good one or not; those without share one.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._max_requests = settings.max_requests
+        self._max_per_key = settings.max_requests_per_key
+        # At least one body of the size that is allowed: a smaller limit would turn it away for ever.
+        self._max_bytes = max(settings.max_buffered_bytes, settings.max_body_bytes)
+        self._requests = 0
+        self._bytes = 0
+        self._by_key: dict[bytes, int] = {}
+
+    def enter(self, headers: Headers) -> "Place":
+        """Give a request its place; whoever asked leaves it. Raises OverloadedError."""
+        if self._requests >= self._max_requests:
+            _shed(
+                "requests",
+                f"the gateway has {self._requests} requests under way, as many as it takes (CHAINS_MAX_REQUESTS)",
+            )
+        key = None if self._max_per_key is None else _key(headers)
+        if key is not None:
+            count = self._by_key.get(key, 0)
+            if self._max_per_key is not None and count >= self._max_per_key:
+                text = f"{count} requests with the same credential are under way, as many as one may have"
+                _shed("key", f"{text} (CHAINS_MAX_REQUESTS_PER_KEY)")
+            self._by_key[key] = count + 1
+        self._requests += 1
+        return Place(self, key)
+
+    def leave(self, key: bytes | None) -> None:
+        """Take a request's place back."""
+        self._requests -= 1
+        if key is not None:
+            self._by_key[key] -= 1
+            if not self._by_key[key]:
+                del self._by_key[key]
+
+    def add_bytes(self, size: int) -> None:
+        """Count bytes of bodies, or count them no more if negative. Raises OverloadedError."""
+        if size > 0 and self._bytes + size > self._max_bytes:
+            text = f"the gateway holds bodies of {self._bytes} bytes, and {size} more are more than it takes"
+            _shed("bytes", f"{text} (CHAINS_MAX_BUFFERED_BYTES)")
+        self._bytes += size
+
+
+class Place:
+    """One request's share of the `Limits`."""
+
+    def __init__(self, limits: Limits, key: bytes | None) -> None:
+        self._limits = limits
+        self._key = key
+        self._bytes = 0
+
+    def hold(self, size: int) -> None:
+        """Count `size` bytes in all for this request's body; 0 once it is published. Raises OverloadedError."""
+        self._limits.add_bytes(size - self._bytes)
+        self._bytes = size
+
+    def leave(self) -> None:
+        self.hold(0)
+        self._limits.leave(self._key)
+
+
+def _key(headers: Headers) -> bytes:
+    """Give a hash of the credential: nothing here keeps what could be used to call."""
+    for name in CREDENTIALS:
+        if (value := headers.get(name)) is not None:
+            return hashlib.sha256(value.encode("latin-1")).digest()
+    return b""
+
+
+def _shed(reason: _Reason, text: str) -> Never:
+    _SHED[reason].inc()
+    raise OverloadedError(text, retry_after=RETRY_AFTER)
