@@ -1,14 +1,21 @@
-"""A worker's `/healthz` and `/readyz`, for whatever watches over processes."""
+"""A worker's `/healthz`, `/readyz` and `/metrics`, for whatever watches over processes."""
+
+import asyncio
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from chains_stream.errors import ChainsUsageError
+from chains_stream.broker import Broker
+from chains_stream.calls import Caller
+from chains_stream.errors import ChainsUsageError, message_of
+from chains_stream.gateway import probes
 from chains_stream.gateway.server import Server
 from chains_stream.log import get_logger
-from chains_stream.worker import Host
+from chains_stream.worker import Host, Worker
+
+HEALTHY_WITHIN = 5.0  # seconds that a Chainlet's `is_healthy` has: a probe's patience is seldom longer
 
 _GRACE = 1.0  # seconds that the answer to a probe may take at the end
 _UNAVAILABLE = 503
@@ -17,41 +24,61 @@ log = get_logger(__name__)
 
 
 class Health:
-    """Serves them, from before the broker is connected. `/healthz` asks the Chainlets' own `is_healthy`.
-
-    Attributes:
-        host: whose Chainlets these are, once it is there.
-        ready: whether they take requests.
-    """
+    """Serves them, from before the broker is connected. `/healthz` asks the Chainlets' own `is_healthy` too."""
 
     def __init__(self, address: str, port: int) -> None:
-        self.host: Host | None = None
-        self.ready = False
+        self._ready = False
+        self._watched: tuple[Host, Broker, Caller] | None = None
         self._server = Server(address, port, _GRACE)
 
     async def start(self) -> None:
         """Serve. Raises ChainsUsageError for a port that can't be had."""
-        routes = [Route("/healthz", self._healthz), Route("/readyz", self._readyz)]
+        routes = [
+            Route("/healthz", self._healthz),
+            Route("/readyz", self._readyz),
+            Route("/metrics", probes.metrics),
+        ]
         try:
             url = await self._server.start(Starlette(routes=routes))
         except ChainsUsageError as error:
             raise ChainsUsageError(str(error).replace("--port", "--health-port")) from error
         log.info("health.ready", url=url)
 
+    def watch(self, host: Host, broker: Broker, caller: Caller) -> None:
+        """Be ready, for as long as these parts of the worker are well and `leave` is not called."""
+        self._watched = host, broker, caller
+        self._ready = True
+
+    def leave(self) -> None:
+        """Be ready no more: the worker takes no requests from now on."""
+        self._ready = False
+
     async def stop(self) -> None:
         await self._server.stop()
 
     async def _healthz(self, _request: Request) -> Response:
-        try:
-            healthy = self.host is None or await self.host.healthy()
-        except Exception as error:  # noqa: BLE001 - the check is the user's code, and raising is one way to say no
-            log.warning("chainlet.unhealthy", reason=f"is_healthy raised {type(error).__name__}: {error}")
-            healthy = False
-        return _answer("ok" if healthy else "unhealthy")
+        if self._watched is None:
+            return probes.health(None)
+        host, broker, caller = self._watched
+        reason = await probes.trouble(broker, caller)
+        for worker in host.workers:
+            reason = reason or await _complaint(worker)
+        return probes.health(reason)
 
     async def _readyz(self, _request: Request) -> Response:
-        return _answer("ok" if self.ready else "not ready")
+        status = "ok" if self._ready else "not ready"
+        return JSONResponse({"status": status}, 200 if self._ready else _UNAVAILABLE)
 
 
-def _answer(status: str) -> Response:
-    return JSONResponse({"status": status}, 200 if status == "ok" else _UNAVAILABLE)
+async def _complaint(worker: Worker) -> str | None:
+    """Say why a Chainlet is not healthy, by its own `is_healthy`; None if it is."""
+    limit = asyncio.timeout(HEALTHY_WITHIN)
+    check = f"{worker.callee.name}.is_healthy"
+    try:
+        async with limit:
+            return None if await worker.healthy() else f"{check} said no"
+    except Exception as error:  # noqa: BLE001 - the check is the user's code, and raising is one way to say no
+        if limit.expired():
+            return f"{check} did not answer within {HEALTHY_WITHIN:g} s"
+        log.warning("chainlet.unhealthy", reason=f"{check} raised {type(error).__name__}: {message_of(error)}")
+        return f"{check} raised {type(error).__name__}"

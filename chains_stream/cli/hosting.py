@@ -61,8 +61,8 @@ def run_worker(chain: Chain, served: Sequence[type[ChainletBase]], settings: Set
         stack.push_async_callback(host.drain)
         await host.start()
         if health is not None:
-            health.host, health.ready = host, True
-            stack.callback(setattr, health, "ready", False)
+            health.watch(host, broker, caller)
+            stack.callback(health.leave)
         return Serving(f"Worker of {', '.join(map(chainlet_name, served))} is ready", host.failed)
 
     _serve(chain, start)

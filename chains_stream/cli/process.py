@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 from chains_stream.broker import Broker
 from chains_stream.brokers import open_broker
 from chains_stream.calls import Caller
+from chains_stream.cli.lag import watch_loop
 from chains_stream.cli.report import StoppedError, report
 from chains_stream.client import open_caller
 from chains_stream.errors import BrokerError, ChainsRuntimeError
@@ -142,6 +143,7 @@ async def serve(start: Callable[[AsyncExitStack], Coroutine[Any, Any, Serving]],
     """
     stopped = asyncio.create_task(signals.wait())
     failed: asyncio.Task[None] | None = None
+    watch: asyncio.Task[None] | None = None
     try:
         async with AsyncExitStack() as stack:
             serving = await _started(start(stack), stopped)
@@ -151,14 +153,16 @@ async def serve(start: Callable[[AsyncExitStack], Coroutine[Any, Any, Serving]],
             sys.stdout.write(serving.ready + "\n")
             sys.stdout.flush()
             failed = asyncio.ensure_future(serving.failed())
-            await asyncio.wait({failed, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if failed.done():
-                failed.result()
+            watch = asyncio.create_task(watch_loop(), name="loop lag")  # not before: models may load for minutes
+            await asyncio.wait({failed, watch, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            for ended in (failed, watch):
+                if ended.done():
+                    ended.result()
             log.info("stopping", signal=signals.name, reason="what runs may finish; a second signal ends it at once")
         log.info("stopped")
     finally:
         # Only now: workers that lose their watcher stop, and answers that the gateway still waits for come from them.
-        await _end(stopped, failed)
+        await _end(stopped, failed, watch)
 
 
 async def _started(start: Coroutine[Any, Any, Serving], stopped: "asyncio.Task[None]") -> Serving | None:

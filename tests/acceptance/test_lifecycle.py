@@ -209,7 +209,8 @@ def test_a_worker_s_health(start: Commands, kafka_url: str, namespace: str, tmp_
     assert (health.status_code, health.json(), ready.status_code) == (200, {"status": "ok"}, 200)
     (tmp_path / "ill").touch()
     health = httpx.get(f"{found[1]}/healthz")
-    assert (health.status_code, health.json()) == (503, {"status": "unhealthy"})
+    assert (health.status_code, health.json()) == (503, {"status": "unhealthy", "reason": "A.is_healthy said no"})
+    assert "process_resident_memory_bytes" in httpx.get(f"{found[1]}/metrics").text
     assert worker.stop() == 0
 
 
