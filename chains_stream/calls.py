@@ -29,9 +29,10 @@ from chains_stream.errors import (
 )
 from chains_stream.fold import Fold, Step
 from chains_stream.log import get_logger
-from chains_stream.messages import Cancelled, Chunk, Done, Failed, Frame, Request, Started, decode_frames
+from chains_stream.messages import Cancelled, Chunk, Done, Failed, Frame, Headers, Request, Started, decode_frames
 from chains_stream.policy import Scope
 from chains_stream.settings import Settings
+from chains_stream.store import Store, reference_in
 
 CLOSE_SECONDS = 5.0  # for what is still to be said to the workers
 
@@ -52,8 +53,8 @@ class Call:
         self._caller = caller
         self._modules = modules
         self._fold = Fold()
-        self._chunks: deque[msgspec.Raw] = deque()
-        self._value = msgspec.Raw()
+        self._chunks: deque[msgspec.Raw | str] = deque()  # a str is where one lies in the store
+        self._value: msgspec.Raw | str = msgspec.Raw()
         self._error: Exception | None = None
         self._changed = asyncio.Event()
         self._taken = self._taken_size = 0  # by the reader of the stream
@@ -65,17 +66,24 @@ class Call:
             await self._wait()
         if self._error is not None:
             raise self._error
+        if isinstance(self._value, str):
+            self._value = await self._caller.fetch(self._value)
         return self._value
 
     async def next(self) -> msgspec.Raw | None:
         """Wait for the next chunk of a stream; None at its end."""
-        while not self._chunks:
-            if self.ended:
-                if self._error is not None:
-                    raise self._error
-                return None
-            await self._wait()
-        chunk = self._chunks.popleft()
+        while True:
+            while not self._chunks:
+                if self.ended:
+                    if self._error is not None:
+                        raise self._error
+                    return None
+                await self._wait()
+            head = self._chunks[0]
+            chunk = await self._caller.fetch(head) if isinstance(head, str) else head
+            if self._chunks and self._chunks[0] is head:  # else another worker has begun it again meanwhile
+                break
+        self._chunks.popleft()
         self._taken += 1
         self._taken_size += len(memoryview(chunk))
         if self._caller.wants_credit(self._taken - self._granted, self._taken_size - self._granted_size):
@@ -107,8 +115,8 @@ class Call:
         if not self.ended:
             self._end(error)
 
-    def feed(self, frame: Frame) -> None:
-        """Take one frame from the log."""
+    def feed(self, frame: Frame, reference: str | None = None) -> None:
+        """Take one frame from the log; `reference` is where its value lies if that is in the store."""
         if self.ended:
             return
         if self._fold.begins_again(frame) and not self._begin_again():
@@ -121,10 +129,10 @@ class Call:
             return
         match frame:
             case Chunk(value=value):
-                self._chunks.append(value)
+                self._chunks.append(reference or value)
                 self._wake()
             case Done(value=value):
-                self._value = value
+                self._value = reference or value
                 self._answer(None)
             case Failed(error=detail):
                 self._answer(from_detail(detail, modules=self._modules))
@@ -167,8 +175,9 @@ class Call:
 class Caller:
     """Sends requests and receives their answers, thousands at once, for a whole process."""
 
-    def __init__(self, broker: Broker, control: Control, settings: Settings) -> None:
+    def __init__(self, broker: Broker, control: Control, settings: Settings, store: Store) -> None:
         self.control = control
+        self.store = store
         self._broker = broker
         self._settings = settings
         self._replies = f"{settings.namespace}.replies"
@@ -223,6 +232,9 @@ class Caller:
         """Publish a request on a topic that `use` has prepared, and give its call. Close it, whatever happens."""
         if self._broken is not None:
             raise self._broken
+        claim: Headers = ()
+        if len(arguments) > self._broker.max_record_bytes:
+            arguments, claim = b"", await self.store.put_arguments(arguments)
         call = Call(self, topic, scope, modules)
         call.partition = next(self._rotation) % self._partitions[topic]
         self._calls[call.id] = call
@@ -241,7 +253,7 @@ class Caller:
         )
         try:
             stored = await self._broker.publish(
-                topic, arguments, partition=call.partition, headers=request.to_headers()
+                topic, arguments, partition=call.partition, headers=request.to_headers() + claim
             )
         except BaseException:
             call.ended = call.answered = True  # nothing was sent that could be cancelled
@@ -249,6 +261,10 @@ class Caller:
             raise
         stored.add_done_callback(lambda future: _stored(call, future))
         return call
+
+    async def fetch(self, reference: str) -> msgspec.Raw:
+        """Fetch a result or a chunk that was too large for its record. Raises StoreError."""
+        return msgspec.Raw(await self.store.get(reference))
 
     def wants_credit(self, chunks: int, size: int) -> bool:
         """Tell whether a reader that took this much since it last said so should say so again."""
@@ -302,24 +318,27 @@ class Caller:
         try:
             while True:
                 for record in await reader.fetch():
-                    self._dispatch(record.value)
+                    self._dispatch(record.value, reference_in(record.headers) if record.headers else None)
         except OffsetExpiredError as error:
             for call in tuple(self._calls.values()):
                 call.fail(WorkerLostError(f"answers were lost before they were read: {error}"))
             await self._open_reader()
 
-    def _dispatch(self, value: bytes) -> None:
+    def _dispatch(self, value: bytes, reference: str | None) -> None:
         try:
             frames = decode_frames(value)
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:  # a stranger's record
             log.warning("reply.undecodable", reason=str(error))
+            return
+        if reference is not None and len(frames) != 1:  # a stranger's too: it does not say whose value it is
+            log.warning("reply.undecodable", reason="one value in the store, and not one frame")
             return
         for frame in frames:
             call = self._calls.get(frame.correlation_id)
             if call is None:
                 continue
             try:
-                call.feed(frame)
+                call.feed(frame, reference)
             except Exception as error:
                 log.exception("reply.defect", request_id=call.scope.request_id)
                 call.fail(ChainsRuntimeError(f"the answer can't be read: {error!r}"))

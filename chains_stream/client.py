@@ -18,6 +18,7 @@ from chains_stream.options import RPCOptions
 from chains_stream.policy import scope_or_new
 from chains_stream.settings import Settings
 from chains_stream.signature import Signature
+from chains_stream.store import Store, place_of
 from chains_stream.stub import Stub
 from chains_stream.worker import Host
 
@@ -178,17 +179,21 @@ async def run_chain(
 async def open_connected(stack: AsyncExitStack, settings: Settings) -> Broker:
     """Open the broker that the settings name, connect, and close it with `stack`."""
     broker = open_broker(settings)
+    place_of(settings)  # a mistake is told before the broker is waited for
     stack.push_async_callback(broker.close)
     await broker.start()
     return broker
 
 
 async def open_caller(stack: AsyncExitStack, broker: Broker, settings: Settings) -> Caller:
-    """Start this process's caller, with its side of the control topic, and close both with `stack`."""
+    """Start this process's caller, with its store and its side of the control topic; close them with `stack`."""
+    store = Store(settings)
+    stack.push_async_callback(store.close)
+    await store.start()
     control = Control(broker, settings)
     stack.push_async_callback(control.close)
     await control.start()
-    caller = Caller(broker, control, settings)
+    caller = Caller(broker, control, settings, store)
     stack.push_async_callback(caller.close)
     await caller.start()
     return caller

@@ -340,6 +340,23 @@ def to_detail(error: BaseException, chainlet: str | None = None) -> RemoteErrorD
     )
 
 
+def fitting(detail: RemoteErrorDetail, size: int) -> RemoteErrorDetail:
+    """Give `detail`, or what matters most of it if it takes more than about `size` bytes."""
+    if len(msgspec.json.encode(detail)) <= size:
+        return detail
+    message = detail.exception_message
+    keep = size // 16  # characters, of which JSON writes some in six bytes
+    short = message if len(message) <= keep else f"{message[:keep]}... ({len(message)} characters)"
+    return msgspec.structs.replace(
+        detail,
+        exception_message=short,
+        exception_args=[short] if detail.exception_args == [message] else None,
+        user_stack_trace=detail.user_stack_trace[-1:],
+        fields={},
+        hops=[Hop(hop.chainlet) for hop in detail.hops],
+    )
+
+
 def message_of(error: BaseException) -> str:
     """Give an exception's message as text that can be sent, whatever its class makes of ``str``."""
     try:

@@ -9,27 +9,34 @@ from chains_stream.broker import Broker
 from chains_stream.fold import Fold, Step
 from chains_stream.log import get_logger
 from chains_stream.messages import Chunk, Frame, decode_frames
+from chains_stream.store import reference_in
 
 log = get_logger(__name__)
 
 
-class Answered(msgspec.Struct, frozen=True):
-    """What the reader of a stream has, or will have: its chunks, and whether it came to its end."""
+Found = tuple[Frame, str | None]  # a frame, and where its value lies if that is in the store
 
-    chunks: list[msgspec.Raw]
+
+class Answered(msgspec.Struct, frozen=True):
+    """What the reader of a stream has, or will have: its chunks, and whether it came to its end.
+
+    A chunk that is a `str` lies in the store; this is where.
+    """
+
+    chunks: list[msgspec.Raw | str]
     ended: bool
 
     @classmethod
-    def of(cls, frames: Sequence[Frame]) -> "Answered | None":
+    def of(cls, frames: Sequence[Found]) -> "Answered | None":
         """Fold the frames of a call; None if some are missing."""
-        fold, chunks = Fold(), list[msgspec.Raw]()
-        for frame in frames:
+        fold, chunks = Fold(), list[msgspec.Raw | str]()
+        for frame, reference in frames:
             if fold.begins_again(frame):
                 chunks.clear()
             match fold.take(frame):
                 case Step.CHUNK:
                     assert isinstance(frame, Chunk), "no other frame is one"
-                    chunks.append(frame.value)
+                    chunks.append(reference or frame.value)
                 case Step.END:
                     return cls(chunks, ended=True)
                 case Step.GAP:
@@ -46,7 +53,7 @@ class _Wanted:
         self.correlation_id = correlation_id
         self.begin = begin
         self.end = end
-        self.frames: list[Frame] = []
+        self.frames: list[Found] = []
         self.read: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
@@ -58,7 +65,7 @@ class ReadBack:
         self._wanted: dict[tuple[str, int], list[_Wanted]] = {}
         self._reading: dict[tuple[str, int], asyncio.Task[None]] = {}
 
-    async def frames(self, topic: str, partition: int, begin: int, end: int, correlation_id: bytes) -> list[Frame]:
+    async def frames(self, topic: str, partition: int, begin: int, end: int, correlation_id: bytes) -> list[Found]:
         """Give the frames of a call that lie from `begin` on, and before a record at `end`, which exists.
 
         Raises BrokerError; OffsetExpiredError if the log does not hold `begin` any more.
@@ -100,7 +107,7 @@ class ReadBack:
                     for frame in _frames(record.value):
                         one = by_id.get(frame.correlation_id)
                         if one is not None and one.begin <= record.offset < one.end:
-                            one.frames.append(frame)
+                            one.frames.append((frame, reference_in(record.headers)))
                 _tell(wanted, reader.position(partition))
         finally:
             await reader.close()

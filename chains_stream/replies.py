@@ -8,7 +8,7 @@ import msgspec
 
 from chains_stream.broker import Broker
 from chains_stream.codec import Codec
-from chains_stream.errors import RemoteErrorDetail, StreamInterruptedError, UnknownTopicError, to_detail
+from chains_stream.errors import RemoteErrorDetail, StreamInterruptedError, UnknownTopicError, fitting, to_detail
 from chains_stream.messages import (
     CORRELATION_ID,
     ERROR,
@@ -24,6 +24,11 @@ from chains_stream.messages import (
     encode_frames,
 )
 from chains_stream.readback import Answered, ReadBack
+from chains_stream.store import Store
+
+FRAME_ROOM = 64  # bytes that a frame takes beside its value
+ERROR_BYTES = 32_000  # of an error in a header: Kafka takes some 48,000 beside the value
+NIL = msgspec.Raw(b"\xc0")
 
 
 class Reply(Protocol):
@@ -55,9 +60,9 @@ class Reply(Protocol):
 
 
 class FrameReply:
-    """Answers with frames: see `messages`."""
+    """Answers with frames: see `messages`. A value too large for its record goes to the store."""
 
-    def __init__(self, broker: Broker, request: Request, attempt: int) -> None:
+    def __init__(self, broker: Broker, request: Request, attempt: int, store: Store) -> None:
         assert request.reply_topic is not None, "somebody waits for the answer"
         self._broker = broker
         self._topic = request.reply_topic
@@ -71,10 +76,12 @@ class FrameReply:
         self._credited = asyncio.Event()
         self._unstored: set[asyncio.Future[int]] = set()
         self._lost: StreamInterruptedError | None = None
+        self._store = store
+        self._largest = broker.max_record_bytes - FRAME_ROOM
 
     async def resume(self, read_back: ReadBack) -> Answered | None:
         # From this record on, readers drop what another worker may still send.
-        fence = await (await self._publish(Started(self._id, self._attempt), durable=True))
+        fence = await (await self._publish(Started(self._id, self._attempt), (), durable=True))
         if self._begin is None:
             return Answered([], ended=False)
         frames = await read_back.frames(self._topic, self._partition, self._begin, fence, self._id)
@@ -89,8 +96,8 @@ class FrameReply:
             await self._wait_for_credit(*self._window)
         if self._lost is not None:
             raise self._lost
-        frame = Chunk(self._id, self._attempt, self._sent, msgspec.Raw(value))
-        stored = await self._publish(frame, durable=False)
+        raw, claim = await self._claimed(value)
+        stored = await self._publish(Chunk(self._id, self._attempt, self._sent, raw), claim, durable=False)
         self._sent += 1
         self._sent_size += len(value)
         if not stored.done():
@@ -105,10 +112,12 @@ class FrameReply:
         self._credited.set()
 
     async def done(self, value: bytes | None) -> None:
-        await self._end(Done(self._id, self._attempt, self._sent, msgspec.Raw(value or b"\xc0")))
+        raw, claim = await self._claimed(value) if value else (NIL, ())
+        await self._end(Done(self._id, self._attempt, self._sent, raw), claim)
 
     async def failed(self, error: BaseException, chainlet: str) -> None:
-        await self._end(Failed(self._id, self._attempt, to_detail(error, chainlet), self._sent))
+        detail = fitting(to_detail(error, chainlet), self._largest)
+        await self._end(Failed(self._id, self._attempt, detail, self._sent))
 
     async def cancelled(self) -> None:
         await self._end(Cancelled(self._id, self._attempt, self._sent))
@@ -123,19 +132,25 @@ class FrameReply:
         if stored.cancelled() or stored.exception() is not None:
             self._lost = StreamInterruptedError("a chunk could not be stored by the broker", chunks=self._sent)
 
-    async def _end(self, frame: Frame) -> None:
+    async def _claimed(self, value: bytes) -> tuple[msgspec.Raw, Headers]:
+        """Give a value as it goes into its frame, and the headers for the record."""
+        if len(value) <= self._largest:
+            return msgspec.Raw(value), ()
+        return NIL, await self._store.put_answer(value)
+
+    async def _end(self, frame: Frame, claim: Headers = ()) -> None:
         # Chunks go out by another producer than the end does: it may follow only when all of them are stored.
         if unstored := tuple(self._unstored):
             await asyncio.wait(unstored)
             for stored in unstored:
                 self._stored(stored)
         if self._lost is not None and isinstance(frame, Done):
-            frame = Failed(self._id, self._attempt, to_detail(self._lost), self._sent)
-        await (await self._publish(frame, durable=True))
+            frame, claim = Failed(self._id, self._attempt, to_detail(self._lost), self._sent), ()
+        await (await self._publish(frame, claim, durable=True))
 
-    async def _publish(self, frame: Frame, *, durable: bool) -> asyncio.Future[int]:
+    async def _publish(self, frame: Frame, claim: Headers, *, durable: bool) -> asyncio.Future[int]:
         return await self._broker.publish(
-            self._topic, encode_frames((frame,)), partition=self._partition, durable=durable
+            self._topic, encode_frames((frame,)), partition=self._partition, headers=claim, durable=durable
         )
 
 
@@ -143,10 +158,10 @@ class BareReply:
     """Answers a caller that knows no frames: one record a value, in the content type of its request.
 
     A failure is a record with an empty value and the header `chains-error`; a stream ends in a record with an empty
-    value.
+    value. So is a value too large for its record, with the header `ce_dataref`.
     """
 
-    def __init__(self, broker: Broker, request: Request, codec: Codec, partitions: int) -> None:
+    def __init__(self, broker: Broker, request: Request, codec: Codec, partitions: int, store: Store) -> None:
         assert request.reply_topic is not None, "somebody waits for the answer"
         self._broker = broker
         self._topic = request.reply_topic
@@ -156,12 +171,17 @@ class BareReply:
         )
         self._json = request.content_type == JSON
         self._codec = codec
+        self._store = store
 
     async def resume(self, read_back: ReadBack) -> Answered | None:  # noqa: ARG002 - Reply's
         return Answered([], ended=False)  # such a caller can't tell one run from another
 
     async def chunk(self, value: bytes) -> None:
-        await self._publish(self._codec.result_to_json(value) if self._json else value)
+        value = self._codec.result_to_json(value) if self._json else value
+        if len(value) <= self._broker.max_record_bytes:
+            await self._publish(value)
+        else:
+            await self._publish(b"", *await self._store.put_answer(value))
 
     def credit(self, chunks: int, size: int) -> None:
         """Nothing to note: such a caller gives none."""
@@ -173,7 +193,8 @@ class BareReply:
             await self._publish(b"")
 
     async def failed(self, error: BaseException, chainlet: str) -> None:
-        await self._publish(b"", (ERROR, msgspec.json.encode(to_detail(error, chainlet))))
+        detail = fitting(to_detail(error, chainlet), ERROR_BYTES)
+        await self._publish(b"", (ERROR, msgspec.json.encode(detail)))
 
     async def cancelled(self) -> None:
         detail = RemoteErrorDetail(
@@ -203,7 +224,7 @@ class NoReply:
     async def cancelled(self) -> None: ...
 
 
-async def reply_to(broker: Broker, request: Request, codec: Codec, attempt: int) -> Reply:
+async def reply_to(broker: Broker, request: Request, codec: Codec, attempt: int, store: Store) -> Reply:
     """Choose how to answer. Raises UnknownTopicError if the request names a place that does not exist; BrokerError."""
     topic = request.reply_topic
     if topic is None:
@@ -211,4 +232,6 @@ async def reply_to(broker: Broker, request: Request, codec: Codec, attempt: int)
     partitions = await broker.partitions(topic)
     if request.reply_partition is not None and request.reply_partition >= partitions:
         raise UnknownTopicError(f"the reply topic {topic} has no partition {request.reply_partition}")
-    return FrameReply(broker, request, attempt) if request.frames else BareReply(broker, request, codec, partitions)
+    if request.frames:
+        return FrameReply(broker, request, attempt, store)
+    return BareReply(broker, request, codec, partitions, store)

@@ -34,6 +34,7 @@ from chains_stream.policy import Scope
 from chains_stream.readback import ReadBack
 from chains_stream.replies import Reply, reply_to
 from chains_stream.settings import Settings
+from chains_stream.store import Store, reference_in
 
 ANSWER_GRACE = 60.0  # seconds after a request's deadline in which its answer is still tried to be stored
 CHUNKS_A_TURN = 32  # of a generator that never waits, until others have their turn of the event loop
@@ -72,10 +73,11 @@ class Outcome(msgspec.Struct, frozen=True, eq=False):
 class Service:
     """What all requests to a Chainlet have in common."""
 
-    def __init__(self, callee: Callee, topic: str, broker: Broker, settings: Settings) -> None:
+    def __init__(self, callee: Callee, topic: str, broker: Broker, store: Store, settings: Settings) -> None:
         self.callee = callee
         self.topic = topic
         self.broker = broker
+        self.store = store
         self.settings = settings
         self.read_back = ReadBack(broker)
         self.resumable = callee.signature.streaming and callee.resumable
@@ -101,6 +103,7 @@ class Job:
         self._service = service
         self._callee = service.callee
         self._broker = service.broker
+        self._store = service.store
         self._reply: Reply | None = None
         self._task: asyncio.Task[None] | None = None
         self._deadline_ms = record.timestamp_ms + int(service.settings.deadline * 1000)
@@ -211,8 +214,8 @@ class Job:
         return {"topic": self.record.topic, "partition": self.record.partition, "offset": self.record.offset}
 
     async def _find_reply(self, request: Request) -> Reply:
-        codec = self._callee.codec
-        return await self._persist(lambda: reply_to(self._broker, request, codec, self._attempt), ANSWER_GRACE)
+        codec, store = self._callee.codec, self._store
+        return await self._persist(lambda: reply_to(self._broker, request, codec, self._attempt, store), ANSWER_GRACE)
 
     async def _persist(self, action: Callable[[], Awaitable[T]], grace: float | None) -> T:
         """Do something with the broker, again while it is away, until `grace` seconds after the deadline, if any.
@@ -286,6 +289,8 @@ class Job:
     async def _arguments(self, request: Request) -> Mapping[str, Any]:
         """Decode the arguments. Raises InvalidArgumentError."""
         value = self.record.value
+        if not value and (reference := reference_in(self.record.headers)) is not None:
+            value = await self._store.get(reference)
         if request.content_type == JSON:
             value = self._callee.codec.arguments_from_json(value)
         return self._callee.codec.decode_arguments(value)
@@ -298,7 +303,8 @@ class Job:
             raise StreamInterruptedError(f"what was sent of the stream is no longer in the log: {error}") from error
         if answered is None:
             raise StreamInterruptedError("some of what was sent of the stream is missing in the log")
-        scope.emitted = tuple(map(self._callee.codec.decode_result, answered.chunks))
+        values = [await self._store.get(chunk) if isinstance(chunk, str) else chunk for chunk in answered.chunks]
+        scope.emitted = tuple(map(self._callee.codec.decode_result, values))
         if answered.chunks:
             log.info("stream.resumed", chainlet=self._callee.name, chunks=len(answered.chunks), attempt=self._attempt)
         return answered.ended

@@ -26,6 +26,7 @@ from chains_stream.offsets import Ledger
 from chains_stream.options import DeploymentContext, RPCOptions
 from chains_stream.serving import Job, Outcome, Service
 from chains_stream.settings import Settings
+from chains_stream.store import Store
 from chains_stream.stub import Stub
 
 MAX_TAKEN = 256  # records at once
@@ -42,12 +43,14 @@ class Worker:
     `alone` is held while a suspect runs, of whatever Chainlet of this process: see `offsets`.
     """
 
-    def __init__(self, callee: Callee, topic: str, broker: Broker, settings: Settings, alone: asyncio.Lock) -> None:
+    def __init__(
+        self, callee: Callee, topic: str, broker: Broker, store: Store, settings: Settings, *, alone: asyncio.Lock
+    ) -> None:
         self.topic = topic
         self.callee = callee
         self.running = 0
         self._settings = settings
-        self._service = Service(callee, topic, broker, settings)
+        self._service = Service(callee, topic, broker, store, settings)
         self._assignment = Assignment(callee.name, topic, broker, settings, self._lose)
         self._consumer: GroupConsumer | None = None
         self._jobs: dict[asyncio.Task[None], Job] = {}
@@ -316,7 +319,9 @@ class Host:
         alone = asyncio.Lock()
         for cls, topic in topics.items():
             self._callees[cls] = Callee(cls, await self._build(cls))
-            self.workers.append(Worker(self._callees[cls], topic, self._broker, settings, alone))
+            self.workers.append(
+                Worker(self._callees[cls], topic, self._broker, self._caller.store, settings, alone=alone)
+            )
         # As far back as work can have waited: what was cancelled while nobody was there is not run.
         await self._caller.control.follow({w.topic: w.handle for w in self.workers}, since=settings.deadline)
         try:

@@ -21,6 +21,7 @@ from chains_stream.client import open_caller
 from chains_stream.errors import BrokerError, ChainsRuntimeError
 from chains_stream.log import get_logger
 from chains_stream.settings import Settings
+from chains_stream.store import place_of
 
 BROKER_TIMEOUT = 30.0  # seconds to reach the broker and make the topics that every process needs
 MAX_THREADS = 1000  # for `asyncio.to_thread` in Chainlets; started as needed, and bounded by `predict_concurrency`
@@ -186,6 +187,7 @@ async def _end(*tasks: "asyncio.Future[Any] | None") -> None:
 async def connect(stack: AsyncExitStack, settings: Settings) -> tuple[Broker, Caller]:
     """Connect to the broker, and start this process's caller. Raises BrokerError, within `BROKER_TIMEOUT`."""
     broker = open_broker(settings)
+    place_of(settings)  # a mistake is told before the broker is waited for
     stack.push_async_callback(broker.close)
     async with patience(broker):
         await broker.start()

@@ -28,6 +28,7 @@ from chains_stream.errors import (
 from chains_stream.messages import Headers, Request
 from chains_stream.replies import FrameReply
 from chains_stream.settings import Settings
+from chains_stream.store import Store
 from chains_stream.worker import Host
 from tests.sample import Counting, Item, Leaf, Relay, Seen
 
@@ -287,7 +288,8 @@ class LosingBroker(MemoryBroker):
 async def test_a_chunk_that_was_not_stored_ends_the_stream_with_an_error() -> None:
     broker = LosingBroker(Settings())
     await broker.ensure_topics([TopicSpec("replies", 1, 1000, ring=True)])
-    reply = FrameReply(broker, Request(correlation_id=b"1" * 16, reply_topic="replies", reply_partition=0), 1)
+    request = Request(correlation_id=b"1" * 16, reply_topic="replies", reply_partition=0)
+    reply = FrameReply(broker, request, 1, Store(Settings()))
     await reply.chunk(b"\x00")
     await reply.chunk(b"\x01")
     async with asyncio.timeout(5):

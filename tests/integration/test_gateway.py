@@ -170,7 +170,7 @@ async def test_a_body_over_the_limit_is_refused(leaf: Served) -> None:
 
 
 async def test_a_body_that_the_broker_does_not_take_is_refused() -> None:
-    async with serving(Greet, max_record_bytes=1000) as served:
+    async with serving(Greet, max_record_bytes=1000, max_value_bytes=1500) as served:
         assert problem_of(await served.call(name="x" * 2000), 413)["code"] == "record-too-large"
 
 
