@@ -52,7 +52,7 @@ if TYPE_CHECKING:
         WeightsSource,
         make_abs_path_here,
     )
-    from chains_stream.policy import CurrentRequest, current_request
+    from chains_stream.policy import CurrentRequest, affinity, current_request
 
 __version__ = "0.1.0"
 
@@ -98,6 +98,7 @@ __all__ = [
     "StreamInterruptedError",
     "WeightsSource",
     "WorkerLostError",
+    "affinity",
     "connect",
     "current_request",
     "depends",

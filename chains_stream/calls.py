@@ -10,10 +10,10 @@ import os
 import zlib
 from collections import deque
 from collections.abc import AsyncGenerator
-from itertools import count
 
 import msgspec
 
+from chains_stream.balance import Balancer, Report
 from chains_stream.broker import Broker, Reader, TopicSpec
 from chains_stream.chain import Chain
 from chains_stream.chainlet import ChainletBase
@@ -30,6 +30,7 @@ from chains_stream.errors import (
 from chains_stream.fold import Fold, Step
 from chains_stream.log import get_logger
 from chains_stream.messages import Cancelled, Chunk, Done, Failed, Frame, Headers, Request, Started, decode_frames
+from chains_stream.metrics import CALLS
 from chains_stream.policy import Scope
 from chains_stream.settings import Settings
 from chains_stream.store import Store, reference_in
@@ -46,6 +47,7 @@ class Call:
         self.id = os.urandom(16)
         self.topic = topic
         self.partition = 0
+        self.sent_to: Report | None = None  # the worker that counts it as under way
         self.offset: int | None = None  # known once the broker has stored the request
         self.scope = scope
         self.ended = False
@@ -183,8 +185,8 @@ class Caller:
         self._replies = f"{settings.namespace}.replies"
         self._reply_partition = 0
         self._calls: dict[bytes, Call] = {}
-        self._partitions: dict[str, int] = {}
-        self._rotation = count(int.from_bytes(os.urandom(2), "big"))
+        self._balancers: dict[str, Balancer] = {}  # by request topic
+        self._preparing = asyncio.Lock()
         self._reader: Reader | None = None
         self._task: asyncio.Task[None] | None = None
         self._telling: set[asyncio.Task[None]] = set()
@@ -220,11 +222,23 @@ class Caller:
         if self._task is not None:
             await asyncio.shield(self._task)
 
-    async def use(self, topic: str) -> None:
-        """Make sure that a request topic exists: a request sent before the first worker joins must not be lost."""
-        settings = self._settings
-        await self._broker.ensure_topics([TopicSpec(topic, settings.partitions, settings.request_retention_ms)])
-        self._partitions[topic] = await self._broker.partitions(topic)
+    async def use(self, *topics: str) -> None:
+        """Prepare to call over some request topics; to name many at once is quicker.
+
+        A topic is made sure to exist, as a request sent before the first worker joins must not be lost, and from now on
+        it is known how busy its workers are.
+        """
+        async with self._preparing:
+            new = [topic for topic in dict.fromkeys(topics) if topic not in self._balancers]
+            if not new:
+                return
+            settings = self._settings
+            await self._broker.ensure_topics(
+                [TopicSpec(topic, settings.partitions, settings.request_retention_ms) for topic in new]
+            )
+            balancers = {topic: Balancer(await self._broker.partitions(topic)) for topic in new}
+            await self.control.follow({topic: balancer.handle for topic, balancer in balancers.items()})
+            self._balancers |= balancers
 
     async def open(
         self, topic: str, arguments: bytes, scope: Scope, attempt: int = 1, modules: tuple[str, ...] = ()
@@ -236,8 +250,11 @@ class Caller:
         if len(arguments) > self._broker.max_record_bytes:
             arguments, claim = b"", await self.store.put_arguments(arguments)
         call = Call(self, topic, scope, modules)
-        call.partition = next(self._rotation) % self._partitions[topic]
+        balancer = self._balancers[topic]
+        call.partition = balancer.choose(scope.affinity)
+        call.sent_to = balancer.sent(call.partition)
         self._calls[call.id] = call
+        CALLS.inc()
         request = Request(
             correlation_id=call.id,
             reply_topic=self._replies,
@@ -253,7 +270,7 @@ class Caller:
         )
         try:
             stored = await self._broker.publish(
-                topic, arguments, partition=call.partition, headers=request.to_headers() + claim
+                topic, arguments, partition=call.partition, key=scope.affinity, headers=request.to_headers() + claim
             )
         except BaseException:
             call.ended = call.answered = True  # nothing was sent that could be cancelled
@@ -274,6 +291,9 @@ class Caller:
         """Unregister a call, and have it cancelled if no answer of the callee has ended it."""
         if self._calls.pop(call.id, None) is None:
             return
+        CALLS.dec()
+        if call.sent_to is not None:
+            call.sent_to.sent -= 1
         call.scope.calls.discard(call)
         call.fail(CallCancelledError("the request was cancelled by its caller"))
         if not call.answered and self._broken is None:

@@ -162,6 +162,7 @@ class Control:
         try:
             await self._read_on()
         except Exception as error:
+            log.error("control.stopped", reason=str(error))  # noqa: TRY400 - a caller can do without, and hosts raise it
             if not self._failed.done():
                 self._failed.set_exception(error)
                 self._failed.exception()  # nobody needs to ask

@@ -8,8 +8,8 @@ serves.
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 BACKOFF_BASE = 0.05  # seconds before the second try, doubled for each further one
 BACKOFF_CAP = 5.0  # seconds
+MAX_AFFINITY_BYTES = 256
 
 log = get_logger(__name__)
 
@@ -95,6 +96,9 @@ class Limit:
 
 
 current: ContextVar[Scope | None] = ContextVar("current", default=None)
+# With the request in which it was asked for: a worker that was started inside of an `affinity` block inherits its
+# context, and serves requests that have nothing to do with it.
+_asked: ContextVar[tuple[Scope | None, bytes] | None] = ContextVar("asked", default=None)
 
 
 class CurrentRequest(msgspec.Struct, frozen=True):
@@ -128,8 +132,49 @@ def new_request_id() -> str:
 
 
 def scope_or_new(seconds: float) -> Scope:
-    """Give the scope of the request being served, or begin one with `seconds` until its deadline."""
-    return current.get() or Scope.new(seconds)
+    """Give the scope for a call: of the request being served, or a new one with `seconds` until its deadline."""
+    served, asked = current.get(), _asked.get()
+    scope = served or Scope.new(seconds)
+    if asked is None or asked[0] is not served:
+        return scope
+    return msgspec.structs.replace(scope, affinity=asked[1])  # it shares `calls`, and so ends with the request
+
+
+@contextmanager
+def affinity(key: str | bytes) -> Iterator[None]:
+    """Send the calls made inside the block, and those made for them, to one worker of each Chainlet.
+
+    Calls of one key meet the same worker for as long as the same workers are there; what it holds of a session, a cache
+    say, is found again. It is a preference: a worker that goes, or one that comes, may move the key.
+
+    Args:
+        key: 1 to 256 bytes, or a text of that length in UTF-8.
+
+    Raises:
+        ChainsUsageError: for another key.
+
+    Example::
+
+        with chains.affinity("session-42"):
+            answer = await chain.run_remote("And then?")
+    """
+    token = _asked.set((current.get(), _checked(key)))
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def _checked(key: str | bytes) -> bytes:
+    if not isinstance(key, str | bytes):
+        raise ChainsUsageError(f"an affinity key is text or bytes, and not {type(key).__name__}")
+    try:
+        found = key.encode() if isinstance(key, str) else key
+    except UnicodeEncodeError:
+        raise ChainsUsageError("an affinity key can be written in UTF-8, and this one can't") from None
+    if not 0 < len(found) <= MAX_AFFINITY_BYTES:
+        raise ChainsUsageError(f"an affinity key is 1 to {MAX_AFFINITY_BYTES} bytes long, and this one is {len(found)}")
+    return found
 
 
 async def call(one_try: Callable[[int], Awaitable[T]], options: RPCOptions, scope: Scope, name: str) -> T:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 
 from chains_stream import metrics
 from chains_stream.assignment import Assignment
+from chains_stream.balance import Busy, Reporter
 from chains_stream.broker import Broker, GroupConsumer, Record, TopicSpec
 from chains_stream.calls import Caller, remote_target
 from chains_stream.chain import Chain
@@ -124,6 +125,10 @@ class Worker:
                     job.credit(chunks, size)
             case _:
                 pass  # for callers
+
+    def busy(self) -> Busy:
+        """Say how busy it is, for callers to choose by."""
+        return Busy(sorted(self._assignment.held), self.running, sum(self.lag().values()), self.callee.concurrency)
 
     async def healthy(self) -> bool:
         """Ask the Chainlet's own `is_healthy`, if it has one."""
@@ -305,6 +310,7 @@ class Host:
         self._settings = settings
         self._callees: dict[type[ChainletBase], Callee] = {}
         self.workers: list[Worker] = []
+        self._reporter = Reporter(caller.control, self.workers)
 
     async def start(self) -> None:
         """Create the topics, build the Chainlets, dependencies first, then take requests."""
@@ -316,6 +322,8 @@ class Host:
                 *(dead_letter_spec(topic, settings) for topic in topics.values()),
             ]
         )
+        called = {each.chainlet for cls in self._served for each in dependencies(cls).values()}
+        await self._caller.use(*(self._chain.topic(cls, settings.namespace) for cls in called))
         alone = asyncio.Lock()
         for cls, topic in topics.items():
             self._callees[cls] = Callee(cls, await self._build(cls))
@@ -330,18 +338,26 @@ class Host:
                     joining.create_task(worker.start())
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None  # one is enough to know, and the others follow from it
+        self._reporter.start()
 
     async def failed(self) -> None:
         """Wait until a worker can't go on. Raises what stopped it."""
         control = self._caller.control
-        await asyncio.gather(*(worker.failed() for worker in self.workers), control.failed(), self._caller.failed())
+        await asyncio.gather(
+            *(worker.failed() for worker in self.workers),
+            control.failed(),
+            self._caller.failed(),
+            self._reporter.failed(),
+        )
 
     async def drain(self) -> None:
         """Stop, callers before those they call: what still runs may need an answer from below."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._settings.grace_period
         for worker in reversed(self.workers):
-            await worker.drain(max(0.0, end - loop.time()))
+            async with self._reporter.leaving(worker):
+                await worker.drain(max(0.0, end - loop.time()))
+        await self._reporter.close()
         for callee in self._callees.values():
             callee.close()
 
