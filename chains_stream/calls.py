@@ -209,6 +209,8 @@ class Caller:
             if call in call.scope.calls:
                 call.close()
         self.fail(BrokerError("the connection was closed"))
+        for call in tuple(self._calls.values()):
+            self.forget(call)
         if self._telling:
             await asyncio.wait(self._telling, timeout=CLOSE_SECONDS)
         if self._task is not None:

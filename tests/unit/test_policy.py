@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
 
 from chains_stream import policy
 from chains_stream.errors import (
     CallTimeoutError,
+    ChainsUsageError,
     DeadlineExceededError,
     InvalidArgumentError,
     OverloadedError,
@@ -140,3 +142,37 @@ def test_backoff_grows_and_is_bounded() -> None:
     for attempt in range(1, 40):
         ceiling = min(policy.BACKOFF_CAP, policy.BACKOFF_BASE * 2 ** (attempt - 1))
         assert all(0 <= policy.backoff(attempt) <= ceiling for _ in range(50))
+
+
+def test_affinity_is_of_the_calls_in_its_block() -> None:
+    assert policy.scope_or_new(60).affinity is None
+    with policy.affinity("session-42"):
+        assert policy.scope_or_new(60).affinity == b"session-42"
+        with policy.affinity(b"\xff" * 256):
+            assert policy.scope_or_new(60).affinity == b"\xff" * 256
+        assert policy.scope_or_new(60).affinity == b"session-42"
+    assert policy.scope_or_new(60).affinity is None
+
+
+def test_affinity_leaves_the_request_that_is_served_as_it_is() -> None:
+    served = Scope.new(60)
+    token = policy.current.set(served)
+    try:
+        with policy.affinity("k"):
+            scope = policy.scope_or_new(5)
+            assert (scope.request_id, scope.deadline_ms, scope.affinity) == (
+                served.request_id,
+                served.deadline_ms,
+                b"k",
+            )
+            assert scope.calls is served.calls, "the call is given up when the request ends"
+        assert policy.scope_or_new(5) is served
+        assert served.affinity is None
+    finally:
+        policy.current.reset(token)
+
+
+@pytest.mark.parametrize("key", ["", b"", "x" * 257, "\N{EURO SIGN}" * 86, "\udcff", 42, None])
+def test_a_wrong_affinity_key_is_refused(key: Any) -> None:
+    with pytest.raises(ChainsUsageError, match="an affinity key"), policy.affinity(key):
+        pass
