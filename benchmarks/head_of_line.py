@@ -1,4 +1,4 @@
-"""Do long requests hold up short ones? Two workers on a real Kafka, short requests at a fixed rate, a long one now and then.
+"""Do long requests hold up short ones? Two workers on Kafka, short requests at a fixed rate, a long one now and then.
 
     python benchmarks/head_of_line.py                 # pairs of 60 s without and 60 s with long requests
     python benchmarks/head_of_line.py --seconds 12 --pairs 1
@@ -16,27 +16,25 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from uuid import uuid4
 
 import chains_stream as chains
-from chains_stream import Connection
 
 HERE = Path(__file__).resolve()
 KAFKA = HERE.parents[1] / "deploy" / "kafka" / "kafka"
 CHAINS = Path(sys.executable).with_name("chains")
+SHORT, LONG, LONG_EVERY = 0.01, 6.0, 10.0  # seconds
 PLACES = "HEAD_OF_LINE_PLACES"  # tells the workers what --places says
 
 
 class Work(chains.ChainletBase):
     """Takes as long as it is told."""
 
-    remote_config = chains.RemoteConfig(
-        compute=chains.Compute(predict_concurrency=int(os.environ.get(PLACES, "8")))
-    )
+    remote_config = chains.RemoteConfig(compute=chains.Compute(predict_concurrency=int(os.environ.get(PLACES, "8"))))
 
     async def run_remote(self, seconds: float) -> float:
         await asyncio.sleep(seconds)
@@ -60,7 +58,7 @@ def kafka(url: str | None) -> Iterator[str]:
 @contextmanager
 def worker(url: str, namespace: str) -> Iterator[None]:
     """A `chains worker`, once it is ready."""
-    command = [CHAINS, "worker", f"{HERE}:Work", "--broker", url, "--namespace", namespace]
+    command = [str(CHAINS), "worker", f"{HERE}:Work", "--broker", url, "--namespace", namespace]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         try:
@@ -72,13 +70,72 @@ def worker(url: str, namespace: str) -> Iterator[None]:
             process.terminate()
 
 
-async def due(began: float, every: float, seconds: float) -> Sequence[float]:
-    """Give the times at which requests are due."""
-    return [began + number * every for number in range(int(seconds / every))]
+async def load(call: Callable[[float], Awaitable[float]], given: argparse.Namespace, *, long: bool) -> list[float]:
+    """Send short requests at a fixed rate, with or without long ones; give the latencies of the short, in ms."""
+    began = time.perf_counter() + 0.1
+
+    async def send(moment: float, seconds: float) -> float:
+        await asyncio.sleep(moment - time.perf_counter())
+        await call(seconds)
+        return (time.perf_counter() - moment) * 1000
+
+    async with asyncio.TaskGroup() as sending:
+        short = [
+            sending.create_task(send(began + number / given.rate, SHORT))
+            for number in range(int(given.seconds * given.rate))
+        ]
+        for number in range(int(given.seconds / LONG_EVERY) if long else 0):
+            sending.create_task(send(began + LONG_EVERY * (number + 0.25), LONG))
+    return sorted(task.result() for task in short)
 
 
-async def at(moment: float, connection: "Connection[[float], float]", seconds: float) -> float:
-    """Call when it is due, and give the seconds from then to the answer."""
-    await asyncio.sleep(moment - time.perf_counter())
-    await connection.run_remote(seconds)  # type: ignore[misc]
-    return time.perf_counter() - moment
+def percentile(latencies: Sequence[float], share: float) -> float:
+    return latencies[min(len(latencies) - 1, int(share * len(latencies)))]
+
+
+def shown(latencies: Sequence[float]) -> str:
+    figures = ", ".join(f"p{share:g} {percentile(latencies, share / 100):.1f} ms" for share in (50, 99, 99.9))
+    return f"{len(latencies)} short requests: {figures}, most {latencies[-1]:.1f} ms"
+
+
+async def measure(url: str, namespace: str, given: argparse.Namespace) -> None:
+    ratios = []
+    async with chains.connect(url, Work, namespace=namespace) as work:
+        for _ in range(10):  # both workers have joined, and are warm
+            await asyncio.gather(*(work.run_remote(0.0) for _ in range(20)))
+        for number in range(given.pairs):
+            found = {}
+            for long in (False, True) if number % 2 == 0 else (True, False):
+                found[long] = await load(work.run_remote, given, long=long)
+                print(f"{'with' if long else 'without'} long ones, {shown(found[long])}", flush=True)
+            ratios.append(percentile(found[True], 0.99) / percentile(found[False], 0.99))
+            print(f"p99 with / without: {ratios[-1]:.2f}", flush=True)
+    if given.pairs > 1:
+        print(f"median of {given.pairs} pairs: {statistics.median(ratios):.2f}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--broker", help="kafka://host:port; one of our own is started if none is named")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each half of a pair")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--rate", type=float, default=50.0, help="short requests a second")
+    parser.add_argument("--places", type=int, default=8, help="predict_concurrency of the workers")
+    given = parser.parse_args(arguments)
+    os.environ[PLACES] = str(given.places)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("chains-stream", "aiokafka"))
+    print(f"{versions}, Python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} CPUs")
+    print(
+        f"two workers of predict_concurrency {given.places}; {given.rate:g} requests/s of {SHORT * 1000:g} ms, "
+        f"one of {LONG:g} s every {LONG_EVERY:g} s"
+    )
+    namespace = f"head-of-line-{uuid4().hex[:8]}"
+    with ExitStack() as stack:
+        url = stack.enter_context(kafka(given.broker))
+        for _ in range(2):
+            stack.enter_context(worker(url, namespace))
+        asyncio.run(measure(url, namespace, given))
+
+
+if __name__ == "__main__":
+    main()
