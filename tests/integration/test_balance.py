@@ -153,7 +153,7 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
         "namespace": f"t{uuid4().hex[:10]}",
         "partitions": 4,
         "reply_partitions": 2,
-        "grace_period": 1,
+        "grace_period": 20,
     }
 
 
@@ -178,9 +178,12 @@ class Pair:
         for _ in range(2):
             caller = await open_caller(self._stack, self._broker, self._settings)
             host = Host(self._chain, self._chain.chainlets, self._broker, caller, self._settings)
-            self._stack.push_async_callback(host.drain)
             await host.start()
             self.hosts.append(host)
+
+    async def drain(self) -> None:
+        for host in self.hosts:
+            await host.drain()
 
     async def connect(self) -> Connection[..., Any]:
         """Give a caller of its own, which knows of the workers only what they report."""
@@ -210,6 +213,7 @@ async def pair(request: pytest.FixtureRequest, settings: dict[str, Any]) -> Asyn
     async with AsyncExitStack() as stack:
         checked = Settings.of(**settings)
         pair = Pair(Chain.of(request.param), checked, await open_connected(stack, checked), stack)
+        stack.push_async_callback(pair.drain)  # those that a test has not drained itself, before their callers close
         await pair.start()
         yield pair
 
@@ -252,15 +256,15 @@ async def test_short_requests_go_where_no_long_ones_take_all_places(pair: Pair) 
 async def until_avoided(connection: Connection[..., Any], full: str) -> None:
     """Call until the caller has learnt enough: what goes to the full worker before hangs, and is given up."""
     quick = 0
-    while quick < 20:
-        handle = await connection.submit()
-        try:
-            async with asyncio.timeout(0.5):
-                assert await handle.result() != full
-                quick += 1
-        except TimeoutError:
-            await handle.cancel()
-            quick = 0
+    async with asyncio.timeout(20):
+        while quick < 20:
+            handle = await connection.submit()
+            try:
+                async with asyncio.timeout(0.5):
+                    quick = quick + 1 if await handle.result() != full else 0
+            except TimeoutError:
+                await handle.cancel()
+                quick = 0
 
 
 @pytest.mark.parametrize("pair", [Serve], indirect=True)
@@ -269,17 +273,38 @@ async def test_a_worker_of_which_nothing_is_heard_is_called_in_turn_again(
 ) -> None:
     connection = await pair.connect()
     full, handles = await fill(pair, connection)
+    await until_avoided(connection, full)
     silent = pair.hosts[pair.ids().index(full)]
     await silent._reporter.close()
     for handle in handles:
         await handle.cancel()
     # It has places again, but nobody says so.
+    served = {await connection.run_remote() for _ in range(8)}
+    assert served == set(pair.ids()) - {full}
     monkeypatch.setattr(balance, "REPORT_VALID", 2.5)
     async with asyncio.timeout(20):
-        served = {await connection.run_remote() for _ in range(8)}
-        assert served == set(pair.ids()) - {full}
         while await connection.run_remote() != full:
             pass
+
+
+@pytest.mark.parametrize("pair", [Serve], indirect=True)
+async def test_a_worker_that_drains_gets_nothing_more_and_is_then_forgotten(pair: Pair) -> None:
+    connection = await pair.connect()
+    full, handles = await fill(pair, connection)
+    leaving = pair.hosts[pair.ids().index(full)]
+    pair.hosts.remove(leaving)
+    async with asyncio.TaskGroup() as tasks:
+
+        async def drain() -> None:
+            tasks.create_task(leaving.drain())
+
+        await pair.reported(lambda load: load.capacity == 0 and bool(load.partitions), drain)
+        for handle in handles[1:]:  # so that it has places, by number
+            await handle.cancel()
+        async with asyncio.timeout(20):
+            await until_avoided(connection, full)
+            assert {await connection.run_remote() for _ in range(20)} == set(pair.ids())
+        await pair.reported(lambda load: not load.partitions, handles[0].cancel)
 
 
 @pytest.mark.parametrize("pair", [Front], indirect=True)
@@ -334,7 +359,7 @@ async def test_no_more_run_at_once_than_predict_concurrency_says(settings: dict[
 
 async def test_the_gauge_of_calls_shows_those_that_wait(settings: dict[str, Any]) -> None:
     before = CALLS._value.get()
-    async with chains.run_chain(Serve, **settings) as serve:
+    async with chains.run_chain(Serve, **settings | {"grace_period": 0.1}) as serve:
         for _ in range(3):
             await serve.run_remote()
         assert CALLS._value.get() == before
