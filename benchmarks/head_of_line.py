@@ -95,7 +95,8 @@ def percentile(latencies: Sequence[float], share: float) -> float:
 
 def shown(latencies: Sequence[float]) -> str:
     figures = ", ".join(f"p{share:g} {percentile(latencies, share / 100):.1f} ms" for share in (50, 99, 99.9))
-    return f"{len(latencies)} short requests: {figures}, most {latencies[-1]:.1f} ms"
+    stuck = sum(latency > 1000 for latency in latencies)
+    return f"{len(latencies)} short requests: {figures}, most {latencies[-1]:.1f} ms, {stuck} over 1 s"
 
 
 async def measure(url: str, namespace: str, given: argparse.Namespace) -> None:
