@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any, NamedTuple
 
 import httpx
+import msgspec
 import pytest
 
+from chains_stream.control import Cancel, Message
 from chains_stream.gateway import streaming
 from tests.sample import Counting, Leaf, Relay, Seen
 from tests.serving import (
@@ -298,6 +300,10 @@ async def test_a_client_that_leaves_a_unary_call_stops_it(log: RequestLog, caplo
     assert not [record for record in caplog.records if record.exc_info or record.levelno > logging.INFO]
 
 
+def is_cancel(value: bytes) -> bool:
+    return isinstance(msgspec.msgpack.decode(value, type=Message), Cancel)
+
+
 async def test_a_client_that_leaves_the_queue_is_not_served() -> None:
     async with serving(Slow, partitions=1) as served:
         requests = await served.follow(served.topic)
@@ -308,7 +314,8 @@ async def test_a_client_that_leaves_the_queue_is_not_served() -> None:
         async with served.connect() as client:
             await client.send({"name": "queued"})
             await requests.fetch()
-        await cancellations.fetch()
+        while not any(is_cancel(record.value) for record in await cancellations.fetch()):
+            pass  # a report of the worker's load
         Seen.note("go")
         assert (await first).json() == "first"
         assert (await served.call(name="behind")).json() == "behind"

@@ -137,8 +137,8 @@ class Parts:
         return call
 
     def objects(self) -> list[Path]:
-        """Give the files of the values that are in the store."""
-        return [path for path in Path(self.settings.store or "").rglob("*") if path.is_file()]
+        """Give the files of the values that are in the store, and whole."""
+        return [path for path in Path(self.settings.store or "").rglob("*") if path.is_file() and not path.suffix]
 
     def lose(self) -> None:
         for path in self.objects():

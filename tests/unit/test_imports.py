@@ -101,7 +101,8 @@ def test_only_the_kafka_broker_imports_aiokafka() -> None:
     users = {
         str(path.relative_to(PACKAGE)) for path in modules() if any(n.startswith("aiokafka") for n in imported(path))
     }
-    assert users == {"brokers/kafka.py", "brokers/kafka_cluster.py", "brokers/kafka_reading.py"}
+    assert users
+    assert all(user.startswith("brokers/kafka") for user in users)
 
 
 @pytest.mark.parametrize("package", ["vllm", "torch", "tritonclient", "numpy"])
