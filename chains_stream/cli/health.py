@@ -31,8 +31,8 @@ class Health:
         self._watched: tuple[Host, Broker, Caller] | None = None
         self._server = Server(address, port, _GRACE)
 
-    async def start(self) -> None:
-        """Serve. Raises ChainsUsageError for a port that can't be had."""
+    async def start(self) -> str:
+        """Serve, and give the URL. Raises ChainsUsageError for a port that can't be had."""
         routes = [
             Route("/healthz", self._healthz),
             Route("/readyz", self._readyz),
@@ -43,6 +43,7 @@ class Health:
         except ChainsUsageError as error:
             raise ChainsUsageError(str(error).replace("--port", "--health-port")) from error
         log.info("health.ready", url=url)
+        return url
 
     def watch(self, host: Host, broker: Broker, caller: Caller) -> None:
         """Be ready, for as long as these parts of the worker are well and `leave` is not called."""

@@ -36,11 +36,11 @@ async def trouble(broker: Broker, caller: Caller) -> str | None:
 
 
 async def fault_of(failed: Callable[[], Awaitable[None]]) -> BaseException | None:
-    """Give what a wait for a failure would raise now; None if it would go on waiting."""
+    """Give what a wait for a failure would raise now; None if it would go on waiting, or we end it ourselves."""
     waiting = asyncio.ensure_future(failed())
     await asyncio.wait([waiting], timeout=0)
     if waiting.done():
-        return waiting.exception()
+        return None if waiting.cancelled() else waiting.exception()
     waiting.cancel()
     await asyncio.wait([waiting])
     return None

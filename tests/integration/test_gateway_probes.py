@@ -1,7 +1,6 @@
 """What watchers of a process see: `/metrics`, and a `/healthz` that says why."""
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
@@ -14,9 +13,7 @@ from chains_stream.cli import health as cli_health
 from chains_stream.cli.health import Health
 from chains_stream.errors import BrokerError
 from tests.sample import Seen
-from tests.serving import WAIT, Greet, Served, Slow, request_log, serving
-
-HEALTH_URL = re.compile(r"http://127\.0\.0\.1:\d+")
+from tests.serving import WAIT, Greet, Slow, request_log, serving
 
 
 @pytest.fixture(autouse=True)
@@ -43,12 +40,10 @@ class Ailing(chains.ChainletBase):
 
 
 @asynccontextmanager
-async def watched(served: Served, caplog: pytest.LogCaptureFixture) -> AsyncIterator[tuple[Health, httpx.AsyncClient]]:
-    """A worker's health server in front of what is served here."""
+async def watching() -> AsyncIterator[tuple[Health, httpx.AsyncClient]]:
+    """A worker's health server, and a client of it."""
     health = Health("127.0.0.1", 0)
-    with caplog.at_level("INFO", logger=cli_health.__name__):
-        await health.start()
-    (url,) = HEALTH_URL.findall(caplog.text)
+    url = await health.start()
     try:
         async with httpx.AsyncClient(base_url=url, timeout=WAIT, trust_env=False) as http:
             yield health, http
@@ -115,8 +110,8 @@ async def test_what_was_never_shed_is_there_as_zero_or_more() -> None:
     assert {f'chains_shed_total{{reason="{reason}"}}' for reason in ("requests", "key", "bytes")} <= found.keys()
 
 
-async def test_a_worker_shows_its_metrics(caplog: pytest.LogCaptureFixture) -> None:
-    async with serving(Greet) as served, watched(served, caplog) as (_, http):
+async def test_a_worker_shows_its_metrics() -> None:
+    async with serving(Greet), watching() as (_, http):
         found = await samples(http)
     assert {"process_resident_memory_bytes", "chains_calls_in_flight"} <= found.keys()
 
@@ -158,8 +153,8 @@ async def test_a_gateway_that_can_read_no_answers_is_unhealthy() -> None:
     }
 
 
-async def test_a_process_that_can_read_no_control_messages_is_unhealthy(caplog: pytest.LogCaptureFixture) -> None:
-    async with serving(Greet) as served, watched(served, caplog) as (health, http):
+async def test_a_process_that_can_read_no_control_messages_is_unhealthy() -> None:
+    async with serving(Greet) as served, watching() as (health, http):
         assert served.hosted is not None
         health.watch(served.hosted, served.broker, served.caller)
         assert (await http.get("/healthz")).status_code == 200
@@ -174,10 +169,8 @@ async def test_a_process_that_can_read_no_control_messages_is_unhealthy(caplog: 
             assert response.json()["reason"] == "the control topic can't be read any more: the disk is full"
 
 
-async def test_a_worker_is_well_while_it_starts_and_ready_once_it_has(
-    caplog: pytest.LogCaptureFixture, stuck: list[str]
-) -> None:
-    async with serving(Greet) as served, watched(served, caplog) as (health, http):
+async def test_a_worker_is_well_while_it_starts_and_ready_once_it_has(stuck: list[str]) -> None:
+    async with serving(Greet) as served, watching() as (health, http):
         assert served.hosted is not None
         assert (await http.get("/healthz")).json() == {"status": "ok"}
         assert (await http.get("/readyz")).status_code == 503
@@ -190,6 +183,16 @@ async def test_a_worker_is_well_while_it_starts_and_ready_once_it_has(
         assert (await http.get("/readyz")).json() == {"status": "not ready"}
 
 
+async def test_a_worker_that_is_ending_is_not_ill() -> None:
+    async with serving(Greet) as served, watching() as (health, http):
+        assert served.hosted is not None
+        health.watch(served.hosted, served.broker, served.caller)
+        health.leave()
+        await served.hosted.drain()
+        await served.caller.close()
+        assert (await http.get("/healthz")).json() == {"status": "ok"}
+
+
 @pytest.mark.parametrize(
     ("state", "reason"),
     [
@@ -199,10 +202,10 @@ async def test_a_worker_is_well_while_it_starts_and_ready_once_it_has(
     ],
 )
 async def test_a_chainlet_that_is_not_healthy_is_named(
-    state: str, reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    state: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli_health, "HEALTHY_WITHIN", 0.05)
-    async with serving(Ailing) as served, watched(served, caplog) as (health, http):
+    async with serving(Ailing) as served, watching() as (health, http):
         assert served.hosted is not None
         health.watch(served.hosted, served.broker, served.caller)
         assert (await http.get("/healthz")).json() == {"status": "ok"}
