@@ -1,5 +1,6 @@
 """Kafka nodes of a test's own, to break as it likes."""
 
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,10 @@ class Node:
 
     def kill(self) -> None:
         self._run("kill", "--port", self.port)
+
+    def signal(self, number: int) -> None:
+        """Send its process a signal: SIGSTOP, say."""
+        os.kill(int((SCRIPT.parents[2] / ".kafka" / self.port / "pid").read_text()), number)
 
     def clean(self) -> None:
         self._run("clean", "--port", self.port)

@@ -8,6 +8,7 @@ import asyncio
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka import errors as kafka
@@ -54,6 +55,7 @@ class KafkaBroker:
         self._cluster = Cluster(servers, settings.kafka)
         self._durable = _Sender(self._cluster, self._producer, acks="all", enable_idempotence=True)
         self._fast = _Sender(self._cluster, self._producer, acks=1)
+        self._feeds: WeakSet[KafkaGroupConsumer | KafkaReader] = WeakSet()
 
     @property
     def url(self) -> str:
@@ -136,6 +138,7 @@ class KafkaBroker:
         consumer = KafkaGroupConsumer(self._cluster, make, topic, group, callbacks, instance_id=instance_id)
         # A member that was killed holds its partitions until its session times out, and the group waits for it.
         await consumer.join(3 * session / 1000 + self._cluster.patience)
+        self._feeds.add(consumer)
         return consumer
 
     async def read(self, topic: str, positions: Mapping[int, int | None]) -> KafkaReader:
@@ -147,6 +150,7 @@ class KafkaBroker:
         make = functools.partial(self._consumer, group_id=None, auto_offset_reset="none")
         reader = KafkaReader(self._cluster, make, topic, known)
         await reader.start()
+        self._feeds.add(reader)
         return reader
 
     async def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
@@ -169,7 +173,7 @@ class KafkaBroker:
         await self._cluster.delete_before(topic, positions)
 
     def trouble(self) -> str | None:
-        return None
+        return next((trouble for feed in self._feeds if (trouble := feed.trouble()) is not None), None)
 
     async def members(self, group: str) -> int:
         return await self._cluster.members(group)

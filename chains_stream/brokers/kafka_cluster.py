@@ -260,18 +260,27 @@ class Cluster:
         for number in partitions:
             await self.require(topic, number)
 
-        async def ask() -> dict[int, int]:
-            found = {}
-            wanted = dict.fromkeys(partitions, at)
-            for response in await self._ask_leaders(topic, wanted, lambda topics: OffsetRequest(-1, 0, topics)):
-                for number, code, _, offset in (entry for _, entries in response.topics for entry in entries):
-                    checked(code, topic, number)
-                    found[number] = offset
-            return found
-
-        found = await self._ask(ask, "read offsets of", topic)
+        found = await self._ask(lambda: self._offsets(topic, partitions, at), "read offsets of", topic)
         late = [number for number, offset in found.items() if offset < 0]
         return found | await self.offsets(topic, late, END)
+
+    async def ends(self, topic: str, partitions: Collection[int]) -> dict[int, int]:
+        """Say where partitions end, asking once. Raises errors of Kafka's."""
+        try:
+            return await self._offsets(topic, partitions, END)
+        except (kafka.KafkaError, OSError):
+            if self._client is not None:
+                self._client.force_metadata_update()
+            raise
+
+    async def _offsets(self, topic: str, partitions: Collection[int], at: int) -> dict[int, int]:
+        found = {}
+        wanted = dict.fromkeys(partitions, at)
+        for response in await self._ask_leaders(topic, wanted, lambda topics: OffsetRequest(-1, 0, topics)):
+            for number, code, _, offset in (entry for _, entries in response.topics for entry in entries):
+                checked(code, topic, number)
+                found[number] = offset
+        return found
 
     async def delete_before(self, topic: str, positions: Mapping[int, int]) -> None:
         """Delete the records of partitions before these offsets."""

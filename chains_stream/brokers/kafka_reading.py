@@ -18,6 +18,7 @@ from chains_stream.broker import Committed, PartitionsChanged, Record
 from chains_stream.brokers.buffer import Buffer
 from chains_stream.brokers.kafka_cluster import BEGIN, FINAL, Cluster, said, stop
 from chains_stream.brokers.kafka_static import FencedInstanceIdError, name_instance
+from chains_stream.brokers.kafka_watch import Watch
 from chains_stream.errors import BrokerError
 from chains_stream.log import get_logger
 
@@ -56,7 +57,9 @@ class _Feed(ABC):
         self._buffer = Buffer(BUFFER_RECORDS, BUFFER_BYTES)
         self._client: AIOKafkaConsumer | None = None
         self._task: asyncio.Task[None] | None = None
-        self._trouble: Exception | None = None  # met outside of the task, for it to deal with
+        self._watch: Watch | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._broken: Exception | None = None  # met outside of the task, for it to deal with
         self._failures = 0
 
     async def start(self) -> None:
@@ -69,11 +72,19 @@ class _Feed(ABC):
         except (kafka.KafkaError, OSError) as error:
             raise self._translated(error) from error
         self._task = asyncio.create_task(self._run(), name=f"fetch {self._topic}")
+        self._watch = Watch(self._cluster, self._topic, self._watched(), self._moving, self._stalled)
+        self._watching = asyncio.create_task(self._watch.run(), name=f"watch {self._topic}")
+
+    def trouble(self) -> str | None:
+        """Say what has kept it from moving on for too long."""
+        return self._watch.trouble() if self._watch is not None else None
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        self._watch = None
+        for task in (self._watching, self._task):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
         await self._leave()
         if self._client is not None:
             await stop(self._client, self._client._client)  # noqa: SLF001 - what a broken one leaves open
@@ -84,6 +95,28 @@ class _Feed(ABC):
     @abstractmethod
     async def _open(self) -> AIOKafkaConsumer:
         """Make a consumer that goes on where the last one stopped."""
+
+    @abstractmethod
+    def _watched(self) -> Collection[int]:
+        """Give the partitions that it may ever fetch."""
+
+    @abstractmethod
+    def _fetching(self) -> Collection[int] | None:
+        """Give the partitions that it should fetch now; None while that is open."""
+
+    def _moving(self) -> dict[int, int] | None:
+        """Give the positions that should move on now, where there is more; None while that is open."""
+        partitions = self._fetching()
+        if partitions is None or self._client is None:
+            return None
+        if self._buffer.full:
+            return {}
+        assignment = self._client._subscription.subscription.assignment  # noqa: SLF001 - its `position` would wait
+        states = {partition: assignment.state_value(TopicPartition(self._topic, partition)) for partition in partitions}
+        return {number: at.position for number, at in states.items() if at.has_valid_position and not at.paused}
+
+    def _stalled(self, trouble: str) -> None:
+        self._broken = BrokerError(trouble)
 
     async def _leave(self) -> None:  # noqa: B027 - a reader holds nothing
         """Let go of what the consumer holds, before it is stopped."""
@@ -100,8 +133,8 @@ class _Feed(ABC):
                 try:
                     await self._move()
                 except Exception as error:  # noqa: BLE001 - whatever broke inside aiokafka, another one may do
-                    trouble, self._trouble = self._trouble, None
-                    self._get_over(trouble or error)
+                    broken, self._broken = self._broken, None
+                    self._get_over(broken or error)
                 await self._replace()
         except (kafka.KafkaError, OSError, BrokerError) as error:
             self._fail(self._translated(error))
@@ -113,8 +146,8 @@ class _Feed(ABC):
         client = self._client
         assert client is not None, "opened"
         while True:
-            if self._trouble is not None:
-                raise self._trouble
+            if self._broken is not None:
+                raise self._broken
             if self._buffer.full:
                 await client.getmany(_NO_PARTITION)  # for the group's errors alone
                 await self._buffer.wait_for_room(POLL_SECONDS)
@@ -169,6 +202,12 @@ class KafkaReader(_Feed):
         for record in records:
             self._taken[record.partition] = record.offset + 1
         return records
+
+    def _watched(self) -> Collection[int]:
+        return self._fetched.keys()
+
+    def _fetching(self) -> Collection[int]:
+        return self._fetched.keys()
 
     async def _open(self) -> AIOKafkaConsumer:
         await self._cluster.find_a_server()
@@ -271,10 +310,13 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
             self._client.resume(TopicPartition(self._topic, partition))
 
     def lag(self) -> dict[int, int]:
-        if self._client is None:
+        if self._client is None or self._watch is None:
             return {}
-        ends = {partition: self._client.highwater(TopicPartition(self._topic, partition)) for partition in self._held}
-        return {partition: max(0, (end or 0) - self._taken[partition]) for partition, end in ends.items()}
+        lags = {}
+        for partition in self._held:
+            fetched = self._client.highwater(TopicPartition(self._topic, partition)) or 0
+            lags[partition] = max(0, max(fetched, self._watch.ends.get(partition, 0)) - self._taken[partition])
+        return lags
 
     async def close(self) -> None:
         self._closing = True
@@ -291,7 +333,7 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
             try:
                 positions = await self._positions(partitions)
             except BrokerError as error:
-                self._trouble = error
+                self._broken = error
                 return
             self._held, self._taken = partitions, dict(positions)
             if not await self._told(self._on_assigned(self._held)):
@@ -309,6 +351,13 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
         stored = await self._cluster.committed(self._group, self._topic, partitions)
         begins = await self._cluster.offsets(self._topic, partitions - stored.keys(), BEGIN)
         return begins | {partition: committed.offset for partition, committed in stored.items()}
+
+    def _watched(self) -> Collection[int]:
+        return range(self._cluster.counts[self._topic])
+
+    def _fetching(self) -> Collection[int] | None:
+        joining = self._client is None or self._client._subscription.reassignment_in_progress  # noqa: SLF001 - as above
+        return None if joining or self._changing.locked() else self._held
 
     async def _open(self) -> AIOKafkaConsumer:
         await self._cluster.find_a_server()
@@ -335,7 +384,7 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
 
     def _fenced(self) -> None:
         reason = f"another process with the instance id `{self._instance_id}` joined the group {self._group}"
-        self._trouble = FencedInstanceIdError(f"{reason}; each needs one of its own (CHAINS_INSTANCE_ID)")
+        self._broken = FencedInstanceIdError(f"{reason}; each needs one of its own (CHAINS_INSTANCE_ID)")
 
     async def _told(self, callback: Awaitable[None]) -> bool:
         try:
