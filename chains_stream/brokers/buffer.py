@@ -13,7 +13,7 @@ class Buffer:
     """Records between the task that receives them and the one that takes them; partitions are served in turn.
 
     It is `full` from `max_records`, or `max_bytes` of values, on; whoever fills it waits for room before it asks for
-    more, so it holds at most one batch beyond that. While it is held, nothing is given.
+    more, and for no more than `room`. While it is held, nothing is given.
     """
 
     def __init__(self, max_records: int, max_bytes: int) -> None:
@@ -30,6 +30,11 @@ class Buffer:
     @property
     def full(self) -> bool:
         return self._count >= self._max_records or self._size >= self._max_bytes
+
+    @property
+    def room(self) -> int:
+        """How many records more make it full."""
+        return self._max_records - self._count
 
     def put(self, partition: int, records: Sequence[Record]) -> None:
         queue = self._queues.get(partition)

@@ -23,7 +23,11 @@ from chains_stream.log import get_logger
 from chains_stream.messages import Headers
 from chains_stream.settings import Settings
 
-FETCH_BYTES = 8 << 20  # a fetch, over all partitions
+FETCH_BYTES = 8 << 20  # a fetch of a reader, over all partitions
+# A worker that is full holds a fetch besides its buffer. Of a partition it holds some batches of ours; Kafka gives a
+# larger one whole, one a fetch.
+GROUP_FETCH_BYTES = 2 << 20
+GROUP_PARTITION_BYTES = 256 << 10
 HEADER_ROOM = 48_000  # bytes in a record beside the value
 MESSAGE_BYTES = 1_048_588  # that Kafka takes unless a topic says otherwise
 BATCH_BYTES = 128 << 10  # records of one partition that go out together
@@ -132,6 +136,8 @@ class KafkaBroker:
             # A worker that is full does not poll, and is alive all the same.
             max_poll_interval_ms=NEVER_MS,
             fetch_max_wait_ms=GROUP_FETCH_WAIT_MS,
+            fetch_max_bytes=GROUP_FETCH_BYTES,
+            max_partition_fetch_bytes=GROUP_PARTITION_BYTES,
             group_instance_id=instance_id,
         )
         callbacks = (on_assigned, on_revoked)
@@ -190,7 +196,7 @@ class KafkaBroker:
     def _consumer(self, **options: Any) -> AIOKafkaConsumer:
         room = self._max_record_bytes + HEADER_ROOM
         bounds = {"max_partition_fetch_bytes": room, "fetch_max_bytes": max(FETCH_BYTES, room)}
-        return AIOKafkaConsumer(**bounds, **options, **self._cluster.connection)
+        return AIOKafkaConsumer(**bounds | options, **self._cluster.connection)
 
     def _producer(self, **options: Any) -> AIOKafkaProducer:
         room = self._max_record_bytes + HEADER_ROOM

@@ -74,6 +74,7 @@ class _Feed(ABC):
         self._task = asyncio.create_task(self._run(), name=f"fetch {self._topic}")
         self._watch = Watch(self._cluster, self._topic, self._watched(), self._moving, self._stalled)
         self._watching = asyncio.create_task(self._watch.run(), name=f"watch {self._topic}")
+        self._watching.add_done_callback(_watched_no_more)
 
     def trouble(self) -> str | None:
         """Say what has kept it from moving on for too long."""
@@ -152,7 +153,7 @@ class _Feed(ABC):
                 await client.getmany(_NO_PARTITION)  # for the group's errors alone
                 await self._buffer.wait_for_room(POLL_SECONDS)
                 continue
-            fetched = await client.getmany(timeout_ms=int(POLL_SECONDS * 1000))
+            fetched = await client.getmany(timeout_ms=int(POLL_SECONDS * 1000), max_records=self._buffer.room)
             for place, records in fetched.items():
                 self._received(place.partition, records)
             if fetched:
@@ -405,6 +406,11 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
         if not self._joined.done():
             self._joined.set_exception(error)
             self._joined.exception()  # nobody waits for it any more where joining was given up
+
+
+def _watched_no_more(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("watch.defect", exc_info=error)
 
 
 def _record(record: ConsumerRecord) -> Record:

@@ -20,7 +20,7 @@ from chains_stream.broker import Broker, Committed, TopicSpec
 from chains_stream.brokers import kafka as kafka_module
 from chains_stream.brokers import kafka_reading, open_broker
 from chains_stream.brokers.kafka import KafkaBroker
-from chains_stream.brokers.kafka_reading import BUFFER_BYTES, KafkaGroupConsumer
+from chains_stream.brokers.kafka_reading import BUFFER_BYTES, BUFFER_RECORDS, KafkaGroupConsumer
 from chains_stream.errors import BrokerAuthorizationError, BrokerError, ChainsUsageError
 from chains_stream.settings import Settings
 from tests.kafka import Node, node
@@ -152,8 +152,26 @@ async def test_what_a_full_worker_has_fetched_is_bounded_in_bytes(kafka_url: str
             while not buffer.full:  # noqa: ASYNC110 - nobody but the buffer's own consumer is told
                 await asyncio.sleep(0.05)
         # One fetch may lie beyond the bound.
-        assert buffer._size <= BUFFER_BYTES + kafka_module.FETCH_BYTES
+        assert buffer._size <= BUFFER_BYTES + kafka_module.GROUP_FETCH_BYTES
         assert len(await values(lambda: consumer.fetch(1), 60)) == 60
+        await consumer.close()
+
+
+async def test_what_a_full_worker_has_fetched_is_bounded_in_records(kafka_url: str) -> None:
+    topic = f"small.{uuid4().hex}"
+    async with opened(kafka_url) as broker:
+        await broker.ensure_topics([TopicSpec(topic, 2, HOUR_MS)])
+        for partition in range(2):
+            await asyncio.gather(*[await broker.publish(topic, b"x", partition=partition) for _ in range(5_000)])
+        consumer = await broker.consume(topic, topic, on_assigned=nothing, on_revoked=nothing)
+        assert isinstance(consumer, KafkaGroupConsumer)
+        buffer = consumer._buffer
+        async with asyncio.timeout(30):
+            while not buffer.full:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.05)
+        assert buffer._count == BUFFER_RECORDS
+        assert len(await values(lambda: consumer.fetch(100), 10_000)) == 10_000
+        assert consumer.lag() == {0: 0, 1: 0}
         await consumer.close()
 
 
