@@ -10,11 +10,9 @@ from chains_stream.broker import Broker, Committed, TopicSpec
 from chains_stream.brokers import open_broker
 from chains_stream.errors import BrokerError
 from chains_stream.settings import Settings
-from tests.contract.test_broker import Member, fill
+from tests.members import HOUR_MS, Member, fill
 
 pytestmark = pytest.mark.kafka
-
-HOUR_MS = 3_600_000
 
 
 async def as_instance(stack: AsyncExitStack, url: str, instance_id: str) -> Broker:

@@ -12,12 +12,10 @@ from chains_stream.broker import Broker, TopicSpec
 from chains_stream.brokers import kafka_watch, open_broker
 from chains_stream.brokers.kafka_reading import KafkaGroupConsumer, KafkaReader
 from chains_stream.settings import Settings
-from tests.contract.test_broker import fill
 from tests.kafka import Node, node
+from tests.members import HOUR_MS, fill
 
 pytestmark = pytest.mark.kafka
-
-HOUR_MS = 3_600_000
 
 
 async def nothing(_partitions: frozenset[int]) -> None: ...

@@ -59,6 +59,15 @@ async def test_a_publisher_that_gives_up_leaves_the_line(broker: MemoryBroker) -
     await consumer.close()
 
 
+async def test_deleting_makes_room(broker: MemoryBroker) -> None:
+    await broker.ensure_topics([TopicSpec("dead", 1, HOUR_MS)])
+    await fill_up(broker, "dead")
+    waiting = asyncio.ensure_future(broker.publish("dead", b"", partition=0))
+    await asyncio.sleep(0)
+    await broker.delete_before("dead", {0: 5})
+    assert await (await asyncio.wait_for(waiting, 5)) == memory.MAX_RECORDS
+
+
 async def test_the_slowest_group_decides(broker: MemoryBroker) -> None:
     await broker.ensure_topics([TopicSpec("requests", 1, HOUR_MS)])
     for n in range(10):

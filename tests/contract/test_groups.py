@@ -1,167 +1,13 @@
-"""What every broker does: one suite, run on the embedded one and on a real Apache Kafka."""
+"""What every broker does for the members of a group."""
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
-from typing import Any
-from uuid import uuid4
 
 import pytest
 
-from chains_stream.broker import Broker, Committed, GroupConsumer, Record, TopicSpec
-from chains_stream.brokers import open_broker
-from chains_stream.errors import BrokerError, OffsetExpiredError, RecordTooLargeError
-from chains_stream.messages import now_ms
-from chains_stream.settings import Settings
-
-HOUR_MS = 3_600_000
-
-
-@pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.kafka)])
-async def broker(request: pytest.FixtureRequest) -> AsyncIterator[Broker]:
-    url = "memory://" if request.param == "memory" else request.getfixturevalue("kafka_url")
-    opened = open_broker(Settings.of(broker=url))
-    try:
-        await opened.start()
-        yield opened
-    finally:
-        await opened.close()
-
-
-@pytest.fixture
-async def topic(broker: Broker) -> str:
-    name = f"contract.{uuid4().hex}"
-    await broker.ensure_topics([TopicSpec(name, 4, HOUR_MS)])
-    return name
-
-
-class Member:
-    """A member of a group that notes what it is told and can wait for it."""
-
-    def __init__(self, broker: Broker, topic: str) -> None:
-        self.held: frozenset[int] = frozenset()
-        self.revoked: list[frozenset[int]] = []
-        self.commit_on_revoke: dict[int, Committed] = {}
-        self.hesitate = asyncio.Event()  # in the callback, until `go_on`
-        self.hesitate_to_revoke = asyncio.Event()
-        self.hesitating = asyncio.Event()
-        self.go_on = asyncio.Event()
-        self.consumer: GroupConsumer
-        self._broker = broker
-        self._topic = topic
-        self._changed = asyncio.Event()
-
-    async def join(self, group: str = "") -> "Member":
-        self.consumer = await self._broker.consume(
-            self._topic, group or self._topic, on_assigned=self._assigned, on_revoked=self._revoked
-        )
-        return self
-
-    async def until(self, count: int) -> None:
-        async with asyncio.timeout(30):
-            while len(self.held) != count:
-                self._changed.clear()
-                await self._changed.wait()
-
-    async def take(self, count: int) -> list[Record]:
-        """Fetch so many records, in all."""
-        records: list[Record] = []
-        async with asyncio.timeout(30):
-            while len(records) < count:
-                records += await self.consumer.fetch(count - len(records))
-        return records
-
-    async def _assigned(self, partitions: frozenset[int]) -> None:
-        await self._hesitate(self.hesitate)
-        self.held = partitions
-        self._changed.set()
-
-    async def _hesitate(self, wanted: asyncio.Event) -> None:
-        if wanted.is_set():
-            self.hesitating.set()
-            await self.go_on.wait()
-
-    async def _revoked(self, partitions: frozenset[int]) -> None:
-        await self._hesitate(self.hesitate_to_revoke)
-        self.revoked.append(partitions)
-        due = {partition: at for partition, at in self.commit_on_revoke.items() if partition in partitions}
-        if due:
-            await self.consumer.commit(due)
-
-
-async def fill(broker: Broker, topic: str, values: int, partition: int = 0) -> list[int]:
-    stored = [await broker.publish(topic, str(n).encode(), partition=partition) for n in range(values)]
-    return list(await asyncio.gather(*stored))
-
-
-async def take(reader: Any, count: int) -> list[Record]:
-    records: list[Record] = []
-    async with asyncio.timeout(30):
-        while len(records) < count:
-            records += await reader.fetch()
-    return records
-
-
-async def test_a_record_comes_back_as_it_was_sent(broker: Broker, topic: str) -> None:
-    headers = (("kafka_correlationId", bytes(range(16))), ("twice", b"1"), ("twice", b""))
-    value = bytes(range(256)) * 10
-    reader = await broker.read(topic, {2: None})
-    offset = await (await broker.publish(topic, value, partition=2, key=b"\x00key", headers=headers))
-    (record,) = await take(reader, 1)
-    await reader.close()
-    assert (record.topic, record.partition, record.offset) == (topic, 2, offset)
-    assert (record.key, record.value, record.headers) == (b"\x00key", value, headers)
-    assert record.timestamp_ms > 1_700_000_000_000
-
-
-@pytest.mark.parametrize("durable", [True, False])
-async def test_a_partition_keeps_the_order_of_publishing(broker: Broker, topic: str, *, durable: bool) -> None:
-    reader = await broker.read(topic, {0: 0})
-    stored = [await broker.publish(topic, str(n).encode(), partition=0, durable=durable) for n in range(500)]
-    assert await asyncio.gather(*stored) == list(range(500))
-    assert [record.value for record in await take(reader, 500)] == [str(n).encode() for n in range(500)]
-    await reader.close()
-
-
-async def test_readers_begin_where_they_are_told(broker: Broker, topic: str) -> None:
-    await fill(broker, topic, 10)
-    await fill(broker, topic, 3, partition=1)
-    at_end = await broker.read(topic, {0: None})
-    inside = await broker.read(topic, {0: 7, 1: None, 2: None})
-    assert (at_end.position(0), inside.position(0), inside.position(1), inside.position(2)) == (10, 7, 3, 0)
-    await (await broker.publish(topic, b"new", partition=0))
-    await (await broker.publish(topic, b"else", partition=1))
-    assert [record.value for record in await take(at_end, 1)] == [b"new"]
-    by_partition = defaultdict(list)
-    for record in await take(inside, 5):
-        by_partition[record.partition].append(record.value)
-    assert by_partition == {0: [b"7", b"8", b"9", b"new"], 1: [b"else"]}
-    assert inside.position(0) == 11
-    await at_end.close()
-    await inside.close()
-
-
-async def test_end_offset_is_that_of_the_next_record(broker: Broker, topic: str) -> None:
-    assert await broker.end_offset(topic, 3) == 0
-    await fill(broker, topic, 5, partition=3)
-    assert await broker.end_offset(topic, 3) == 5
-
-
-async def test_a_fetch_that_is_cancelled_loses_nothing(broker: Broker, topic: str) -> None:
-    reader = await broker.read(topic, {0: 0})
-    got: list[Record] = []
-    for n in range(200):
-        waiting = asyncio.ensure_future(reader.fetch())
-        await broker.publish(topic, str(n).encode(), partition=0)
-        for _ in range(n % 7):  # cancelled at another point of its way each time
-            await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.wait([waiting])
-        if not waiting.cancelled():
-            got += waiting.result()
-    got += await take(reader, 200 - len(got)) if len(got) < 200 else []
-    assert [record.offset for record in got] == list(range(200))
-    await reader.close()
+from chains_stream.broker import Broker, Committed, TopicSpec
+from chains_stream.errors import BrokerError, OffsetExpiredError
+from tests.members import HOUR_MS, Member, fill
 
 
 async def test_a_new_group_begins_with_the_oldest_record(broker: Broker, topic: str) -> None:
@@ -266,45 +112,6 @@ async def test_a_waiting_fetch_wakes_for_a_record_on_any_partition(broker: Broke
     await member.consumer.close()
 
 
-async def test_an_unknown_member_count_is_nothing_to_fear(broker: Broker) -> None:
-    assert await broker.members(f"nobody.{uuid4().hex}") == 0
-
-
-async def test_topics_are_created_once_and_kept(broker: Broker, topic: str) -> None:
-    await fill(broker, topic, 3)
-    await broker.ensure_topics([TopicSpec(topic, 9, HOUR_MS), TopicSpec(f"{topic}.more", 2, HOUR_MS)])
-    assert await broker.partitions(topic) == 4
-    assert await broker.partitions(f"{topic}.more") == 2
-    assert await broker.end_offset(topic, 0) == 3
-    await broker.ensure_topics([])
-
-
-async def test_what_does_not_exist_is_named(broker: Broker, topic: str) -> None:
-    with pytest.raises(BrokerError, match=f"no topic {topic}.none"):
-        await broker.partitions(f"{topic}.none")
-
-
-async def test_a_record_over_the_limit_is_refused_and_the_next_one_taken(broker: Broker, topic: str) -> None:
-    with pytest.raises(RecordTooLargeError, match="over the limit"):
-        await broker.publish(topic, b"x" * (broker.max_record_bytes + 1), partition=0)
-    assert await (await broker.publish(topic, b"x" * broker.max_record_bytes, partition=0)) == 0
-
-
-async def test_an_offset_that_the_log_does_not_hold_is_expired(broker: Broker, topic: str) -> None:
-    if broker.url == "memory://":
-        await broker.ensure_topics([TopicSpec(f"{topic}.ring", 1, HOUR_MS, ring=True)])
-        for _ in range(40):
-            await broker.publish(f"{topic}.ring", b"x" * 1_000_000, partition=0)
-        reader = await broker.read(f"{topic}.ring", {0: 0})
-    else:
-        await fill(broker, topic, 3)
-        reader = await broker.read(topic, {0: 1_000})
-    with pytest.raises(OffsetExpiredError):
-        async with asyncio.timeout(20):
-            await reader.fetch()
-    await reader.close()
-
-
 async def test_a_callback_that_fails_is_raised(broker: Broker, topic: str) -> None:
     assignments = 0
 
@@ -328,16 +135,6 @@ async def test_a_callback_that_fails_is_raised(broker: Broker, topic: str) -> No
             await consumer.fetch(1)
     await other.consumer.close()
     await consumer.close()
-
-
-async def test_an_expired_reader_raises_again_and_again(broker: Broker, topic: str) -> None:
-    await fill(broker, topic, 3)
-    reader = await broker.read(topic, {0: 1_000})
-    for _ in range(3):
-        with pytest.raises(OffsetExpiredError):
-            async with asyncio.timeout(20):
-                await reader.fetch()
-    await reader.close()
 
 
 async def test_records_wait_until_the_member_knows_its_partitions(broker: Broker, topic: str) -> None:
@@ -432,16 +229,6 @@ async def test_a_note_that_is_too_long_is_refused(broker: Broker, topic: str) ->
     await member.consumer.close()
 
 
-@pytest.mark.parametrize("place", [("", 4), ("", -1), (".none", 0)])
-async def test_publishing_to_what_does_not_exist_fails_at_once(
-    broker: Broker, topic: str, place: tuple[str, int]
-) -> None:
-    suffix, partition = place
-    with pytest.raises(BrokerError, match=topic + suffix):
-        async with asyncio.timeout(10):
-            await broker.publish(topic + suffix, b"", partition=partition)
-
-
 async def test_reading_what_does_not_exist_fails_at_once(broker: Broker, topic: str) -> None:
     async def nothing(_partitions: frozenset[int]) -> None: ...
 
@@ -450,23 +237,6 @@ async def test_reading_what_does_not_exist_fails_at_once(broker: Broker, topic: 
             await broker.read(f"{topic}.none", {0: None})
         with pytest.raises(BrokerError, match=f"{topic}.none"):
             await broker.consume(f"{topic}.none", topic, on_assigned=nothing, on_revoked=nothing)
-
-
-async def test_many_publishers_at_once_lose_nothing(broker: Broker, topic: str) -> None:
-    reader = await broker.read(topic, dict.fromkeys(range(4), 0))
-
-    async def publish(publisher: int) -> None:
-        for n in range(100):
-            value = f"{publisher} {n}".encode()
-            await (await broker.publish(topic, value, partition=publisher % 4, durable=bool(publisher % 8 < 4)))
-
-    await asyncio.gather(*map(publish, range(40)))
-    by_publisher = defaultdict(list)
-    for record in await take(reader, 4_000):
-        publisher, n = map(int, record.value.split())
-        by_publisher[publisher].append(n)
-    assert by_publisher == {publisher: list(range(100)) for publisher in range(40)}
-    await reader.close()
 
 
 async def test_a_partition_that_is_paused_gives_nothing_and_the_others_flow(broker: Broker, topic: str) -> None:
@@ -550,24 +320,6 @@ async def test_lag_is_what_fetch_has_not_given(broker: Broker, topic: str) -> No
     assert second.consumer.lag().keys() == second.held
     await member.consumer.close()
     await second.consumer.close()
-
-
-async def test_offsets_are_found_by_time(broker: Broker, topic: str) -> None:
-    assert await broker.offsets_at(topic, [0, 1], 0) == {0: 0, 1: 0}
-    await fill(broker, topic, 3)
-    reader = await broker.read(topic, {0: 0})
-    last = (await take(reader, 3))[-1].timestamp_ms
-    while now_ms() <= last:  # noqa: ASYNC110 - the clock itself is what is waited for
-        await asyncio.sleep(0.001)
-    between = now_ms()
-    await fill(broker, topic, 2)
-    assert await broker.offsets_at(topic, [0, 1], between) == {0: 3, 1: 0}
-    assert await broker.offsets_at(topic, [0], 0) == {0: 0}
-    assert await broker.offsets_at(topic, [0], now_ms() + HOUR_MS) == {0: 5}
-    assert await broker.offsets_at(topic, [], 0) == {}
-    with pytest.raises(BrokerError, match=topic):
-        await broker.offsets_at(topic, [4], 0)
-    await reader.close()
 
 
 async def test_what_lies_before_an_offset_can_be_deleted(broker: Broker, topic: str) -> None:
