@@ -102,9 +102,9 @@ def test_only_the_kafka_broker_imports_aiokafka() -> None:
     assert all(user.startswith("brokers/kafka") for user in users), users
 
 
-@pytest.mark.parametrize("package", ["vllm", "torch", "tritonclient", "numpy"])
+@pytest.mark.parametrize("package", ["vllm", "torch", "tritonclient", "numpy", "fsspec"])
 def test_the_core_imports_no_engine(package: str) -> None:
-    """Numpy too: it is an extra, and a worker that does not use it should not pay for it."""
+    """Nor what only some use: numpy, which is an extra, and fsspec. The others should not pay for it."""
     code = f"import sys, chains_stream, chains_stream.worker, chains_stream.client; print({package!r} in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"

@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,23 @@ class Drive(LocalFileSystem):  # type: ignore[misc] # fsspec ships no types
         return super()._strip_protocol(str(path).removeprefix("drive://"))
 
 
+class Stuck(Drive):
+    """Writes nothing until it is let go."""
+
+    protocol = "stuck"
+    go = threading.Event()
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return super()._strip_protocol(str(path).removeprefix("stuck://"))
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        self.go.wait()
+        super().pipe_file(path, value, mode, **options)
+
+
 fsspec.register_implementation("drive", Drive, clobber=True)
+fsspec.register_implementation("stuck", Stuck, clobber=True)
 
 
 @pytest.fixture(params=["folder", "drive", "memory"])
@@ -45,7 +62,8 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         "drive": f"drive://{tmp_path}/store",
         "memory": f"memory://{secrets.token_hex(8)}",
     }[request.param]
-    opened = Store(Settings.of(store=url, namespace="ours", max_value_bytes=10_000_000))
+    (tmp_path / "store").mkdir()
+    opened = Store(Settings.of(store=url, namespace="ours"))
     await opened.start()
     yield opened
     await opened.close()
@@ -231,14 +249,37 @@ async def test_a_pipe_in_the_store_makes_nobody_wait(opened: Opened, tmp_path: P
             await store.get(f"file://{tmp_path}/ours/490000/{'0' * 32}")
 
 
-async def test_sizes_are_limited_both_ways(opened: Opened, store: Store, tmp_path: Path) -> None:
-    with pytest.raises(RecordTooLargeError, match="10000001 bytes is over the limit of 10000000"):
-        await store.put(bytes(10_000_001), 1)
-    url = str(tmp_path / "two")
+@pytest.mark.parametrize("scheme", ["file", "drive"])
+async def test_sizes_are_limited_both_ways(opened: Opened, tmp_path: Path, scheme: str) -> None:
+    url = f"{scheme}://{tmp_path}"
+    with pytest.raises(RecordTooLargeError, match=r"101 bytes is over the limit of 100 \(CHAINS_MAX_VALUE_BYTES\)"):
+        await (await opened(store=url, max_value_bytes=100)).put(bytes(101), 1)
     generous, strict = await opened(store=url), await opened(store=url, max_value_bytes=100)
     reference = await generous.put(bytes(101), 1)
     with pytest.raises(StoreError, match="over the limit of 100 bytes"):
         await strict.get(reference)
+
+
+async def test_a_slow_store_holds_nothing_else_up(opened: Opened, tmp_path: Path) -> None:
+    Stuck.go.clear()
+    store = await opened(store=f"stuck://{tmp_path}")
+    putting = asyncio.ensure_future(store.put(b"value", 1))
+    assert await asyncio.wait([putting], timeout=0.1) == (set(), {putting})
+    Stuck.go.set()
+    assert await store.get(await putting) == b"value"
+
+
+async def test_a_store_that_does_not_answer_is_an_error(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chains_stream.store.TRANSFER_SECONDS", 0.05)
+    Stuck.go.clear()
+    store = await opened(store=f"stuck://{tmp_path}")
+    try:
+        with pytest.raises(StoreError, match=r"no answer within 0\.05 s"):
+            await store.put(b"value", 1)
+    finally:
+        Stuck.go.set()
 
 
 async def test_a_closed_store_says_so(store: Store) -> None:
@@ -248,10 +289,12 @@ async def test_a_closed_store_says_so(store: Store) -> None:
         await store.get(reference)
 
 
-async def test_a_store_that_went_away_is_an_error_of_its_own(opened: Opened, tmp_path: Path) -> None:
-    store = await opened(store=str(tmp_path / "store"))
+@pytest.mark.parametrize("scheme", ["file", "drive"])
+async def test_a_store_that_went_away_is_an_error_of_its_own(opened: Opened, tmp_path: Path, scheme: str) -> None:
+    (tmp_path / "store").mkdir()
+    store = await opened(store=f"{scheme}://{tmp_path}/store")
     (tmp_path / "store").rmdir()
-    with pytest.raises(StoreError, match=r"can't write to the store file://.*: No such file") as caught:
+    with pytest.raises(StoreError, match=rf"can't write to the store {scheme}://.*: No such file") as caught:
         await store.put(b"value", 1)
     assert type(caught.value) is StoreError
 
