@@ -79,6 +79,23 @@ class Chunks(chains.ChainletBase):
             Seen.note("closed")
 
 
+class Resuming(chains.ChainletBase):
+    """Streams as `Chunks` does, and goes on where a worker was lost, which the first is after two chunks."""
+
+    remote_config = chains.RemoteConfig(options=chains.ChainletOptions(resumable=True))
+
+    async def run_remote(self, sizes: list[int]) -> AsyncIterator[str]:
+        emitted = chains.current_request().emitted
+        assert list(emitted) == [chunk(number, size) for number, size in enumerate(sizes[: len(emitted)])]
+        Seen.note(f"from {len(emitted)}")
+        for number, size in enumerate(sizes):
+            if number >= len(emitted):
+                yield chunk(number, size)
+            if number == 1 and not emitted:
+                Seen.note("waits")
+                await asyncio.Event().wait()
+
+
 def chunk(number: int, size: int) -> str:
     return chr(ord("a") + number % 26) * size
 
@@ -137,8 +154,9 @@ class Parts:
         return call
 
     def objects(self) -> list[Path]:
-        """Give the files of the values that are in the store, and whole."""
-        return [path for path in Path(self.settings.store or "").rglob("*") if path.is_file() and not path.suffix]
+        """Give the files of the values that are in the store, and complete."""
+        files = [path for path in Path(self.settings.store or "").rglob("*") if path.is_file()]
+        return [path for path in files if path.suffix != ".part"]
 
     def lose(self) -> None:
         for path in self.objects():
@@ -227,6 +245,20 @@ async def test_a_redelivered_request_still_finds_its_arguments(parts: Parts) -> 
     async with asyncio.timeout(30):
         assert text_of(await call.result()) == "x" * LARGE
     assert Seen.counts["began"] == 2
+
+
+async def test_a_resumed_stream_finds_its_large_chunks(parts: Parts) -> None:
+    first = await parts.host(Resuming)
+    call = await parts.open(Resuming, sizes=[3, 3_000_000, 2, 3_000_000])
+    async with asyncio.timeout(60):
+        await Seen.until("waits")
+        got = [text_of(await call.next()) for _ in range(2)]
+        await first.drain()
+        await parts.host(Resuming)
+        got += [text_of(await call.next()) for _ in range(2)]
+        assert await call.next() is None
+    assert got == ["aaa", "b" * 3_000_000, "cc", "d" * 3_000_000]
+    assert Seen.counts["from 2"] == 1
 
 
 async def test_arguments_that_are_gone_are_an_error_for_their_caller_alone(parts: Parts) -> None:
