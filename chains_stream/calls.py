@@ -35,6 +35,7 @@ from chains_stream.policy import Scope
 from chains_stream.settings import Settings
 from chains_stream.store import Store, reference_in
 
+MIN_WINDOW_BYTES = 64 << 10  # of a stream, however many there are
 CLOSE_SECONDS = 5.0  # for what is still to be said to the workers
 
 log = get_logger(__name__)
@@ -49,6 +50,7 @@ class Call:
         self.partition = 0
         self.sent_to: Report | None = None  # the worker that counts it as under way
         self.offset: int | None = None  # known once the broker has stored the request
+        self.window_bytes = 0  # of a stream that may be on their way
         self.scope = scope
         self.ended = False
         self.answered = False  # by the callee: there is nothing left to cancel
@@ -88,7 +90,7 @@ class Call:
         self._chunks.popleft()
         self._taken += 1
         self._taken_size += len(memoryview(chunk))
-        if self._caller.wants_credit(self._taken - self._granted, self._taken_size - self._granted_size):
+        if self._caller.wants_credit(self, self._taken - self._granted, self._taken_size - self._granted_size):
             self._grant()
         return chunk
 
@@ -252,6 +254,7 @@ class Caller:
         if len(arguments) > self._broker.max_record_bytes:
             arguments, claim = b"", await self.store.put_arguments(arguments)
         call = Call(self, topic, scope, modules)
+        call.window_bytes = self._window_bytes()
         balancer = self._balancers[topic]
         call.partition = balancer.choose(scope.affinity)
         call.sent_to = balancer.sent(call.partition)
@@ -266,7 +269,7 @@ class Caller:
             request_id=scope.request_id,
             attempt=attempt,
             frames=True,
-            window=(self._settings.stream_window, self._settings.stream_window_bytes),
+            window=(self._settings.stream_window, call.window_bytes),
             traceparent=scope.traceparent,
             tracestate=scope.tracestate,
         )
@@ -285,9 +288,14 @@ class Caller:
         """Fetch a result or a chunk that was too large for its record. Raises StoreError."""
         return msgspec.Raw(await self.store.get(reference))
 
-    def wants_credit(self, chunks: int, size: int) -> bool:
+    def wants_credit(self, call: Call, chunks: int, size: int) -> bool:
         """Tell whether a reader that took this much since it last said so should say so again."""
-        return chunks * 2 >= self._settings.stream_window or size * 2 >= self._settings.stream_window_bytes
+        return chunks * 2 >= self._settings.stream_window or size * 2 >= call.window_bytes
+
+    def _window_bytes(self) -> int:
+        """Give how much of a stream may be on its way to us: the more streams, the less, down to a minimum."""
+        share = self._settings.max_buffered_bytes // (len(self._calls) + 1)
+        return min(self._settings.stream_window_bytes, max(share, MIN_WINDOW_BYTES))
 
     def forget(self, call: Call) -> None:
         """Unregister a call, and have it cancelled if no answer of the callee has ended it."""

@@ -3,7 +3,12 @@
 `chainlet` is a Chainlet's name. Counters only grow, and begin at 0 with the process.
 """
 
-from prometheus_client import Counter, Gauge, Histogram
+from collections.abc import Collection, Iterator, Mapping
+from typing import Protocol
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 OUTCOMES = ("done", "failed", "cancelled", "expired", "dead_lettered")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -23,8 +28,6 @@ REDELIVERED = Counter("chains_redelivered", "Requests that another worker may ha
 DEAD_LETTERED = Counter("chains_dead_lettered", "Requests put into the dead-letter topic.", ["chainlet", "reason"])
 EXPIRED = Counter("chains_expired", "Requests whose deadline passed before they were run.", ["chainlet"])
 CANCELLED = Counter("chains_cancelled", "Requests cancelled: running, or still queued.", ["chainlet", "state"])
-PAUSED = Gauge("chains_paused_partitions", "Partitions that wait for an open record.", ["chainlet"])
-LAG = Gauge("chains_lag", "Records that wait on a partition of a request topic.", ["chainlet", "partition"])
 
 # --- of callers
 CALLS = Gauge("chains_calls_in_flight", "Calls to other Chainlets, or to the entrypoint, that wait for an answer.")
@@ -45,6 +48,43 @@ HTTP_REQUESTS = Counter("chains_http_requests", "HTTP requests that ended.", ["r
 HTTP_SECONDS = Histogram(
     "chains_http_seconds", "From an HTTP request to the end of its answer.", ["route"], buckets=_SECONDS
 )
+
+
+class Holder(Protocol):
+    """A worker, as far as its partitions go."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def paused(self) -> Collection[int]: ...
+
+    def lag(self) -> Mapping[int, int]: ...
+
+
+class Partitions(Collector):
+    """What is known of the partitions that the workers of this process hold, asked when somebody looks."""
+
+    def __init__(self) -> None:
+        self.holders: set[Holder] = set()
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        lag = GaugeMetricFamily(
+            "chains_lag", "Records that wait on a partition of a request topic.", labels=["chainlet", "partition"]
+        )
+        paused = GaugeMetricFamily(
+            "chains_paused_partitions", "Partitions that wait for an open record.", labels=["chainlet"]
+        )
+        for holder in self.holders:
+            paused.add_metric([holder.name], len(holder.paused))
+            for partition, records in holder.lag().items():
+                lag.add_metric([holder.name, str(partition)], records)
+        yield lag
+        yield paused
+
+
+PARTITIONS = Partitions()
+REGISTRY.register(PARTITIONS)
 
 
 class OfWorker:

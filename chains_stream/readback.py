@@ -1,11 +1,11 @@
 """Reading back what was answered to a request before this worker got it, so that a stream can go on from there."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from chains_stream.broker import Broker
+from chains_stream.broker import Broker, Record
 from chains_stream.fold import Fold, Step
 from chains_stream.log import get_logger
 from chains_stream.messages import Chunk, Frame, decode_frames
@@ -104,10 +104,10 @@ class ReadBack:
         try:
             while reader.position(partition) <= end:
                 for record in await reader.fetch():
-                    for frame in _frames(record.value):
+                    for frame, reference in _frames(record):
                         one = by_id.get(frame.correlation_id)
                         if one is not None and one.begin <= record.offset < one.end:
-                            one.frames.append((frame, reference_in(record.headers)))
+                            one.frames.append((frame, reference))
                 _tell(wanted, reader.position(partition))
         finally:
             await reader.close()
@@ -119,8 +119,12 @@ def _tell(wanted: Sequence[_Wanted], position: int) -> None:
             one.read.set_result(None)
 
 
-def _frames(value: bytes) -> list[Frame]:
+def _frames(record: Record) -> Iterator[Found]:
     try:
-        return decode_frames(value)
+        frames = decode_frames(record.value)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):  # a stranger's, or an answer to one
-        return []
+        return
+    reference = reference_in(record.headers)
+    if reference is None or len(frames) == 1:  # a value in the store stands alone in its record
+        for frame in frames:
+            yield frame, reference

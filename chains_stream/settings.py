@@ -72,7 +72,7 @@ class Settings(pydantic.BaseModel):
     max_buffered_bytes: PositiveInt = 256 << 20  # of all bodies, and of all streams, that a process holds
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000  # of the gateway; 0 picks a free one
-    health_port: Annotated[int, Field(ge=0, le=65_535)] | None = None  # of a worker's /healthz and /readyz
+    health_port: Annotated[int, Field(ge=0, le=65_535)] | None = None  # of a worker's /healthz, /readyz and /metrics
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     kafka: KafkaSettings = KafkaSettings()

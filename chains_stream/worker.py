@@ -74,6 +74,7 @@ class Worker:
             asyncio.create_task(self._run_suspects(), name=f"suspects {name}"),
             asyncio.create_task(self._assignment.commit_regularly(), name=f"commit {name}"),
         ]
+        metrics.PARTITIONS.holders.add(self)
         log.info("worker.started", chainlet=name, topic=self.topic)
 
     async def failed(self) -> None:
@@ -82,6 +83,7 @@ class Worker:
 
     async def drain(self, grace: float) -> None:
         """Stop taking, give running requests `grace` seconds, commit, and leave; the unfinished are left to others."""
+        metrics.PARTITIONS.holders.discard(self)
         await _end(*self._tasks[:2])
         if self._jobs:
             await asyncio.wait(self._jobs, timeout=grace)
@@ -99,9 +101,13 @@ class Worker:
         log.info("worker.stopped", chainlet=self.callee.name)
 
     @property
-    def held(self) -> frozenset[int]:
-        """The partitions that this worker has now."""
-        return self._assignment.held
+    def name(self) -> str:
+        return self.callee.name
+
+    @property
+    def paused(self) -> Collection[int]:
+        """The partitions of which nothing is taken until an open record of theirs is done."""
+        return self._assignment.paused
 
     def lag(self) -> dict[int, int]:
         """Give how many records of each partition wait to be taken, as far as is known."""
