@@ -92,6 +92,8 @@ class Assignment:
 
     def _not_taken_over(self, records: Sequence[Record]) -> dict[int, int]:
         """Give the partitions that are new to us, each with the offset of its first record."""
+        if all(record.partition in self.ledgers for record in records):
+            return {}
         firsts = {record.partition: record.offset for record in reversed(records)}
         return {number: at for number, at in firsts.items() if number in self.held and number not in self.ledgers}
 

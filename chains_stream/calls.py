@@ -30,7 +30,7 @@ from chains_stream.errors import (
 from chains_stream.fold import Fold, Step
 from chains_stream.log import get_logger
 from chains_stream.messages import Cancelled, Chunk, Done, Failed, Frame, Headers, Request, Started, decode_frames
-from chains_stream.metrics import CALLS
+from chains_stream.metrics import IN_HAND
 from chains_stream.policy import Scope
 from chains_stream.settings import Settings
 from chains_stream.store import Store, reference_in
@@ -204,6 +204,7 @@ class Caller:
         self._reply_partition = zlib.crc32(os.urandom(16)) % partitions
         await self._open_reader()
         self._task = asyncio.create_task(self._read(), name="replies")
+        IN_HAND.calls[id(self)] = self._calls
 
     async def close(self) -> None:
         """Cancel the calls that somebody waits in, leave what was submitted to run on, and stop reading."""
@@ -213,6 +214,7 @@ class Caller:
         self.fail(BrokerError("the connection was closed"))
         for call in tuple(self._calls.values()):
             self.forget(call)
+        IN_HAND.calls.pop(id(self), None)
         if self._telling:
             await asyncio.wait(self._telling, timeout=CLOSE_SECONDS)
         if self._task is not None:
@@ -259,7 +261,6 @@ class Caller:
         call.partition = balancer.choose(scope.affinity)
         call.sent_to = balancer.sent(call.partition)
         self._calls[call.id] = call
-        CALLS.inc()
         request = Request(
             correlation_id=call.id,
             reply_topic=self._replies,
@@ -301,7 +302,6 @@ class Caller:
         """Unregister a call, and have it cancelled if no answer of the callee has ended it."""
         if self._calls.pop(call.id, None) is None:
             return
-        CALLS.dec()
         if call.sent_to is not None:
             call.sent_to.sent -= 1
         call.scope.calls.discard(call)

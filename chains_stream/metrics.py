@@ -3,7 +3,7 @@
 `chainlet` is a Chainlet's name. Counters only grow, and begin at 0 with the process.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sized
 from typing import Protocol
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
@@ -14,7 +14,6 @@ OUTCOMES = ("done", "failed", "cancelled", "expired", "dead_lettered")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 # --- of workers
-IN_FLIGHT = Gauge("chains_requests_in_flight", "Requests that run now.", ["chainlet"])
 QUEUE_WAIT = Histogram(
     "chains_queue_wait_seconds", "From a request's record to its run.", ["chainlet"], buckets=_SECONDS
 )
@@ -28,9 +27,6 @@ REDELIVERED = Counter("chains_redelivered", "Requests that another worker may ha
 DEAD_LETTERED = Counter("chains_dead_lettered", "Requests put into the dead-letter topic.", ["chainlet", "reason"])
 EXPIRED = Counter("chains_expired", "Requests whose deadline passed before they were run.", ["chainlet"])
 CANCELLED = Counter("chains_cancelled", "Requests cancelled: running, or still queued.", ["chainlet", "state"])
-
-# --- of callers
-CALLS = Gauge("chains_calls_in_flight", "Calls to other Chainlets, or to the entrypoint, that wait for an answer.")
 
 # --- of all that serve
 LOOP_LAG = Histogram(
@@ -50,11 +46,14 @@ HTTP_SECONDS = Histogram(
 )
 
 
-class Holder(Protocol):
-    """A worker, as far as its partitions go."""
+class Working(Protocol):
+    """A worker, as far as what it has in hand goes."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def in_flight(self) -> int: ...
 
     @property
     def paused(self) -> Collection[int]: ...
@@ -62,36 +61,47 @@ class Holder(Protocol):
     def lag(self) -> Mapping[int, int]: ...
 
 
-class Partitions(Collector):
-    """What is known of the partitions that the workers of this process hold, asked when somebody looks."""
+class InHand(Collector):
+    """What workers and callers of this process have in hand, asked when somebody looks: it costs a request nothing.
+
+    Attributes:
+        workers: that run.
+        calls: of each caller, those that wait for an answer.
+    """
 
     def __init__(self) -> None:
-        self.holders: set[Holder] = set()
+        self.workers: set[Working] = set()
+        self.calls: dict[int, Sized] = {}
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        lag = GaugeMetricFamily(
-            "chains_lag", "Records that wait on a partition of a request topic.", labels=["chainlet", "partition"]
-        )
+        chainlet = ["chainlet"]
+        running = GaugeMetricFamily("chains_requests_in_flight", "Requests that run now.", labels=chainlet)
         paused = GaugeMetricFamily(
-            "chains_paused_partitions", "Partitions that wait for an open record.", labels=["chainlet"]
+            "chains_paused_partitions", "Partitions that wait for an open record.", labels=chainlet
         )
-        for holder in self.holders:
-            paused.add_metric([holder.name], len(holder.paused))
-            for partition, records in holder.lag().items():
-                lag.add_metric([holder.name, str(partition)], records)
-        yield lag
-        yield paused
+        lag = GaugeMetricFamily(
+            "chains_lag", "Records that wait on a partition of a request topic.", labels=[*chainlet, "partition"]
+        )
+        for worker in self.workers:
+            running.add_metric([worker.name], worker.in_flight)
+            paused.add_metric([worker.name], len(worker.paused))
+            for partition, records in worker.lag().items():
+                lag.add_metric([worker.name, str(partition)], records)
+        calls = GaugeMetricFamily(
+            "chains_calls_in_flight", "Calls to other Chainlets, or to the entrypoint, that wait for an answer."
+        )
+        calls.add_metric([], sum(map(len, self.calls.values())))
+        yield from (running, paused, lag, calls)
 
 
-PARTITIONS = Partitions()
-REGISTRY.register(PARTITIONS)
+IN_HAND = InHand()
+REGISTRY.register(IN_HAND)
 
 
 class OfWorker:
     """The counters that a worker meets with every request, looked up once."""
 
     def __init__(self, chainlet: str) -> None:
-        self.in_flight = IN_FLIGHT.labels(chainlet)
         self.redelivered = REDELIVERED.labels(chainlet)
         self.finished = {kind: FINISHED.labels(chainlet, kind) for kind in OUTCOMES}
         self.cancelled = {state: CANCELLED.labels(chainlet, state) for state in ("queued", "running")}

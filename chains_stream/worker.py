@@ -49,7 +49,7 @@ class Worker:
     ) -> None:
         self.topic = topic
         self.callee = callee
-        self.running = 0
+        self.in_flight = 0  # requests that run
         self._settings = settings
         self._service = Service(callee, topic, broker, store, settings)
         self._assignment = Assignment(callee.name, topic, broker, settings, self._lose)
@@ -74,7 +74,7 @@ class Worker:
             asyncio.create_task(self._run_suspects(), name=f"suspects {name}"),
             asyncio.create_task(self._assignment.commit_regularly(), name=f"commit {name}"),
         ]
-        metrics.PARTITIONS.holders.add(self)
+        metrics.IN_HAND.workers.add(self)
         log.info("worker.started", chainlet=name, topic=self.topic)
 
     async def failed(self) -> None:
@@ -83,7 +83,7 @@ class Worker:
 
     async def drain(self, grace: float) -> None:
         """Stop taking, give running requests `grace` seconds, commit, and leave; the unfinished are left to others."""
-        metrics.PARTITIONS.holders.discard(self)
+        metrics.IN_HAND.workers.discard(self)
         await _end(*self._tasks[:2])
         if self._jobs:
             await asyncio.wait(self._jobs, timeout=grace)
@@ -134,7 +134,7 @@ class Worker:
 
     def busy(self) -> Busy:
         """Say how busy it is, for callers to choose by."""
-        return Busy(sorted(self._assignment.held), self.running, sum(self.lag().values()), self.callee.concurrency)
+        return Busy(sorted(self._assignment.held), self.in_flight, sum(self.lag().values()), self.callee.concurrency)
 
     async def healthy(self) -> bool:
         """Ask the Chainlet's own `is_healthy`, if it has one."""
@@ -149,8 +149,8 @@ class Worker:
     async def _take(self, consumer: GroupConsumer) -> None:
         concurrency = self.callee.concurrency
         while True:
-            unstored = len(self._jobs) - self.running
-            free = min(concurrency - self.running, MAX_UNSTORED_ANSWERS - unstored, MAX_TAKEN)
+            unstored = len(self._jobs) - self.in_flight
+            free = min(concurrency - self.in_flight, MAX_UNSTORED_ANSWERS - unstored, MAX_TAKEN)
             if free <= 0:
                 self._freed.clear()
                 await self._freed.wait()
@@ -209,11 +209,10 @@ class Worker:
     # --- serving
 
     def _begin(self, record: Record, ledger: Ledger) -> "asyncio.Task[None]":
-        self.running += 1
+        self.in_flight += 1
         job = Job(record, ledger, self._service)
         task = asyncio.create_task(self._serve(job, ledger))
         self._jobs[task] = job
-        self._metrics.in_flight.inc()
         if job.redelivered:
             self._metrics.redelivered.inc()
         task.add_done_callback(self._ended)
@@ -221,7 +220,6 @@ class Worker:
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         del self._jobs[task]
-        self._metrics.in_flight.dec()
         self._freed.set()
 
     async def _serve(self, job: Job, ledger: Ledger) -> None:
@@ -247,7 +245,7 @@ class Worker:
                 return await job.refuse()
             return await self._outcome(job, request)
         finally:
-            self.running -= 1
+            self.in_flight -= 1
             self._freed.set()
 
     async def _outcome(self, job: Job, request: Request) -> Outcome | None:
