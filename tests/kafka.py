@@ -1,19 +1,32 @@
 """Kafka nodes of a test's own, to break as it likes."""
 
 import os
+import random
+import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[1] / "deploy" / "kafka" / "kafka"
 
+# Of three nodes, any two can go on; {number}, {mine} and {voters} are filled in for each.
+CLUSTER = (
+    "node.id={number}",
+    "controller.quorum.voters={voters}",
+    "listeners=PLAINTEXT://127.0.0.1:{{port}},CONTROLLER://127.0.0.1:{mine}",
+    "offsets.topic.replication.factor=3",
+    "min.insync.replicas=2",
+)
+
 
 class Node:
-    """A real broker on a port of its own."""
+    """A real broker on a port of its own; `heap` as Java takes it."""
 
-    def __init__(self, *config: str) -> None:
+    def __init__(self, *config: str, heap: str = "") -> None:
         self._config = [argument for entry in config for argument in ("--config", entry)]
+        self._heap = heap
         self.url = self._run("start", "--port", "0", *self._config)
         self.port = self.url.rpartition(":")[2]
 
@@ -34,7 +47,8 @@ class Node:
         self._run("clean", "--port", self.port)
 
     def _run(self, *arguments: str) -> str:
-        done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, check=False)
+        environment = os.environ | ({"KAFKA_HEAP": self._heap} if self._heap else {})
+        done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -47,3 +61,36 @@ def node(*config: str) -> Iterator[Node]:
         yield started
     finally:
         started.clean()
+
+
+@contextmanager
+def cluster() -> Iterator[Sequence[Node]]:
+    """Run three small brokers that are one cluster, for the length of the block."""
+    controllers = free_ports(3)
+    voters = ",".join(f"{number}@127.0.0.1:{port}" for number, port in enumerate(controllers, 1))
+
+    def start(number: int, mine: int) -> Node:
+        config = (entry.format(number=number, mine=mine, voters=voters) for entry in CLUSTER)
+        return Node(*config, heap="256m")
+
+    # All at once: none of them answers before two are there.
+    with ThreadPoolExecutor() as pool:
+        starting = [pool.submit(start, number, port) for number, port in enumerate(controllers, 1)]
+    nodes = [future.result() for future in starting if future.exception() is None]
+    try:
+        assert len(nodes) == len(starting), [future.exception() for future in starting]
+        yield nodes
+    finally:
+        for each in nodes:
+            each.clean()
+
+
+def free_ports(count: int) -> list[int]:
+    """Give free ports, below those that the kernel gives to outgoing connections."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(20_000, 32_768)
+        with socket.socket() as probe:
+            if port not in found and probe.connect_ex(("127.0.0.1", port)) != 0:
+                found.append(port)
+    return found

@@ -71,6 +71,10 @@ class Command:
         self.stdout = _Lines(self._process.stdout)
         self.stderr = _Lines(self._process.stderr)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ready(self) -> str:
         """Wait for the line that says so; give the URL in it, if it has one."""
         found = READY.search(self.stdout.until(lambda line: READY.search(line) is not None, self))

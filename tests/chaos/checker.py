@@ -1,0 +1,191 @@
+"""Accounts for every request, from what its client saw and from what lies in the topics."""
+
+import asyncio
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+
+from chains_stream.messages import Cancelled, Chunk, Done, Failed, Frame, Request, decode_frames
+from tests.chaos import driver
+from tests.chaos.driver import Outcome
+from tests.chaos.faults import Fault
+from tests.chaos.world import ENTRYPOINTS, World
+
+QUIET_SECONDS = 60.0  # after the last client has its outcome, until the last record has its own
+
+
+@dataclass
+class Asked:
+    """A record of a request topic: which of the client's requests it is of, and where it lies."""
+
+    request: str
+    chainlet: str
+    place: str
+    frames: list[tuple[int, Frame]] = field(default_factory=list)  # with their offsets
+    dead: bool = False  # in the dead letters
+
+    def ending(self) -> Frame | None:
+        """Give the frame that ends the call for who reads all of them: those of an overtaken attempt don't count."""
+        attempt = 0
+        for _, frame in self.frames:
+            if frame.attempt < attempt:
+                continue
+            attempt = frame.attempt
+            if isinstance(frame, Done | Failed | Cancelled):
+                return frame
+        return None
+
+    def whole(self) -> bool:
+        """Whether the log holds a good end, and all that belongs before it."""
+        ending = self.ending()
+        sequences = {frame.sequence for _, frame in self.frames if isinstance(frame, Chunk)}
+        return isinstance(ending, Done) and sequences >= set(range(ending.chunks))
+
+
+class Topics:
+    """What a namespace's topics hold about requests, read on from where the last reading ended."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._positions: dict[TopicPartition, int] = {}
+        self.asked: dict[bytes, Asked] = {}
+        self._early: defaultdict[bytes, list[tuple[int, Frame]]] = defaultdict(list)
+
+    async def read(self) -> None:
+        """Read all that is there."""
+        consumer = AIOKafkaConsumer(bootstrap_servers=self._world.servers, enable_auto_commit=False)
+        await consumer.start()
+        try:
+            ours = [topic for topic in await consumer.topics() if topic.startswith(f"{self._world.namespace}.")]
+            places = [
+                TopicPartition(topic, partition)
+                for topic in ours
+                if ".run_remote." in topic or topic.endswith(".replies")
+                for partition in consumer.partitions_for_topic(topic) or ()
+            ]
+            consumer.assign(places)
+            ends = await consumer.end_offsets(places)
+            for place in places:
+                consumer.seek(place, self._positions.setdefault(place, 0))
+            while any(self._positions[place] < end for place, end in ends.items()):
+                for place, records in (await consumer.getmany(timeout_ms=1000)).items():
+                    for record in records:
+                        self._take(record)
+                    self._positions[place] = records[-1].offset + 1
+        finally:
+            await consumer.stop()
+        for asked_id in self._early.keys() & self.asked.keys():
+            self.asked[asked_id].frames += self._early.pop(asked_id)
+
+    def forget(self) -> None:
+        """Drop what is accounted for."""
+        self.asked.clear()
+        self._early.clear()
+
+    def _take(self, record: ConsumerRecord) -> None:
+        if record.topic.endswith(".replies"):
+            for frame in decode_frames(record.value):
+                self._early[frame.correlation_id].append((record.offset, frame))
+            return
+        correlation_id = Request.from_headers(record.headers).correlation_id
+        if record.topic.endswith(".dlq"):
+            self.asked[correlation_id].dead = True
+            return
+        place = f"{record.topic}/{record.partition}/{record.offset}"
+        request = msgspec.msgpack.decode(record.value)["request"]
+        self.asked[correlation_id] = Asked(request, record.topic.split(".")[2], place)
+
+
+@dataclass
+class Account:
+    """What one fault did to its requests; the moments are Unix time."""
+
+    fault: Fault
+    requests: Sequence[driver.Request]
+    broken: float
+    mended: float
+    open: list[Asked] = field(default_factory=list)  # records that nobody answered, or not as their client says
+    run_again: int = 0  # runs beyond the first of a request in a Chainlet
+
+    def untruthful(self) -> list[driver.Request]:
+        """Give the requests that failed in a way for which this fault is no reason."""
+        return [each for each in self.requests if each.failure and (each.kind, each.failure) not in self.fault.truthful]
+
+    def within(self) -> list[driver.Request]:
+        """Give the answered requests that met the fault."""
+        return [
+            each
+            for each in self.requests
+            if each.outcome is Outcome.ANSWERED and each.ended > self.broken and each.sent < self.mended
+        ]
+
+    def recovery(self) -> float:
+        """Give the seconds from the fault to the first answer of a request, of the slower kind, sent after it."""
+        firsts = [
+            min(
+                (
+                    each.ended
+                    for each in self.requests
+                    if each.kind == kind and each.sent > self.broken and each.outcome is Outcome.ANSWERED
+                ),
+                default=float("inf"),
+            )
+            for kind in driver.KINDS
+        ]
+        return max(firsts) - self.broken
+
+
+async def account(world: World, topics: Topics, found: Account) -> None:
+    """Fill in what the topics tell, once every record that was asked has its end."""
+    end = time.monotonic() + QUIET_SECONDS
+    while True:
+        await topics.read()
+        found.open = [asked for asked in topics.asked.values() if asked.ending() is None and not asked.dead]
+        if not found.open or time.monotonic() > end:
+            break
+        await asyncio.sleep(0.2)
+    entered = defaultdict(list)
+    for asked in topics.asked.values():
+        if asked.chainlet in ENTRYPOINTS.values():
+            entered[asked.request].append(asked)
+    for each in found.requests:
+        if each.outcome is Outcome.ANSWERED and [asked.whole() for asked in entered[each.id]] != [True]:
+            found.open += entered[each.id]
+    names = {each.id for each in found.requests}
+    runs = Counter((name, chainlet) for name, chainlet, *_ in world.notes() if name in names)
+    found.run_again = runs.total() - len(runs)
+
+
+def complaints(world: World, topics: Topics, found: Account, limit: int = 5) -> Iterator[str]:
+    """Tell the whole story of requests that are not accounted for."""
+    by_name = {each.id: each for each in found.requests}
+    names = [each.id for each in found.untruthful()] + [asked.request for asked in found.open]
+    for name in list(dict.fromkeys(names))[:limit]:
+        yield "\n".join(_story(world, topics, found, by_name.get(name), name))
+    if len(names) > limit:
+        yield f"... and {len(names) - limit} more: {', '.join(names[limit:])[:2000]}"
+
+
+def _story(world: World, topics: Topics, found: Account, request: driver.Request | None, name: str) -> Iterator[str]:
+    yield f"{name} (fault at 0, mended at {found.mended - found.broken:.3f})"
+    if request is not None:
+        yield f"  client: sent at {request.sent - found.broken:.3f}, {dict(request.arguments)}"
+        yield (
+            f"  client: {request.failure or 'answered'} at {request.ended - found.broken:.3f}"
+            f" after {request.chunks} chunks: {request.detail}"
+        )
+    for correlation_id, asked in topics.asked.items():
+        if asked.request != name:
+            continue
+        yield f"  asked: {correlation_id.hex()} in {asked.place}{', dead letter' if asked.dead else ''}"
+        for offset, frame in asked.frames:
+            kind = type(frame).__name__
+            what = {field: getattr(frame, field) for field in ("sequence", "chunks", "error") if hasattr(frame, field)}
+            yield f"    {offset}: {kind} of attempt {frame.attempt} {what}"
+    for of, chainlet, process, moment in world.notes():
+        if of == name:
+            yield f"  run: {chainlet} in process {process} at {float(moment) - found.broken:.3f}"
