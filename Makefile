@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format kafka kafka-stop lock clean
+.PHONY: help run test chaos check format kafka kafka-stop lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -16,6 +16,9 @@ run: $(READY) ## Serve the example Chain on the embedded broker, on http://127.0
 
 test: $(READY) ## Run the whole suite, against a real Apache Kafka of its own on a free port
 	@$(BIN)/pytest $(ARGS)
+
+chaos: $(READY) ## Break processes under load, and account for every request (SEED=… ROUNDS=… SECONDS=…)
+	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS))
 
 check: $(READY) ## Check format, lint and types
 	@$(BIN)/ruff format --check --quiet . || { echo "make format mends this"; exit 1; }

@@ -17,6 +17,8 @@ from tests.chaos.world import ENTRYPOINTS, World
 
 QUIET_SECONDS = 60.0  # after the last client has its outcome, until the last record has its own
 
+NOTICEABLE = 1.0  # seconds of delay
+
 
 @dataclass
 class Asked:
@@ -115,28 +117,28 @@ class Account:
         """Give the requests that failed in a way for which this fault is no reason."""
         return [each for each in self.requests if each.failure and (each.kind, each.failure) not in self.fault.truthful]
 
-    def within(self) -> list[driver.Request]:
-        """Give the answered requests that met the fault."""
-        return [
-            each
+    def delays(self) -> list[float]:
+        """Give the delays, in order, of the answered requests that met the fault."""
+        return sorted(
+            each.delay
             for each in self.requests
             if each.outcome is Outcome.ANSWERED and each.ended > self.broken and each.sent < self.mended
-        ]
+        )
 
-    def recovery(self) -> float:
-        """Give the seconds from the fault to the first answer of a request, of the slower kind, sent after it."""
-        firsts = [
-            min(
-                (
-                    each.ended
-                    for each in self.requests
-                    if each.kind == kind and each.sent > self.broken and each.outcome is Outcome.ANSWERED
-                ),
-                default=float("inf"),
-            )
-            for kind in driver.KINDS
-        ]
-        return max(firsts) - self.broken
+    def first_answer(self) -> float:
+        """Give the seconds from the fault until something was answered that was sent after it."""
+        return min(
+            each.ended - self.broken
+            for each in self.requests
+            if each.sent > self.broken and each.outcome is Outcome.ANSWERED
+        )
+
+    def settled(self) -> float:
+        """Give the seconds from the fault until the last request ended that it slowed or failed."""
+        return max(
+            (each.ended - self.broken for each in self.requests if each.failure or each.delay > NOTICEABLE),
+            default=0.0,
+        )
 
 
 async def account(world: World, topics: Topics, found: Account) -> None:

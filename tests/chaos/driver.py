@@ -54,8 +54,9 @@ class Request:
     detail: str = ""
 
     @property
-    def latency(self) -> float:
-        return self.ended - self.sent
+    def delay(self) -> float:
+        """Seconds beyond those that its work takes."""
+        return self.ended - self.sent - float(self.arguments["ms"]) * self.expected / 1000
 
     @property
     def failure(self) -> str | None:
@@ -91,7 +92,8 @@ class Driver:
         self._name = name
         self._urls = urls
         self._load = load
-        self._choice = random.Random(choice.random())  # one of its own: others' choices don't depend on timing
+        # Of their own: nobody's choices depend on when others make theirs.
+        self._choices = {kind: random.Random(choice.random()) for kind in KINDS}
         self._stopped = asyncio.Event()
         self._ended = asyncio.Condition()
 
@@ -121,7 +123,7 @@ class Driver:
             request = self._request(kind)
             self.requests.append(request)
             sending.create_task(self._send(request))
-            due += self._choice.expovariate(rate)
+            due += self._choices[kind].expovariate(rate)
             try:
                 async with asyncio.timeout_at(due):
                     await self._stopped.wait()
@@ -129,12 +131,12 @@ class Driver:
                 continue
 
     def _request(self, kind: Kind) -> Request:
-        name = f"{self._name}-{kind}-{len(self.requests)}"
+        name, choice = f"{self._name}-{kind}-{len(self.requests)}", self._choices[kind]
         if kind == "stream":
-            chunks, ms = self._choice.randint(*self._load.chunks), self._choice.randint(*self._load.pause_ms)
+            chunks, ms = choice.randint(*self._load.chunks), choice.randint(*self._load.pause_ms)
             return Request(name, kind, {"request": name, "chunks": chunks, "ms": ms}, chunks)
-        longest = self._choice.choices([20, 200, 2000], [70, 25, 5])[0]
-        return Request(name, kind, {"request": name, "ms": self._choice.randint(1, longest)}, 1)
+        longest = choice.choices([20, 200, 2000], [70, 25, 5])[0]
+        return Request(name, kind, {"request": name, "ms": choice.randint(1, longest)}, 1)
 
     async def _send(self, request: Request) -> None:
         try:

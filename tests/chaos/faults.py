@@ -3,6 +3,7 @@
 import asyncio
 import random
 import signal
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -19,43 +20,54 @@ UNREACHED = "no broker took the request for longer than a process waits for one"
 CONNECTION = "the gateway that had the connection was killed, and its client sees that"
 ABSENT = "no gateway listens until the next one is started"
 
-Break = Callable[[World, random.Random], Awaitable[None]]
+Break = Callable[[World, random.Random], Awaitable[float]]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault: `truthful` holds the failures that its requests may have, with the reason why each tells the truth."""
+    """A fault.
+
+    `breaks` breaks something, mends it, and gives the moment at which it was broken. `truthful` holds the failures that
+    requests may have meanwhile, with the reason why each tells the truth.
+    """
 
     name: str
     breaks: Break
     truthful: Mapping[tuple[Kind, str], str] = field(default_factory=dict)
 
 
-async def kill_worker(world: World, choice: random.Random) -> None:
+async def kill_worker(world: World, choice: random.Random) -> float:
     kind, victim = world.pick_worker(choice)
     world.workers[kind].remove(victim)
     victim.send(signal.SIGKILL)
+    struck = time.time()
     await world.add_worker(kind)
+    return struck
 
 
-async def kill_gateway(world: World, choice: random.Random) -> None:
+async def kill_gateway(world: World, choice: random.Random) -> float:
     kind = choice.choice(KINDS)
     world.gateways[kind].send(signal.SIGKILL)
+    struck = time.time()
     await asyncio.to_thread(world.gateways[kind].wait)
     await world.open_gateway(kind)
+    return struck
 
 
-async def pause_worker(world: World, choice: random.Random) -> None:
+async def pause_worker(world: World, choice: random.Random) -> float:
     _, victim = world.pick_worker(choice)
     victim.send(signal.SIGSTOP)
+    struck = time.time()
     try:
         await asyncio.sleep(BEYOND_SESSION + choice.uniform(0, 3))
     finally:
         victim.send(signal.SIGCONT)
+    return struck
 
 
-async def change_workers(world: World, choice: random.Random) -> None:
-    """One more, then one less, then another one in its place."""
+async def change_workers(world: World, choice: random.Random) -> float:
+    """One more, then one less."""
+    struck = time.time()
     kind, leaver = world.pick_worker(choice)
     added = await world.add_worker(kind)
     await asyncio.sleep(choice.uniform(0, 1))
@@ -63,39 +75,45 @@ async def change_workers(world: World, choice: random.Random) -> None:
     status = await asyncio.to_thread(leaver.stop)
     assert status == 0, leaver.report()
     await _until_it_runs(world, added)
+    return struck
 
 
-async def cut_network(world: World, choice: random.Random) -> None:
+async def cut_network(world: World, choice: random.Random) -> float:
     """Between one worker and its broker: by reset connections, or by silence."""
     assert world.proxy is not None, "of one broker"
     kind = choice.choice(KINDS)
     worker = await world.add_worker(kind, world.proxied)
     await _until_it_runs(world, worker)
     choice.choice((world.proxy.cut, world.proxy.silence))()
+    struck = time.time()
     try:
         await asyncio.sleep(BEYOND_SESSION + choice.uniform(0, 3))
     finally:
         world.proxy.heal()
     await _until_it_runs(world, worker)
-    # The one behind the proxy leaves: the next fault may be the proxy's again.
     world.workers[kind].remove(worker)
     status = await asyncio.to_thread(worker.stop)
     assert status == 0, worker.report()
+    return struck
 
 
-async def restart_broker(world: World, choice: random.Random) -> None:
+async def restart_broker(world: World, choice: random.Random) -> float:
     broker = choice.choice(world.nodes)
     await asyncio.to_thread(broker.stop)
+    struck = time.time()
     await asyncio.to_thread(broker.start)
+    return struck
 
 
-async def crash_broker(world: World, choice: random.Random) -> None:
+async def crash_broker(world: World, choice: random.Random) -> float:
     """On a cluster, any node leads a third of all partitions, and all of them are busy."""
     broker = choice.choice(world.nodes)
     await asyncio.to_thread(broker.kill)
+    struck = time.time()
     if len(world.nodes) > 1:
         await asyncio.sleep(choice.uniform(5, 8))  # others are elected after 3 s
     await asyncio.to_thread(broker.start)
+    return struck
 
 
 async def _until_it_runs(world: World, worker: Command) -> None:

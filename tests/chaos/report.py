@@ -8,8 +8,8 @@ from tests.chaos.checker import Account
 from tests.chaos.driver import Outcome
 
 HEAD = (
-    "fault", "times", "sent", "answered", "failed, and said so", "lost", "shown twice", "wrong", "cut short unsaid",
-    "runs repeated", "first answer after", "latency p50", "latency max",
+    "fault", "times", "sent", "answered", "failed, and said why", "lost", "shown twice", "wrong", "cut short",
+    "run again", "lasted", "first answer", "as before", "delay p50", "delay max",
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def _row(accounts: Sequence[Account]) -> list[str]:
         for each in requests
         if each.outcome in (Outcome.FAILED, Outcome.RESET, Outcome.REFUSED)
     )
-    latencies = sorted(each.latency for account in accounts for each in account.within() if each.kind == "unary")
+    delays = sorted(delay for account in accounts for delay in account.delays())
     return [
         accounts[0].fault.name,
         str(len(accounts)),
@@ -58,7 +58,9 @@ def _row(accounts: Sequence[Account]) -> list[str]:
         str(outcomes[Outcome.WRONG]),
         str(outcomes[Outcome.TRUNCATED]),
         str(sum(account.run_again for account in accounts)),
-        f"{max(account.recovery() for account in accounts):.1f} s",
-        f"{latencies[len(latencies) // 2] * 1000:.0f} ms" if latencies else "-",
-        f"{latencies[-1]:.1f} s" if latencies else "-",
+        f"{max(account.mended - account.broken for account in accounts):.1f} s",
+        f"{max(account.first_answer() for account in accounts):.1f} s",
+        f"{max(account.settled() for account in accounts):.1f} s",
+        f"{delays[len(delays) // 2] * 1000:,.0f} ms",
+        f"{delays[-1]:.1f} s",
     ]

@@ -23,8 +23,7 @@ async def strike(
         try:
             await driver.answered_since(0.0)
             await asyncio.sleep(choice.uniform(*BEFORE))
-            broken = time.time()
-            await fault.breaks(world, choice)
+            broken = await fault.breaks(world, choice)
             mended = time.time()
             await driver.answered_since(mended)
             await asyncio.sleep(AFTER)
