@@ -5,9 +5,11 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import msgspec
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
 
 from chains_stream.messages import Cancelled, Chunk, Done, Failed, Frame, Request, decode_frames
 from tests.chaos import driver
@@ -59,16 +61,10 @@ class Topics:
 
     async def read(self) -> None:
         """Read all that is there."""
+        places = await self._places()
         consumer = AIOKafkaConsumer(bootstrap_servers=self._world.servers, enable_auto_commit=False)
         await consumer.start()
         try:
-            ours = [topic for topic in await consumer.topics() if topic.startswith(f"{self._world.namespace}.")]
-            places = [
-                TopicPartition(topic, partition)
-                for topic in ours
-                if ".run_remote." in topic or topic.endswith(".replies")
-                for partition in consumer.partitions_for_topic(topic) or ()
-            ]
             consumer.assign(places)
             ends = await consumer.end_offsets(places)
             for place in places:
@@ -82,6 +78,21 @@ class Topics:
             await consumer.stop()
         for asked_id in self._early.keys() & self.asked.keys():
             self.asked[asked_id].frames += self._early.pop(asked_id)
+
+    async def _places(self) -> list[TopicPartition]:
+        """Find the partitions of all topics of requests, dead letters and replies."""
+        admin = AIOKafkaAdminClient(bootstrap_servers=self._world.servers)
+        await admin.start()
+        try:
+            ours = [name for name in await admin.list_topics() if name.startswith(f"{self._world.namespace}.")]
+            wanted = [name for name in ours if ".run_remote." in name or name.endswith(".replies")]
+            return [
+                TopicPartition(topic["topic"], partition["partition"])
+                for topic in await admin.describe_topics(wanted)
+                for partition in topic["partitions"]
+            ]
+        finally:
+            await admin.close()
 
     def forget(self) -> None:
         """Drop what is accounted for."""
@@ -156,7 +167,7 @@ async def account(world: World, topics: Topics, found: Account) -> None:
             entered[asked.request].append(asked)
     for each in found.requests:
         if each.outcome is Outcome.ANSWERED and [asked.whole() for asked in entered[each.id]] != [True]:
-            found.open += entered[each.id]
+            found.open += entered[each.id] or [Asked(each.id, ENTRYPOINTS[each.kind], "no topic")]
     names = {each.id for each in found.requests}
     runs = Counter((name, chainlet) for name, chainlet, *_ in world.notes() if name in names)
     found.run_again = runs.total() - len(runs)
@@ -184,10 +195,14 @@ def _story(world: World, topics: Topics, found: Account, request: driver.Request
         if asked.request != name:
             continue
         yield f"  asked: {correlation_id.hex()} in {asked.place}{', dead letter' if asked.dead else ''}"
-        for offset, frame in asked.frames:
-            kind = type(frame).__name__
-            what = {field: getattr(frame, field) for field in ("sequence", "chunks", "error") if hasattr(frame, field)}
-            yield f"    {offset}: {kind} of attempt {frame.attempt} {what}"
+        for (attempt, kind), same in groupby(asked.frames, key=lambda each: (each[1].attempt, type(each[1]))):
+            (first, began), *others = same
+            last, ended = others[-1] if others else (first, began)
+            text = f"    attempt {attempt}, offset {first}: {kind.__name__}"
+            if isinstance(began, Chunk) and isinstance(ended, Chunk):
+                yield f"{text} {began.sequence}, and {len(others)} up to {ended.sequence} at offset {last}"
+            else:
+                yield f"{text} {began.error if isinstance(began, Failed) else ''}"
     for of, chainlet, process, moment in world.notes():
         if of == name:
             yield f"  run: {chainlet} in process {process} at {float(moment) - found.broken:.3f}"

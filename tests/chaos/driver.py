@@ -135,7 +135,7 @@ class Driver:
         if kind == "stream":
             chunks, ms = choice.randint(*self._load.chunks), choice.randint(*self._load.pause_ms)
             return Request(name, kind, {"request": name, "chunks": chunks, "ms": ms}, chunks)
-        longest = choice.choices([20, 200, 2000], [70, 25, 5])[0]
+        longest = choice.choices([20, 200, 2000], [50, 35, 15])[0]
         return Request(name, kind, {"request": name, "ms": choice.randint(1, longest)}, 1)
 
     async def _send(self, request: Request) -> None:
