@@ -18,7 +18,7 @@ test: $(READY) ## Run the whole suite, against a real Apache Kafka of its own on
 	@$(BIN)/pytest $(ARGS)
 
 chaos: $(READY) ## Break processes under load, and account for every request (SEED=… ROUNDS=… SECONDS=…)
-	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS))
+	@exec $(BIN)/python -m tests.chaos $(foreach name,SEED ROUNDS SECONDS ONLY,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) "$($(name))"))
 
 check: $(READY) ## Check format, lint and types
 	@$(BIN)/ruff format --check --quiet . || { echo "make format mends this"; exit 1; }

@@ -1,6 +1,6 @@
 """Rounds of all faults, in random order and at random moments, and a table of what became of every request.
 
-    make chaos [SEED=7] [ROUNDS=3] [SECONDS=600]
+    make chaos [SEED=7] [ROUNDS=3] [SECONDS=600] [ONLY="kill a worker"]
 
 The same seed gives the same order, victims and load; how processes meet in time it can't give.
 """
@@ -30,6 +30,9 @@ MakeWorld = Callable[[Commands, Path], AbstractAsyncContextManager[World]]
 
 async def run(make: MakeWorld, faults: Sequence[Fault], given: argparse.Namespace, accounts: list[Account]) -> None:
     """Run rounds in a world of their own, and add their accounts."""
+    faults = [fault for fault in faults if given.only in fault.name]
+    if not faults:
+        return
     end = time.monotonic() + given.seconds
     choice = random.Random(f"{given.seed} {make.__name__}")
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -69,6 +72,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
     parser.add_argument("--rounds", type=int, default=3, help="of all faults")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no fault after these, on each Kafka")
+    parser.add_argument("--only", default="", help="faults whose names hold this")
     parser.add_argument("--unary", type=float, default=Load.unary, help="requests a second")
     parser.add_argument("--streams", type=float, default=Load.streams, help="a second")
     asyncio.run(main(parser.parse_args()))

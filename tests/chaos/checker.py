@@ -119,8 +119,8 @@ class Account:
 
     fault: Fault
     requests: Sequence[driver.Request]
-    broken: float
-    mended: float
+    broken: float = field(default_factory=time.time)
+    mended: float = field(default_factory=time.time)
     open: list[Asked] = field(default_factory=list)  # records that nobody answered, or not as their client says
     run_again: int = 0  # runs beyond the first of a request in a Chainlet
 

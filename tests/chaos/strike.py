@@ -18,22 +18,29 @@ async def strike(
 ) -> Account:
     """Break something under load, and account for every request. Raises AssertionError with what was wrong."""
     driver = Driver(name, world.urls, load, choice)
+    found = Account(fault, driver.requests)
+    stuck: TimeoutError | None = None
     async with asyncio.TaskGroup() as group:
-        driving = group.create_task(driver.run())
+        group.create_task(driver.run())
         try:
-            await driver.answered_since(0.0)
-            await asyncio.sleep(choice.uniform(*BEFORE))
-            broken = await fault.breaks(world, choice)
-            mended = time.time()
-            await driver.answered_since(mended)
-            await asyncio.sleep(AFTER)
+            await _strike(world, fault, choice, driver, found)
+        except TimeoutError as error:
+            stuck = error
         finally:
             driver.stop()
-        await driving
-    found = Account(fault, driver.requests, broken, mended)
     await account(world, topics, found)
     wrong = list(complaints(world, topics, found))
     topics.forget()
-    if wrong:
-        raise AssertionError(f"{fault.name}:\n" + "\n".join(wrong))
+    if wrong or stuck:
+        raise AssertionError("\n".join([f"{fault.name}:", *wrong])) from stuck
     return found
+
+
+async def _strike(world: World, fault: Fault, choice: random.Random, driver: Driver, found: Account) -> None:
+    """Note when it was broken, and mended. Raises TimeoutError if things do not get well again."""
+    await driver.answered_since(0.0)
+    await asyncio.sleep(choice.uniform(*BEFORE))
+    found.broken = await fault.breaks(world, choice)
+    found.mended = time.time()
+    await driver.answered_since(found.mended)
+    await asyncio.sleep(AFTER)
