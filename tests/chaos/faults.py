@@ -16,6 +16,7 @@ WAIT_SECONDS = 60.0  # for something to happen in another process
 
 INTERRUPTED = "stream-interrupted"
 TAKEN_OVER = "chunks were shown, and another worker can't go on from them: the client is told to repeat the call"
+CHUNKS_LOST = "chunks were lost with a leader that alone had stored them, or by a takeover: the client is told as well"
 UNREACHED = "no broker took the request for longer than a process waits for one"
 CONNECTION = "the gateway that had the connection was killed, and its client sees that"
 ABSENT = "no gateway listens until the next one is started"
@@ -126,7 +127,7 @@ async def _until_it_runs(world: World, worker: Command) -> None:
 
 _STREAMS_TAKEN_OVER: Mapping[tuple[Kind, str], str] = {("stream", INTERRUPTED): TAKEN_OVER}
 _BROKER_AWAY: Mapping[tuple[Kind, str], str] = {
-    ("stream", INTERRUPTED): TAKEN_OVER,
+    ("stream", INTERRUPTED): CHUNKS_LOST,
     ("unary", "broker"): UNREACHED,
     ("stream", "broker"): UNREACHED,
 }
