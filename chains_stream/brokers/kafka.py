@@ -13,6 +13,7 @@ from weakref import WeakSet
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka import errors as kafka
 from aiokafka.admin import NewTopic
+from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.structs import RecordMetadata
 
 from chains_stream.broker import PartitionsChanged, TopicSpec
@@ -139,6 +140,9 @@ class KafkaBroker:
             fetch_max_bytes=GROUP_FETCH_BYTES,
             max_partition_fetch_bytes=GROUP_PARTITION_BYTES,
             group_instance_id=instance_id,
+            # Whoever stays keeps what it has: a partition that moves costs the requests that run on it. A class of its
+            # own, as aiokafka's keeps what a member was assigned in the class, for all groups of a process.
+            partition_assignment_strategy=(type("Sticky", (StickyPartitionAssignor,), {}),),
         )
         callbacks = (on_assigned, on_revoked)
         consumer = KafkaGroupConsumer(self._cluster, make, topic, group, callbacks, instance_id=instance_id)

@@ -78,3 +78,35 @@ async def test_a_fenced_member_that_does_nothing_is_told_too(kafka_url: str) -> 
         assert len(await second.take(1)) == 1
         assert second.revoked == []
         await second.consumer.close()
+
+
+async def test_whoever_stays_keeps_what_it_has(kafka_url: str) -> None:
+    """A partition that moves costs the requests that run on it."""
+    topics = [f"sticky.{uuid4().hex}" for _ in range(2)]
+    async with AsyncExitStack() as stack:
+        brokers = [open_broker(Settings.of(broker=kafka_url)) for _ in range(3)]
+        for broker in brokers:
+            stack.push_async_callback(broker.close)
+            await broker.start()
+        await brokers[0].ensure_topics([TopicSpec(topic, 12, HOUR_MS) for topic in topics])
+        # Several groups in a process, as a worker of several Chainlets has.
+        groups = [[Member(broker, topic) for broker in brokers] for topic in topics]
+        for members in groups:
+            for member in members[:2]:
+                await member.join()
+        for members in groups:
+            await asyncio.gather(*(member.until(6) for member in members[:2]))
+        before = [[member.held for member in members[:2]] for members in groups]
+        for members in groups:
+            await members[2].join()
+            await asyncio.gather(*(member.until(4) for member in members))
+        after = [[member.held for member in members] for members in groups]
+        for then, now in zip(before, after, strict=True):
+            assert all(kept <= had for kept, had in zip(now, then, strict=False))
+        for members in groups:
+            await members[2].consumer.close()
+            await asyncio.gather(*(member.until(6) for member in members[:2]))
+            for member, had in zip(members, after[groups.index(members)], strict=False):
+                assert had <= member.held
+            for member in members[:2]:
+                await member.consumer.close()
