@@ -17,7 +17,7 @@ run: $(READY) ## Serve the example Chain on the embedded broker, on http://127.0
 test: $(READY) ## Run the whole suite, against a real Apache Kafka of its own on a free port
 	@$(BIN)/pytest $(ARGS)
 
-chaos: $(READY) ## Break processes under load, and account for every request (SEED=… ROUNDS=… SECONDS=…)
+chaos: $(READY) ## Break processes under load, and account for every request (SEED=… ROUNDS=… SECONDS=… ONLY=…)
 	@exec $(BIN)/python -m tests.chaos $(foreach name,SEED ROUNDS SECONDS ONLY,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) "$($(name))"))
 
 check: $(READY) ## Check format, lint and types

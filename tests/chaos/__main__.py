@@ -1,6 +1,6 @@
 """Rounds of all faults, in random order and at random moments, and a table of what became of every request.
 
-    make chaos [SEED=7] [ROUNDS=3] [SECONDS=600] [ONLY="kill a worker"]
+    make chaos [SEED=7] [ROUNDS=3] [SECONDS=600] [ONLY="kill -9"]
 
 The same seed gives the same order, victims and load; how processes meet in time it can't give.
 """
@@ -35,10 +35,9 @@ async def run(make: MakeWorld, faults: Sequence[Fault], given: argparse.Namespac
         return
     end = time.monotonic() + given.seconds
     choice = random.Random(f"{given.seed} {make.__name__}")
-    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-    with commands() as started:
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, commands() as started:
         try:
-            async with make(started, folder) as world:
+            async with make(started, Path(folder)) as world:
                 topics = Topics(world)
                 for number in range(given.rounds):
                     for fault in choice.sample(faults, len(faults)):
@@ -50,9 +49,9 @@ async def run(make: MakeWorld, faults: Sequence[Fault], given: argparse.Namespac
                         accounts.append(found)
                         print(f"round {number + 1}: {fault.name}: {report.summary([found])}", flush=True)
         except BaseException:
-            log = folder / "processes.log"
-            log.write_text(started.report(), encoding="utf-8")
-            print(f"What the processes wrote is in {log}", file=sys.stderr)
+            with tempfile.NamedTemporaryFile("w", prefix="chaos-", suffix=".log", delete=False) as log:
+                log.write(started.report())
+            print(f"What the processes wrote is in {log.name}", file=sys.stderr)
             raise
 
 

@@ -37,39 +37,46 @@ class Fault:
     truthful: Mapping[tuple[Kind, str], str] = field(default_factory=dict)
 
 
-async def kill_worker(world: World, choice: random.Random) -> float:
-    kind, victim = world.pick_worker(choice)
-    world.workers[kind].remove(victim)
-    victim.send(signal.SIGKILL)
+async def kill_workers(world: World, choice: random.Random) -> float:
+    """One of each Chain."""
+    victims = {kind: choice.choice(world.workers[kind]) for kind in KINDS}
+    for kind, victim in victims.items():
+        victim.send(signal.SIGKILL)
+        world.workers[kind].remove(victim)
     struck = time.time()
-    await world.add_worker(kind)
+    await asyncio.gather(*(world.add_worker(kind) for kind in KINDS))
     return struck
 
 
-async def kill_gateway(world: World, choice: random.Random) -> float:
-    kind = choice.choice(KINDS)
-    world.gateways[kind].send(signal.SIGKILL)
+async def kill_gateways(world: World, choice: random.Random) -> float:
+    """Of each Chain, one after the other."""
     struck = time.time()
-    await asyncio.to_thread(world.gateways[kind].wait)
-    await world.open_gateway(kind)
+    for kind in choice.sample(KINDS, len(KINDS)):
+        world.gateways[kind].send(signal.SIGKILL)
+        await asyncio.to_thread(world.gateways[kind].wait)
+        await world.open_gateway(kind)
     return struck
 
 
-async def pause_worker(world: World, choice: random.Random) -> float:
-    _, victim = world.pick_worker(choice)
-    victim.send(signal.SIGSTOP)
+async def pause_workers(world: World, choice: random.Random) -> float:
+    """One of each Chain."""
+    victims = [choice.choice(world.workers[kind]) for kind in KINDS]
     struck = time.time()
+    for victim in victims:
+        victim.send(signal.SIGSTOP)
     try:
         await asyncio.sleep(BEYOND_SESSION + choice.uniform(0, 3))
     finally:
-        victim.send(signal.SIGCONT)
+        for victim in victims:
+            victim.send(signal.SIGCONT)
     return struck
 
 
 async def change_workers(world: World, choice: random.Random) -> float:
     """One more, then one less."""
     struck = time.time()
-    kind, leaver = world.pick_worker(choice)
+    kind = choice.choice(KINDS)
+    leaver = choice.choice(world.workers[kind])
     added = await world.add_worker(kind)
     await asyncio.sleep(choice.uniform(0, 1))
     world.workers[kind].remove(leaver)
@@ -137,9 +144,9 @@ _GATEWAY_GONE: Mapping[tuple[Kind, str], str] = {
 }
 
 FAULTS = (
-    Fault("kill a worker", kill_worker, _STREAMS_TAKEN_OVER),
-    Fault("kill a gateway", kill_gateway, _GATEWAY_GONE),
-    Fault("pause a worker", pause_worker, _STREAMS_TAKEN_OVER),
+    Fault("kill -9 workers", kill_workers, _STREAMS_TAKEN_OVER),
+    Fault("kill -9 gateways", kill_gateways, _GATEWAY_GONE),
+    Fault("pause workers", pause_workers, _STREAMS_TAKEN_OVER),
     Fault("add and remove workers", change_workers, _STREAMS_TAKEN_OVER),
     Fault("cut a worker's network", cut_network, _STREAMS_TAKEN_OVER),
     Fault("restart the broker", restart_broker, _BROKER_AWAY),

@@ -1,7 +1,6 @@
 """What is broken: two gateways, workers of each kind, and their Kafka, all real processes of this machine."""
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -76,10 +75,6 @@ class World:
         self.workers[kind].append(command)
         await asyncio.to_thread(command.ready)
         return command
-
-    def pick_worker(self, choice: random.Random) -> tuple[Kind, Command]:
-        kind = choice.choice(KINDS)
-        return kind, choice.choice(self.workers[kind])
 
     def notes(self) -> list[list[str]]:
         """Give the runs of Chainlets so far, each as its request, the Chainlet, the process and the moment."""
