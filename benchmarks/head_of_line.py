@@ -11,22 +11,21 @@ so that a stall shows in all requests that it held up. Client, workers and broke
 import argparse
 import asyncio
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from uuid import uuid4
 
 import chains_stream as chains
 
 HERE = Path(__file__).resolve()
-KAFKA = HERE.parents[1] / "deploy" / "kafka" / "kafka"
-CHAINS = Path(sys.executable).with_name("chains")
+sys.path.insert(0, str(HERE.parents[1]))  # it is loaded as a Chain file too
+
+from benchmarks import processes  # noqa: E402 - only now it is found
+
 SHORT, LONG, LONG_EVERY = 0.01, 6.0, 10.0  # seconds
 PLACES = "HEAD_OF_LINE_PLACES"  # tells the workers what --places says
 
@@ -39,35 +38,6 @@ class Work(chains.ChainletBase):
     async def run_remote(self, seconds: float) -> float:
         await asyncio.sleep(seconds)
         return seconds
-
-
-@contextmanager
-def kafka(url: str | None) -> Iterator[str]:
-    """The Kafka of that URL, or one of our own."""
-    if url is not None:
-        yield url
-        return
-    started = subprocess.run([KAFKA, "start", "--port", "0"], stdout=subprocess.PIPE, text=True, check=True)
-    found = started.stdout.split()[-1]
-    try:
-        yield found
-    finally:
-        subprocess.run([KAFKA, "clean", "--port", found.rpartition(":")[2]], check=True)
-
-
-@contextmanager
-def worker(url: str, namespace: str) -> Iterator[None]:
-    """A `chains worker`, once it is ready."""
-    command = [str(CHAINS), "worker", f"{HERE}:Work", "--broker", url, "--namespace", namespace]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        try:
-            line = process.stdout.readline()
-            if "is ready" not in line:
-                raise SystemExit(f"{command} ended, or said {line!r}")
-            yield
-        finally:
-            process.terminate()
 
 
 async def load(call: Callable[[float], Awaitable[float]], given: argparse.Namespace, *, long: bool) -> list[float]:
@@ -124,17 +94,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--places", type=int, default=8, help="predict_concurrency of the workers")
     given = parser.parse_args(arguments)
     os.environ[PLACES] = str(given.places)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("chains-stream", "aiokafka"))
-    print(f"{versions}, Python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} CPUs")
+    print(processes.machine())
     print(
         f"two workers of predict_concurrency {given.places}; {given.rate:g} requests/s of {SHORT * 1000:g} ms, "
         f"one of {LONG:g} s every {LONG_EVERY:g} s"
     )
     namespace = f"head-of-line-{uuid4().hex[:8]}"
     with ExitStack() as stack:
-        url = stack.enter_context(kafka(given.broker))
+        url = stack.enter_context(processes.kafka(given.broker))
         for _ in range(2):
-            stack.enter_context(worker(url, namespace))
+            stack.enter_context(processes.chains("worker", f"{HERE}:Work", "--broker", url, "--namespace", namespace))
         asyncio.run(measure(url, namespace, given))
 
 

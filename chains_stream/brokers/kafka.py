@@ -34,6 +34,7 @@ MESSAGE_BYTES = 1_048_588  # that Kafka takes unless a topic says otherwise
 BATCH_BYTES = 128 << 10  # records of one partition that go out together
 SEGMENTS = 4  # that a topic's retention is cut into: a log is trimmed by whole segments
 HEARTBEAT_MS = 1000  # a member learns by it that another one came or went, which waits until then
+GROUP_METADATA_MS = 30_000  # until a group notices that its topic has other partitions than it dealt out
 GROUP_FETCH_WAIT_MS = 100  # a partition that was just drained waits out the running fetch
 NEVER_MS = 2**31 - 1
 FLUSH_SECONDS = 5.0  # for what is unsent when we close
@@ -140,6 +141,7 @@ class KafkaBroker:
             fetch_max_bytes=GROUP_FETCH_BYTES,
             max_partition_fetch_bytes=GROUP_PARTITION_BYTES,
             group_instance_id=instance_id,
+            metadata_max_age_ms=GROUP_METADATA_MS,
             # Whoever stays keeps what it has: a partition that moves costs the requests that run on it. A class of its
             # own, as aiokafka's keeps what a member was assigned in the class, for all groups of a process.
             partition_assignment_strategy=(type("Sticky", (StickyPartitionAssignor,), {}),),

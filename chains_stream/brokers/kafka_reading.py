@@ -368,6 +368,8 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
             await client.start()
             if self._instance_id is not None:
                 name_instance(client, self._instance_id, self._fenced)
+            # A leader of the group that has not heard of the topic yet would deal out none of it, and be content.
+            await client._client._wait_on_metadata(self._topic)  # noqa: SLF001 - it has no other way
             self._client = client  # the callbacks may come before we return
             client.subscribe([self._topic], listener=self)
         except BaseException:
