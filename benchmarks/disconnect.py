@@ -29,13 +29,17 @@ from benchmarks import processes  # noqa: E402 - only now it is found
 WIDE = chains.RemoteConfig(compute=chains.Compute(predict_concurrency=16))
 
 
+def tell(folder: str, name: str, what: str) -> None:
+    Path(folder, f"{name} {what}").write_text(str(time.time()), encoding="ascii")
+
+
 async def wait(name: str, folder: str) -> None:
     """Tell by a file that it began, and when it was cancelled."""
-    Path(folder, f"{name} began").touch()
+    tell(folder, name, "began")
     try:
         await asyncio.Event().wait()
     finally:
-        Path(folder, f"{name} ended").write_text(str(time.time()), encoding="ascii")
+        tell(folder, name, "ended")
 
 
 @chains.mark_entrypoint
@@ -63,7 +67,7 @@ def content(path: Path) -> str | None:
 async def until(path: Path, least: int = 0) -> str:
     """Wait until a file is there, with so many characters, and give them: its writer is another process."""
     async with asyncio.timeout(30):
-        while (found := content(path)) is None or len(found) < least:
+        while (found := content(path)) is None or len(found) < least:  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0.001)
     return found
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 SHELL = re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-CHAIN, CLIENT, TEST = CODE
+CHAIN, CLIENT, TEST, RESUMABLE = CODE
 
 
 @pytest.fixture
@@ -62,6 +62,12 @@ def test_the_test_runs(folder: Path) -> None:
     assert python(TEST, folder) == ""
 
 
+def test_the_resumable_stream_runs(tmp_path: Path) -> None:
+    (tmp_path / "count.py").write_text(RESUMABLE, encoding="utf-8")
+    answer = chains("call", "count.py", '{"upto": 3}', cwd=tmp_path)
+    assert answer.stdout.split() == ["0", "1", "2"], answer.stderr
+
+
 @pytest.mark.kafka
 def test_processes_on_kafka_and_the_client(start: Commands, folder: Path, kafka_url: str, namespace: str) -> None:
     block = next(block for block in SHELL if block.startswith("export CHAINS_BROKER"))
@@ -78,4 +84,8 @@ def test_processes_on_kafka_and_the_client(start: Commands, folder: Path, kafka_
     assert lines[:2] == ["ADA!", "GRACE!"]
     assert lines[2].endswith("['ALAN!']")
     over_http = CLIENT.replace("kafka://127.0.0.1:9092", gateway).partition("        handle =")[0]
+    letters = next(block for block in SHELL if block.startswith("chains dlq list"))
+    for line, status in zip(letters.splitlines(), (0, 2, 2, 2), strict=True):  # there are none to name, nobody to ask
+        words = shlex.split(line, comments=True)[1:]
+        assert chains(*words, cwd=folder, variables=variables).returncode == status, line
     assert python(f"{over_http}\n\nasyncio.run(main())", folder).splitlines() == ["ADA!", "GRACE!"]
