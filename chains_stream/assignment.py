@@ -34,6 +34,8 @@ class Assignment:
         self._lose = lose
         self._consumer: GroupConsumer | None = None
         self._stored: dict[int, tuple[int, str]] = {}
+        self._claims: set[int] = set()  # partitions of which it is stored what runs there, or that one runs alone
+        self._generation = 0  # of the assignment: records that were fetched under another one come again
         self._changed: set[int] = set()  # partitions with something to commit
         self._due = asyncio.Event()
         self._settled = asyncio.Event()  # cleared while the group moves partitions
@@ -54,13 +56,28 @@ class Assignment:
         """Give the ledger that a record belongs to, or None if its partition went to another worker."""
         return self.ledgers.get(record.partition)
 
-    def taken(self, record: Record, ledger: Ledger) -> None:
-        """Pause a partition with too many records behind an open one: what a note can tell of is limited."""
-        if ledger.span >= self._limit and record.partition not in self.paused:
-            assert self._consumer is not None, "records come from it"
-            self._consumer.pause(record.partition)
-            self.paused.add(record.partition)
-            log.warning("partition.paused", chainlet=self._chainlet, partition=record.partition, open=ledger.position)
+    async def take(self, records: Sequence[Record]) -> list[tuple[Record, Ledger]]:
+        """Give those of the records just fetched that are ours to run, each once, with their ledgers."""
+        generation = self._generation
+        await self._take_over(records, generation)
+        if generation != self._generation:
+            return []  # the partitions have moved meanwhile; what is still ours is fetched again
+        taken = []
+        for record in records:
+            ledger = self.of(record)
+            if ledger is not None and ledger.take(record.offset):
+                taken.append((record, ledger))
+                self._pause_if_full(record.partition, ledger)
+        return taken
+
+    def done(self, partition: int, offset: int) -> bool:
+        """Tell whether a record at this offset, which is 0 if it is not known, is done for certain."""
+        ledger = self.ledgers.get(partition)
+        return ledger is not None and 0 < offset < ledger.position
+
+    def to_be_named(self, record: Record, ledger: Ledger) -> bool:
+        """Tell whether a record must not run before `name` has stored that it may."""
+        return ledger.watched or record.partition in self._claims
 
     def finish(self, record: Record, ledger: Ledger) -> None:
         """Note a record as finished, for the next commit."""
@@ -73,12 +90,20 @@ class Assignment:
             self.paused.discard(record.partition)
             self._consumer.resume(record.partition)
 
+    def _pause_if_full(self, partition: int, ledger: Ledger) -> None:
+        """Pause a partition with too many records behind an open one: what a note can tell of is limited."""
+        if ledger.full(self._limit) and partition not in self.paused:
+            assert self._consumer is not None, "joined"
+            self._consumer.pause(partition)
+            self.paused.add(partition)
+            log.warning("partition.paused", chainlet=self._chainlet, partition=partition, open=ledger.position)
+
     # --- taking over
 
-    async def take_over(self, records: Sequence[Record]) -> None:
+    async def _take_over(self, records: Sequence[Record], generation: int) -> None:
         """Raise the epoch of the partitions of these records, before anything of them is run."""
         attempt = 1
-        while new := self._not_taken_over(records):
+        while generation == self._generation and (new := self._not_taken_over(records)):
             try:
                 ledgers = await self._next_ledgers(new)
                 stored = await self._store(ledgers)
@@ -87,7 +112,8 @@ class Assignment:
                 await asyncio.sleep(backoff(attempt))
                 attempt += 1
             else:
-                self.ledgers |= {number: ledgers[number] for number in stored if number in self.held}
+                if generation == self._generation:
+                    self.ledgers |= {number: ledgers[number] for number in stored}
                 return  # the others went to other workers
 
     def _not_taken_over(self, records: Sequence[Record]) -> dict[int, int]:
@@ -115,8 +141,11 @@ class Assignment:
     # --- committing
 
     async def name(self, ledgers: Mapping[int, Ledger]) -> None:
-        """Store what may be running on partitions, before it is: whoever takes them over will know."""
-        waiting, attempt = dict(ledgers), 1
+        """Store what may be running on partitions, before it is: whoever takes them over will know.
+
+        What is stored of others, and no longer true, is stored anew with it.
+        """
+        waiting, attempt = {n: self.ledgers[n] for n in self._claims if n in self.ledgers} | dict(ledgers), 1
         while waiting := {number: ledger for number, ledger in waiting.items() if self.ledgers.get(number) is ledger}:
             await self._settled.wait()
             try:
@@ -151,11 +180,14 @@ class Assignment:
     async def _store(self, ledgers: Mapping[int, Ledger], *, clean: bool = False) -> frozenset[int]:
         """Commit where ledgers stand, but for those that are stored so; give those that now are. Raises BrokerError."""
         assert self._consumer is not None, "joined"
-        states = {n: (ledger.position, ledger.note(clean=clean).write()) for n, ledger in ledgers.items()}
+        notes = {number: ledger.note(clean=clean) for number, ledger in ledgers.items()}
+        states = {number: (ledgers[number].position, note.write()) for number, note in notes.items()}
         known = frozenset(number for number, state in states.items() if self._stored.get(number) == state)
         due = {number: Committed(*state) for number, state in states.items() if number not in known}
         stored = await self._consumer.commit(due) if due else frozenset[int]()
         self._stored |= {number: states[number] for number in stored}
+        self._claims -= stored
+        self._claims |= {number for number in stored if notes[number].named or notes[number].alone is not None}
         return stored | known
 
     def _change(self, partitions: Collection[int]) -> None:
@@ -166,13 +198,17 @@ class Assignment:
 
     async def _assigned(self, partitions: frozenset[int]) -> None:
         """Go on with what was kept, and stop work on partitions that went to others."""
+        self._generation += 1
         kept = self.ledgers.keys() & partitions
         lost = (self.ledgers.keys() - kept) | await self._overtaken(kept)
         self._lose(lost)
         for number in lost:
             del self.ledgers[number]
+        self._claims &= self.ledgers.keys()
         self.held = partitions
         self.paused.clear()
+        for number, ledger in self.ledgers.items():
+            self._pause_if_full(number, ledger)
         # What was committed while the partitions moved may not have counted, and it says that they were given back.
         self._stored.clear()
         self._change(self.ledgers.keys())
@@ -188,11 +224,12 @@ class Assignment:
             committed = await self._consumer.committed(partitions)
         except BrokerError as error:
             log.warning("commit.unknown", chainlet=self._chainlet, reason=str(error))
-            return set()
+            return set(partitions)  # what was ours all along is run once more, and nothing is answered in vain
         return {n for n, found in committed.items() if Note.read(found.metadata).epoch > self.ledgers[n].epoch}
 
     async def _revoked(self, partitions: frozenset[int]) -> None:  # noqa: ARG002 - the broker's callback: it is all
         """Say how far the work is, and that it is given back in order; it goes on until we know who has it next."""
+        self._generation += 1
         self._settled.clear()
         if self._consumer is not None:
             self._change(self.ledgers.keys())

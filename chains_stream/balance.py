@@ -209,7 +209,7 @@ class Reporter:
         self._said[worker.topic] = (now, busy)
         try:
             async with asyncio.timeout(REPORT_VALID):
-                await self._control.send(worker.topic, Load(self._id, now_ms(), *busy))
+                await self._control.hint(worker.topic, Load(self._id, now_ms(), *busy))
         except (BrokerError, TimeoutError) as error:
             log.warning("load.unsent", topic=worker.topic, reason=str(error) or type(error).__name__)
 

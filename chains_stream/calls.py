@@ -31,7 +31,7 @@ from chains_stream.fold import Fold, Step
 from chains_stream.log import get_logger
 from chains_stream.messages import Cancelled, Chunk, Done, Failed, Frame, Headers, Request, Started, decode_frames
 from chains_stream.metrics import IN_HAND
-from chains_stream.policy import Scope
+from chains_stream.policy import Scope, backoff
 from chains_stream.settings import Settings
 from chains_stream.store import Store, reference_in
 
@@ -316,11 +316,19 @@ class Caller:
         task.add_done_callback(self._telling.discard)
 
     async def _send(self, call: Call, message: Message) -> None:
-        try:
-            await self.control.send(call.topic, message)
-        except BrokerError as error:
-            # A request that is not cancelled runs to its deadline, which it carries with it.
-            log.warning("control.unsent", request_id=call.scope.request_id, reason=str(error))
+        attempt = 1
+        while True:
+            try:
+                await self.control.send(call.topic, message)
+            except BrokerError as error:
+                if not error.retryable or call.scope.remaining <= 0 or self._broken is not None:
+                    # A request that is not cancelled runs to its deadline, which it carries with it.
+                    log.warning("control.unsent", request_id=call.scope.request_id, reason=str(error))
+                    return
+            else:
+                return
+            await asyncio.sleep(backoff(attempt))
+            attempt += 1
 
     async def _open_reader(self) -> Reader:
         if self._reader is not None:

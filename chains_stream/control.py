@@ -89,9 +89,12 @@ class Control:
         self._failed = asyncio.get_running_loop().create_future()
 
     async def send(self, request_topic: str, message: Message) -> None:
-        """Publish a message about a request on `request_topic`."""
-        key = request_topic.encode()
-        await self._broker.publish(self._topic, _encoder.encode(message), partition=self._partition(key), key=key)
+        """Publish a message about a request on `request_topic`, and wait until it is stored. Raises BrokerError."""
+        await (await self._publish(request_topic, message, durable=True))
+
+    async def hint(self, request_topic: str, message: Message) -> None:
+        """Publish a message that nobody misses if it gets lost. Raises BrokerError."""
+        await self._publish(request_topic, message, durable=False)
 
     async def broadcast(self, message: Message) -> None:
         """Publish a message to all processes, and wait until it is stored. Raises BrokerError."""
@@ -202,6 +205,10 @@ class Control:
         for handlers in concerned:
             for handler in handlers:
                 handler(message)
+
+    async def _publish(self, request_topic: str, message: Message, *, durable: bool) -> asyncio.Future[int]:
+        key, value = request_topic.encode(), _encoder.encode(message)
+        return await self._broker.publish(self._topic, value, partition=self._partition(key), key=key, durable=durable)
 
     def _partition(self, key: bytes) -> int:
         return zlib.crc32(key) % self._partitions

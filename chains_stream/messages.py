@@ -96,7 +96,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Started(msgspec.Struct, tag=0, array_like=True, frozen=True):
-    """A worker takes up a stream that another one began: frames of lower attempts no longer count."""
+    """A worker goes on with a stream that another one began: frames of lower attempts no longer count."""
 
     correlation_id: bytes
     attempt: int

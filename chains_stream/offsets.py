@@ -5,10 +5,10 @@ kept beside the committed offset, in its note: the epoch of the assignment, whic
 and, where a worker was killed before, which ones may be running now.
 
 - Handed over in order, a partition's note says `clean`: nobody died, and nothing counts.
-- Else the records that lie there are *watched*: they are run as ever, but only after a commit that names them. Should
-  this worker die too, it died of one of those, and only these are *suspects*.
-- A suspect runs alone, after a commit that says so. Only a worker's death in which a record was alone counts as a
-  death of it; one that has had as many as `max_deliveries` is never run again.
+- Else the records that the dead worker may have had are *watched*: they are run as ever, but only after a commit that
+  names them. Should this worker die too, it died of one that was named, and only these are *suspects*.
+- A suspect runs with nothing else in its process (`quarantine`), after a commit that says so. Only a worker's death in
+  which a record was alone counts as a death of it; one that has had as many as `max_deliveries` is never run again.
 """
 
 from collections import deque
@@ -16,6 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Self
 
 import msgspec
+
+# The most offsets from the committed one on of which a worker has begun records: `max_uncommitted` allows no more than
+# 1,500, and of those that it took at once up to 256 lie beyond.
+MOST_OPEN = 1_500 + 256
 
 
 class Note(msgspec.Struct, array_like=True, frozen=True):
@@ -29,6 +33,7 @@ class Note(msgspec.Struct, array_like=True, frozen=True):
         suspects: the open records below this one are suspects, and don't run.
         alone: the suspect that runs.
         deaths: how many workers died while a record was alone, by its offset.
+        watched: the records below this one are to be named before they are run.
     """
 
     epoch: int = 0
@@ -38,6 +43,7 @@ class Note(msgspec.Struct, array_like=True, frozen=True):
     suspects: int = 0
     alone: int | None = None
     deaths: dict[int, int] = {}
+    watched: int = 0
 
     @classmethod
     def read(cls, metadata: str) -> "Note":
@@ -86,18 +92,17 @@ class Ledger:
         ledger.redelivered_to = taken
         ledger._suspects_to = position + note.suspects
         ledger._deaths = {position + at: count for at, count in note.deaths.items()}
+        ledger.watched_to = position + note.watched
         if note.clean or not note.epoch:
             return ledger
         if note.alone is not None:
-            ledger._died(position + note.alone)
+            alone = position + note.alone
+            ledger._deaths[alone] = ledger.deaths(alone) + 1
         elif note.named:
-            ran = [offset for offset in opened if offset >= ledger._suspects_to]
-            if len(ran) == 1:
-                ledger._died(ran[0])
-            if ran:
-                ledger._suspects_to = taken
+            if opened and opened[-1] >= ledger._suspects_to:
+                ledger._suspects_to = taken  # what is below it did not run
         else:
-            ledger.redelivered_to = ledger.watched_to = max(taken, end)
+            ledger.redelivered_to = ledger.watched_to = max(taken, min(end, position + MOST_OPEN))
         return ledger
 
     def take(self, offset: int) -> bool:
@@ -135,6 +140,10 @@ class Ledger:
         """Whether records are to be named before they are run."""
         return self.position < self.watched_to
 
+    def full(self, limit: int) -> bool:
+        """Tell whether no more should be taken until what is open here is done: a note can tell of so much only."""
+        return self.span >= limit and not self._expected
+
     @property
     def position(self) -> int:
         """The offset that may be committed: the first one not finished."""
@@ -156,6 +165,7 @@ class Ledger:
             suspects=max(0, self._suspects_to - position),
             alone=None if self.alone is None else self.alone - position,
             deaths={offset - position: count for offset, count in self._deaths.items()},
+            watched=max(0, self.watched_to - position),
         )
 
     def __len__(self) -> int:
@@ -166,9 +176,6 @@ class Ledger:
         self._open += opened
         self._expected += opened
         self._highest = max(self._highest, taken - 1)
-
-    def _died(self, offset: int) -> None:
-        self._deaths[offset] = self._deaths.get(offset, 0) + 1
 
     def _runs(self) -> list[int]:
         runs: list[int] = []

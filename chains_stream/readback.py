@@ -1,6 +1,7 @@
 """Reading back what was answered to a request before this worker got it, so that a stream can go on from there."""
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -98,16 +99,18 @@ class ReadBack:
                 one.read.cancel()
 
     async def _pass(self, topic: str, partition: int, wanted: Sequence[_Wanted]) -> None:
-        by_id = {one.correlation_id: one for one in wanted}
+        by_id: defaultdict[bytes, list[_Wanted]] = defaultdict(list)
+        for one in wanted:
+            by_id[one.correlation_id].append(one)
         end = max(one.end for one in wanted)
         reader = await self._broker.read(topic, {partition: min(one.begin for one in wanted)})
         try:
             while reader.position(partition) <= end:
                 for record in await reader.fetch():
                     for frame, reference in _frames(record):
-                        one = by_id.get(frame.correlation_id)
-                        if one is not None and one.begin <= record.offset < one.end:
-                            one.frames.append((frame, reference))
+                        for one in by_id.get(frame.correlation_id, ()):
+                            if one.begin <= record.offset < one.end:
+                                one.frames.append((frame, reference))
                 _tell(wanted, reader.position(partition))
         finally:
             await reader.close()

@@ -38,10 +38,13 @@ class Reply(Protocol):
     """
 
     async def resume(self, read_back: ReadBack) -> Answered | None:
-        """Go on with what other workers have sent of a stream, and give it; None if some of it is missing.
+        """Find out what other workers have sent of a stream, and have them overtaken; None if some of it is missing.
 
         Raises BrokerError; OffsetExpiredError if the log no longer holds it.
         """
+
+    def go_on(self, chunks: int, size: int) -> None:
+        """Send what comes after so many chunks of so many bytes."""
 
     async def chunk(self, value: bytes) -> None:
         """Send the next item of a stream; waits while its reader lags behind."""
@@ -80,16 +83,16 @@ class FrameReply:
         self._largest = broker.max_record_bytes - FRAME_ROOM
 
     async def resume(self, read_back: ReadBack) -> Answered | None:
-        # From this record on, readers drop what another worker may still send.
-        fence = await (await self._publish(Started(self._id, self._attempt), (), durable=True))
         if self._begin is None:
             return Answered([], ended=False)
-        frames = await read_back.frames(self._topic, self._partition, self._begin, fence, self._id)
-        answered = Answered.of(frames)
-        if answered is not None:
-            # How much its reader has taken is not known: it gets a window more than it otherwise might.
-            self._sent = self._taken = len(answered.chunks)
-        return answered
+        # From this record on, readers drop what another worker may still send.
+        fence = await (await self._publish(Started(self._id, self._attempt), (), durable=True))
+        return Answered.of(await read_back.frames(self._topic, self._partition, self._begin, fence, self._id))
+
+    def go_on(self, chunks: int, size: int) -> None:
+        # How much of it its reader has taken is not known: it gets a window more than it otherwise might.
+        self._sent = self._taken = chunks
+        self._sent_size = self._taken_size = size
 
     async def chunk(self, value: bytes) -> None:
         if self._window is not None:
@@ -176,6 +179,9 @@ class BareReply:
     async def resume(self, read_back: ReadBack) -> Answered | None:  # noqa: ARG002 - Reply's
         return Answered([], ended=False)  # such a caller can't tell one run from another
 
+    def go_on(self, chunks: int, size: int) -> None:
+        """Nothing is known to have been sent."""
+
     async def chunk(self, value: bytes) -> None:
         value = self._codec.result_to_json(value) if self._json else value
         if len(value) <= self._broker.max_record_bytes:
@@ -212,6 +218,8 @@ class NoReply:
 
     async def resume(self, read_back: ReadBack) -> Answered | None:  # noqa: ARG002 - Reply's
         return Answered([], ended=False)
+
+    def go_on(self, chunks: int, size: int) -> None: ...
 
     async def chunk(self, value: bytes) -> None: ...
 

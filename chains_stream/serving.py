@@ -20,6 +20,7 @@ from chains_stream.errors import (
     InvalidArgumentError,
     OffsetExpiredError,
     RecordTooLargeError,
+    StoredValueMissingError,
     StreamInterruptedError,
     http_status,
     message_of,
@@ -28,7 +29,7 @@ from chains_stream.errors import (
 from chains_stream.letters import send_letter
 from chains_stream.local import Callee
 from chains_stream.log import get_logger
-from chains_stream.messages import JSON, Request, now_ms
+from chains_stream.messages import JSON, REQUEST_ID, Request, now_ms
 from chains_stream.offsets import Ledger
 from chains_stream.policy import Scope
 from chains_stream.readback import ReadBack
@@ -48,13 +49,15 @@ log = get_logger(__name__)
 class Outcome(msgspec.Struct, frozen=True, eq=False):
     """How a request ended: a result (None for a stream), an error, or its cancellation.
 
-    `answered` says that its caller has had the end of its answer from another worker.
+    `answered` says that its caller has had the end of its answer from another worker, `undecodable` that its arguments
+    could not be read.
     """
 
     value: bytes | None = None
     error: Exception | None = None
     cancelled: bool = False
     answered: bool = False
+    undecodable: bool = False
 
     @property
     def kind(self) -> str:
@@ -68,6 +71,12 @@ class Outcome(msgspec.Struct, frozen=True, eq=False):
                 return "dead_lettered"
             case _:
                 return "failed"
+
+
+def request_id_of(record: Record) -> str:
+    """Give the id of the request that a record is of; of a stranger's without one, where it lies."""
+    value = dict(record.headers).get(REQUEST_ID)
+    return value.decode("utf-8", "replace") if value else f"{record.topic}/{record.partition}/{record.offset}"
 
 
 class Service:
@@ -127,7 +136,8 @@ class Job:
             self._reply = await self._find_reply(self.request)
         except (ValueError, BrokerError) as error:
             log.error("request.refused", **self._place, reason=str(error))  # noqa: TRY400 - a stranger's has no stack
-            await self.bury(error, "unreadable")
+            if not isinstance(error, BrokerError) or not error.retryable:  # else it is sound, and came too late
+                await self.bury(error, "unreadable")
             return None
         request_id = self.request.request_id or policy.new_request_id()
         self.request = msgspec.structs.replace(self.request, request_id=request_id, deadline_ms=self._deadline_ms)
@@ -166,6 +176,14 @@ class Job:
             error = DeadLetteredError(f"{reason}; it is kept in {letter[0]}", topic=letter[0], offset=letter[1])
         return Outcome(error=error)
 
+    async def apologize(self, error: Exception) -> None:
+        """Tell the caller of a defect of ours, if that can be done."""
+        try:
+            if self._reply is not None:
+                await self._reply.failed(ChainsRuntimeError(f"the worker failed: {error!r}"), self._callee.name)
+        except Exception as unsent:  # noqa: BLE001 - it is logged, and the caller has a deadline
+            log.error("answer.unsent", **self._place, reason=repr(unsent))  # noqa: TRY400 - `error` has the stack
+
     async def bury(self, error: Exception, reason: str) -> tuple[str, int] | None:
         """Put the record into the dead-letter topic, and say where; None if that can't be done."""
         group = self._service.topic
@@ -180,7 +198,9 @@ class Job:
         return place
 
     async def answer(self, outcome: Outcome) -> None:
-        """Send the answer, and return when it is stored, or cannot be."""
+        """Send the answer, and return when it is stored, or cannot be; what could not be read is put aside first."""
+        if outcome.undecodable and outcome.error is not None:
+            await self.bury(outcome.error, "undecodable")
         attempt = 1
         while True:
             try:
@@ -250,7 +270,6 @@ class Job:
             return Outcome(error=self._expired("before it was run"))
         policy.current.set(scope)  # this task's own context
         limit = asyncio.timeout(scope.remaining)
-        began = time.perf_counter()
         self._service.queue_wait.observe(max(0.0, (now_ms() - self.record.timestamp_ms) / 1000))
         try:
             async with limit, self._callee.slots.here():
@@ -264,14 +283,19 @@ class Job:
             return Outcome(error=error)
         finally:
             scope.close()
-            self._service.run_time.observe(time.perf_counter() - began)
 
     async def _run(self, request: Request, scope: Scope) -> Outcome:
         try:
             arguments = await self._arguments(request)
-        except InvalidArgumentError as error:
-            await self.bury(error, "undecodable")
-            raise
+        except (InvalidArgumentError, StoredValueMissingError) as error:
+            return Outcome(error=error, undecodable=True)
+        began = time.perf_counter()
+        try:
+            return await self._serve(arguments, scope)
+        finally:
+            self._service.run_time.observe(time.perf_counter() - began)
+
+    async def _serve(self, arguments: Mapping[str, Any], scope: Scope) -> Outcome:
         if not self._callee.signature.streaming:
             return Outcome(value=await self._callee.call(arguments))
         assert self._reply is not None, "read before it is run"
@@ -287,7 +311,7 @@ class Job:
         return Outcome()
 
     async def _arguments(self, request: Request) -> Mapping[str, Any]:
-        """Decode the arguments. Raises InvalidArgumentError."""
+        """Decode the arguments. Raises InvalidArgumentError, StoreError."""
         value = self.record.value
         if not value and (reference := reference_in(self.record.headers)) is not None:
             value = await self._store.get(reference)
@@ -304,6 +328,7 @@ class Job:
         if answered is None:
             raise StreamInterruptedError("some of what was sent of the stream is missing in the log")
         values = [await self._store.get(chunk) if isinstance(chunk, str) else chunk for chunk in answered.chunks]
+        reply.go_on(len(values), sum(len(memoryview(value)) for value in values))
         scope.emitted = tuple(map(self._callee.codec.decode_result, values))
         if answered.chunks:
             log.info("stream.resumed", chainlet=self._callee.name, chunks=len(answered.chunks), attempt=self._attempt)

@@ -7,8 +7,7 @@ stored its whole answer, and only when all requests before it on its partition a
 import asyncio
 import inspect
 import time
-from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from chains_stream import metrics
 from chains_stream.assignment import Assignment
@@ -25,14 +24,16 @@ from chains_stream.log import get_logger
 from chains_stream.messages import Request
 from chains_stream.offsets import Ledger
 from chains_stream.options import DeploymentContext, RPCOptions
-from chains_stream.serving import Job, Outcome, Service
+from chains_stream.quarantine import Quarantine
+from chains_stream.serving import Job, Outcome, Service, request_id_of
 from chains_stream.settings import Settings
 from chains_stream.store import Store
 from chains_stream.stub import Stub
 
-MAX_TAKEN = 256  # records at once
+MAX_TAKEN = 256  # records at once: see `offsets.MOST_OPEN`
 MAX_UNSTORED_ANSWERS = 1024  # a worker: answers that the broker has not acknowledged yet
 MAX_CANCELLED = 50_000  # a worker: cancelled requests remembered until they are met in the queue
+CALLERS_SHARE = 0.75  # of the grace period that is left, for a Chainlet that calls others of the process
 CANCEL_PATIENCE = 5.0  # seconds for cancelled work to end, when the process does
 
 log = get_logger(__name__)
@@ -41,11 +42,11 @@ log = get_logger(__name__)
 class Worker:
     """Serves one Chainlet from its topic, up to its `predict_concurrency` requests at once.
 
-    `alone` is held while a suspect runs, of whatever Chainlet of this process: see `offsets`.
+    `quarantine` is that of its process.
     """
 
     def __init__(
-        self, callee: Callee, topic: str, broker: Broker, store: Store, settings: Settings, *, alone: asyncio.Lock
+        self, callee: Callee, topic: str, broker: Broker, store: Store, settings: Settings, *, quarantine: Quarantine
     ) -> None:
         self.topic = topic
         self.callee = callee
@@ -58,10 +59,8 @@ class Worker:
         self._by_id: dict[bytes, Job] = {}  # a stranger's requests may have no id, or repeat one
         self._cancellations = Cancellations(settings.deadline)
         self._freed = asyncio.Event()
-        self._gate = asyncio.Lock()  # held by whoever begins requests
-        self._alone = alone
-        self._suspects: deque[tuple[Record, Ledger]] = deque()
-        self._suspected = asyncio.Event()
+        self._quarantine = quarantine
+        quarantine.join(self._running)
         self._tasks: list[asyncio.Task[None]] = []
         self._metrics = metrics.OfWorker(callee.name)
 
@@ -71,7 +70,6 @@ class Worker:
         name = self.callee.name
         self._tasks = [
             asyncio.create_task(self._take(self._consumer), name=f"take {name}"),
-            asyncio.create_task(self._run_suspects(), name=f"suspects {name}"),
             asyncio.create_task(self._assignment.commit_regularly(), name=f"commit {name}"),
         ]
         metrics.IN_HAND.workers.add(self)
@@ -84,7 +82,7 @@ class Worker:
     async def drain(self, grace: float) -> None:
         """Stop taking, give running requests `grace` seconds, commit, and leave; the unfinished are left to others."""
         metrics.IN_HAND.workers.discard(self)
-        await _end(*self._tasks[:2])
+        await _end(*self._tasks[:1])
         if self._jobs:
             await asyncio.wait(self._jobs, timeout=grace)
         if self._jobs:
@@ -95,7 +93,7 @@ class Worker:
             _, ignoring = await asyncio.wait(self._jobs, timeout=CANCEL_PATIENCE)
             if ignoring:
                 log.warning("worker.abandoned", chainlet=self.callee.name, requests=len(ignoring))
-        await _end(*self._tasks[2:])
+        await _end(*self._tasks[1:])
         await self._service.read_back.close()
         await self._assignment.leave()
         log.info("worker.stopped", chainlet=self.callee.name)
@@ -119,8 +117,8 @@ class Worker:
             case Cancel(correlation_id=correlation_id, partition=partition, offset=offset):
                 if (job := self._by_id.get(correlation_id)) is not None:
                     job.cancel("cancelled")
-                else:
-                    self._cancellations.add(correlation_id, partition, offset)
+                elif not self._assignment.done(partition, offset):
+                    self._cancellations.add(correlation_id)
             case CancelRequest(request_id=request_id):
                 self._cancellations.add(request_id)
                 for job in self._jobs.values():
@@ -155,51 +153,52 @@ class Worker:
                 self._freed.clear()
                 await self._freed.wait()
                 continue
-            records = await consumer.fetch(free)
-            async with self._gate:
-                await self._assignment.take_over(records)
-                await self._admit(records)
+            await self._start(await self._assignment.take(await consumer.fetch(free)))
 
-    async def _admit(self, records: Sequence[Record]) -> None:
-        """Begin those of the records that are ours to run, and may run now."""
-        watched: list[tuple[Record, Ledger]] = []
-        for record in records:
-            ledger = self._assignment.of(record)
-            if ledger is None or not ledger.take(record.offset):
-                continue
-            self._assignment.taken(record, ledger)
-            if ledger.suspect(record.offset) and ledger.deaths(record.offset) < self._settings.max_deliveries:
-                self._suspects.append((record, ledger))
-                self._suspected.set()
-            elif ledger.watched:
-                watched.append((record, ledger))
-            else:
+    async def _start(self, taken: Sequence[tuple[Record, Ledger]]) -> None:
+        """Begin what was taken; what may have killed a worker goes first, and alone."""
+        suspects = [(record, ledger) for record, ledger in taken if self._is_suspect(record, ledger)]
+        for record, ledger in suspects:
+            await self._run_suspect(record, ledger)
+        others = [each for each in taken if each not in suspects] if suspects else taken
+        if self._quarantine.busy:
+            await self._quarantine.stand_aside([request_id_of(record) for record, _ in others])
+        named = {record.partition: ledger for record, ledger in others if self._assignment.to_be_named(record, ledger)}
+        if named:
+            await self._assignment.name(named)
+        for record, ledger in others:
+            if self._assignment.of(record) is ledger:  # else its partition went to another worker
                 self._begin(record, ledger)
-        if watched:
-            await self._assignment.name({record.partition: ledger for record, ledger in watched})
-            for record, ledger in watched:
-                if self._assignment.of(record) is ledger:
-                    self._begin(record, ledger)
 
-    async def _run_suspects(self) -> None:
-        """Run those that may have killed a worker, one at a time and with nothing else: then it's known who did."""
-        while True:
-            self._suspected.clear()
-            await self._suspected.wait()
-            while self._suspects:
-                async with self._alone, self._gate:
-                    while self._jobs:
-                        await asyncio.wait(self._jobs)
-                    await self._run_suspect(*self._suspects.popleft())
+    def _is_suspect(self, record: Record, ledger: Ledger) -> bool:
+        return ledger.suspect(record.offset) and ledger.deaths(record.offset) < self._settings.max_deliveries
 
     async def _run_suspect(self, record: Record, ledger: Ledger) -> None:
-        if self._assignment.of(record) is not ledger:
-            return  # its partition went to another worker
-        log.warning("suspect.alone", chainlet=self.callee.name, partition=record.partition, offset=record.offset)
-        ledger.alone = record.offset
-        await self._assignment.name({record.partition: ledger})
-        if self._assignment.of(record) is ledger:
-            await asyncio.wait([self._begin(record, ledger)])
+        """Run a request with nothing beside it, if that can be had, and wait for its end: a death tells who it was."""
+
+        async def take_back() -> None:
+            ledger.alone = None
+            await self._assignment.name({record.partition: ledger})
+
+        async with self._quarantine.alone(request_id_of(record), take_back) as claim:
+            if self._assignment.of(record) is not ledger:
+                return
+            ledger.alone = record.offset if claim is not None else None
+            where = {"partition": record.partition, "offset": record.offset}
+            log.warning("suspect.begun", chainlet=self.name, **where, alone=claim is not None)
+            await self._assignment.name({record.partition: ledger})
+            if self._assignment.of(record) is not ledger:
+                return
+            task = self._begin(record, ledger)
+            if claim is not None:
+                over = asyncio.create_task(claim.over.wait())
+                try:
+                    await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    over.cancel()
+
+    def _running(self) -> Iterator[tuple[str, "asyncio.Task[None]"]]:
+        return ((request_id_of(job.record), task) for task, job in self._jobs.items())
 
     def _lose(self, partitions: Collection[int]) -> None:
         for job in self._jobs.values():
@@ -230,9 +229,10 @@ class Worker:
             if outcome is not None:
                 await job.answer(outcome)
                 self._metrics.finished[outcome.kind].inc()
-        except Exception:
+        except Exception as error:
             # A defect of ours. Left open, the record would hold up its partition for ever.
             log.exception("worker.defect", chainlet=self.callee.name, offset=job.record.offset)
+            await job.apologize(error)
         self._assignment.finish(job.record, ledger)
 
     async def _run(self, job: Job) -> Outcome | None:
@@ -264,30 +264,30 @@ class Worker:
 
 
 class Cancellations:
-    """Requests that were cancelled before this process met them, kept for as long as they may wait in the queue.
+    """Requests that were cancelled before this process met them, kept for as long as anybody may wait for them.
 
     Bounded: beyond `MAX_CANCELLED` the oldest is forgotten, and its request runs to its deadline.
     """
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = seconds  # after which nobody waits for the answer anyway
-        self._known: dict[bytes | str, tuple[int, int, float]] = {}  # in the order of time
+        self._seconds = seconds
+        self._known: dict[bytes | str, float] = {}  # when each was heard of, the oldest first
 
-    def add(self, request: bytes | str, partition: int = -1, offset: int = 0) -> None:
-        """Note a correlation id and from which offset of which partition on it may be met; or a request's id."""
+    def add(self, request: bytes | str) -> None:
+        """Note a correlation id, or the id of a request and all that belongs to it."""
         now = time.monotonic()
         while self._known and (len(self._known) >= MAX_CANCELLED or self._oldest() < now - self._seconds):
             del self._known[next(iter(self._known))]
         self._known.pop(request, None)
-        self._known[request] = (partition, offset, now)
+        self._known[request] = now
 
     def meet(self, request: Request) -> bool:
-        """Tell whether a request was cancelled, and forget it."""
-        # By its id it may come again: a retry, or another Chainlet's part of it.
+        """Tell whether a request was cancelled."""
+        # By its own id it comes once; by the request's it may come again: a retry, or another Chainlet's part of it.
         return self._known.pop(request.correlation_id, None) is not None or request.request_id in self._known
 
     def _oldest(self) -> float:
-        return next(iter(self._known.values()))[2]
+        return next(iter(self._known.values()))
 
 
 async def _end(*tasks: "asyncio.Task[None]") -> None:
@@ -328,11 +328,11 @@ class Host:
         )
         called = {each.chainlet for cls in self._served for each in dependencies(cls).values()}
         await self._caller.use(*(self._chain.topic(cls, settings.namespace) for cls in called))
-        alone = asyncio.Lock()
+        quarantine = Quarantine()
         for cls, topic in topics.items():
             self._callees[cls] = Callee(cls, await self._build(cls))
             self.workers.append(
-                Worker(self._callees[cls], topic, self._broker, self._caller.store, settings, alone=alone)
+                Worker(self._callees[cls], topic, self._broker, self._caller.store, settings, quarantine=quarantine)
             )
         # As far back as work can have waited: what was cancelled while nobody was there is not run.
         await self._caller.control.follow({w.topic: w.handle for w in self.workers}, since=settings.deadline)
@@ -358,9 +358,11 @@ class Host:
         """Stop, callers before those they call: what still runs may need an answer from below."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._settings.grace_period
-        for worker in reversed(self.workers):
+        for left, worker in reversed(list(enumerate(self.workers))):
+            remaining = max(0.0, end - loop.time())
+            # What is called by other processes too goes on meanwhile, and needs some of it for itself.
             async with self._reporter.leaving(worker):
-                await worker.drain(max(0.0, end - loop.time()))
+                await worker.drain(remaining * CALLERS_SHARE if left else remaining)
         await self._reporter.close()
         for callee in self._callees.values():
             callee.close()

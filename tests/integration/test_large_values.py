@@ -325,7 +325,6 @@ async def test_a_chunk_of_a_lost_worker_is_not_shown_if_it_was_still_being_fetch
     call.feed(Chunk(call.id, 1, 0, msgspec.Raw(b"\xc0")), reference)
     reading = asyncio.ensure_future(call.next())
     await asyncio.sleep(0)  # it waits for the store
-    call.feed(Started(call.id, 2))
     call.feed(Chunk(call.id, 2, 0, msgspec.Raw(msgspec.msgpack.encode("second"))))
     assert text_of(await reading) == "second"
 

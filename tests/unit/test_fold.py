@@ -49,6 +49,7 @@ def test_a_worker_that_was_overtaken_is_not_heard(frame: Frame) -> None:
 def test_another_run_goes_on_or_begins_again() -> None:
     fold = Fold()
     assert fold.take(chunk(1, 0)) is Step.CHUNK
+    assert fold.take(Started(ID, 2)) is Step.DROP
     assert not fold.begins_again(chunk(2, 1))
     assert fold.take(chunk(2, 1)) is Step.CHUNK
     assert fold.begins_again(chunk(3, 0))
@@ -57,6 +58,11 @@ def test_another_run_goes_on_or_begins_again() -> None:
     assert not fold.begins_again(chunk(3, 0)), "of the same run it is a repeated one"
     assert fold.begins_again(done(4, 0)), "a run without any"
     assert fold.take(done(4, 0)) is Step.END
+
+
+@pytest.mark.parametrize("second", [chunk(2, 1), chunk(2, 2), done(2, 2)])
+def test_two_runs_are_not_mixed_when_the_first_chunks_of_the_second_got_lost(second: Frame) -> None:
+    assert steps(chunk(1, 0), chunk(1, 1), second)[-1] is Step.GAP
 
 
 def test_another_run_that_has_only_the_end_left() -> None:

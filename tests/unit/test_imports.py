@@ -41,6 +41,7 @@ ORDER = [
     "replies",
     "offsets",
     "assignment",
+    "quarantine",
     "serving",
     "worker",
     "http_target",

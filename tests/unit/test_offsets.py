@@ -150,7 +150,7 @@ def test_a_first_death_makes_the_next_worker_watch_and_a_second_one_suspects() -
     watching.finish(3)
     careful = Ledger.take_over(2, watching.note(), 9)
     assert [offset for offset in range(2, 9) if careful.take(offset) and careful.suspect(offset)] == [2, 4]
-    assert not careful.watched
+    assert careful.watched, "what lies behind has not been run since the first death"
     careful.alone = 4
     last = Ledger.take_over(2, careful.note(), 9)
     assert [last.deaths(offset) for offset in (2, 3, 4)] == [0, 0, 1]
