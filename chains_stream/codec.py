@@ -162,12 +162,14 @@ class Codec:
 
     def _bad_argument(self, error: Exception, path: str | None = None) -> InvalidArgumentError:
         faults = list(_faults(error, path))
-        text = "; ".join(f"{message} - at `{where}`" if where else message for message, where in faults)
+        text = "; ".join(f"{message} - at `{_one_line(where)}`" if where else message for message, where in faults)
         return InvalidArgumentError(f"{self._name}: {text}", path=_field_path(*faults[0]))
 
     def _bad_result(self, error: Exception) -> InvalidResultError:
         what = "chunk" if self.signature.streaming else "result"
-        text = "; ".join(f"{message} - at `{where}`" if where else message for message, where in _faults(error))
+        text = "; ".join(
+            f"{message} - at `{_one_line(where)}`" if where else message for message, where in _faults(error)
+        )
         return InvalidResultError(f"{self._name}: invalid {what}: {text}")
 
     def _bad_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> InvalidArgumentError | None:

@@ -120,7 +120,7 @@ async def parts() -> AsyncIterator[Parts]:
 
 
 async def test_what_was_fetched_before_a_partition_moved_is_not_taken_afterwards(parts: Parts) -> None:
-    """A batch waits while a suspect runs; its partition goes away meanwhile, and comes back with an older record open."""
+    """A batch waits while a suspect runs; its partition goes meanwhile, and comes back with an older record open."""
     await parts.leave(Note(epoch=2, named=True, runs=[1]))
     first = await parts.host(Work)
     calls = [await parts.send("long", 1, wait=True)]

@@ -687,3 +687,10 @@ def test_numpy_is_not_imported_for_those_who_do_without() -> None:
     code = "import sys, chains_stream.codec, chains_stream.checks; sys.exit('numpy' in sys.modules)"
     root = str(Path(__file__).parents[2])
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+def test_a_field_whose_name_has_line_ends_is_named_on_one_line() -> None:
+    """Of a pydantic model that takes no other fields the name of a wrong one is the sender's own text."""
+    with pytest.raises(InvalidArgumentError) as caught:
+        codec(Strict).arguments_from_json(b'{"x": {"a\\nb": 1}}')
+    assert "\n" not in str(caught.value)
