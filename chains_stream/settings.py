@@ -69,7 +69,7 @@ class Settings(pydantic.BaseModel):
     max_requests: PositiveInt = 10_000  # under way in a gateway
     max_requests_per_key: PositiveInt | None = None  # of one API key
     max_body_bytes: PositiveInt = 16 << 20  # of an HTTP request
-    max_buffered_bytes: PositiveInt = 256 << 20  # of all bodies, and of all streams, that a process holds
+    max_buffered_bytes: PositiveInt = 256 << 20  # of bodies that a gateway holds; and as much for streams under way
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000  # of the gateway; 0 picks a free one
     health_port: Annotated[int, Field(ge=0, le=65_535)] | None = None  # of a worker's /healthz, /readyz and /metrics

@@ -26,7 +26,6 @@ from chains_stream.messages import (
     REPLY_TOPIC,
     Chunk,
     Done,
-    Started,
     encode_frames,
 )
 from chains_stream.policy import Scope
