@@ -1,8 +1,8 @@
 """How the frames that answer one request are read: in the order of the log, whoever reads them.
 
 Frames of a lower attempt than one already seen are dropped, and so is a repeated sequence; a gap or a wrong count is an
-error, never a quiet end. A higher attempt begins the stream again, or goes on where it stood if `Started` has said so: two
-runs are never mixed because chunks of the second got lost.
+error, never a quiet end. A higher attempt begins the stream again, or goes on where it stood if `Started` has said so:
+two runs are never mixed because chunks of the second got lost.
 """
 
 from enum import Enum, auto
