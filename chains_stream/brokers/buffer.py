@@ -28,6 +28,10 @@ class Buffer:
         self._room = asyncio.Event()
 
     @property
+    def held(self) -> bool:
+        return self._held
+
+    @property
     def full(self) -> bool:
         return self._count >= self._max_records or self._size >= self._max_bytes
 

@@ -147,9 +147,12 @@ class KafkaBroker:
             partition_assignment_strategy=(type("Sticky", (StickyPartitionAssignor,), {}),),
         )
         callbacks = (on_assigned, on_revoked)
-        consumer = KafkaGroupConsumer(self._cluster, make, topic, group, callbacks, instance_id=instance_id)
         # A member that was killed holds its partitions until its session times out, and the group waits for it.
-        await consumer.join(3 * session / 1000 + self._cluster.patience)
+        patience = 3 * session / 1000 + self._cluster.patience
+        consumer = KafkaGroupConsumer(
+            self._cluster, make, topic, group, callbacks, instance_id=instance_id, patience=patience
+        )
+        await consumer.join()
         self._feeds.add(consumer)
         return consumer
 

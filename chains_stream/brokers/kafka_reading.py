@@ -61,6 +61,7 @@ class _Feed(ABC):
         self._watching: asyncio.Task[None] | None = None
         self._broken: Exception | None = None  # met outside of the task, for it to deal with
         self._failures = 0
+        self._reason = ""  # why it was opened anew, until it has its partitions
 
     async def start(self) -> None:
         """Connect, and begin to fetch. Raises BrokerError."""
@@ -72,7 +73,9 @@ class _Feed(ABC):
         except (kafka.KafkaError, OSError) as error:
             raise self._translated(error) from error
         self._task = asyncio.create_task(self._run(), name=f"fetch {self._topic}")
-        self._watch = Watch(self._cluster, self._topic, self._watched(), self._moving, self._stalled)
+        self._watch = Watch(
+            self._cluster, self._topic, self._watched(), self._moving, self._stalled, patience=self._patience()
+        )
         self._watching = asyncio.create_task(self._watch.run(), name=f"watch {self._topic}")
         self._watching.add_done_callback(_watched_no_more)
 
@@ -105,11 +108,15 @@ class _Feed(ABC):
     def _fetching(self) -> Collection[int] | None:
         """Give the partitions that it should fetch now; None while that is open."""
 
-    def _moving(self) -> dict[int, int] | None:
-        """Give the positions that should move on now, where there is more; None while that is open."""
+    def _patience(self) -> float:
+        """Give the seconds that it may be without partitions."""
+        return self._cluster.patience
+
+    def _moving(self) -> dict[int, int] | str:
+        """Give the positions that should move on now, where there is more, or why that is open."""
         partitions = self._fetching()
         if partitions is None or self._client is None:
-            return None
+            return self._reason or "they are being dealt out"
         if self._buffer.full:
             return {}
         assignment = self._client._subscription.subscription.assignment  # noqa: SLF001 - its `position` would wait
@@ -172,6 +179,7 @@ class _Feed(ABC):
             passing = error.retryable
         if isinstance(error, FINAL) or (not passing and self._failures > MAX_FAILURES):
             raise error
+        self._reason = said(error)
         log.warning("fetch.reconnecting", topic=self._topic, reason=said(error))
 
     async def _replace(self) -> None:
@@ -219,6 +227,7 @@ class KafkaReader(_Feed):
             client.assign([TopicPartition(self._topic, partition) for partition in self._fetched])
             for partition, offset in self._fetched.items():
                 client.seek(TopicPartition(self._topic, partition), offset)
+            self._reason = ""
         except BaseException:
             await stop(client, client._client)  # noqa: SLF001 - as above
             raise
@@ -241,10 +250,13 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
         callbacks: tuple[PartitionsChanged, PartitionsChanged],
         *,
         instance_id: str | None,
+        patience: float,
     ) -> None:
+        """Join within `patience`, in seconds; to be without partitions for longer later on is trouble."""
         super().__init__(cluster, make, topic)
         self._group = group
         self._instance_id = instance_id
+        self._join_patience = patience
         self._on_assigned, self._on_revoked = callbacks
         self._held: frozenset[int] = frozenset()
         self._taken: dict[int, int] = {}  # the offset of the next record that `fetch` will give, by partition held
@@ -254,15 +266,15 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
         self._joined: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._buffer.hold()  # until the first partitions are assigned
 
-    async def join(self, patience: float) -> None:
+    async def join(self) -> None:
         """Join, and wait for the first assignment. Raises BrokerError."""
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(self._join_patience):
                 await self.start()
                 await self._joined
         except TimeoutError:
             await self.close()
-            reason = f"no partitions of {self._topic} were assigned within {patience:g} s"
+            reason = f"no partitions of {self._topic} were assigned within {self._join_patience:g} s"
             raise BrokerError(f"{self._cluster.url}: {reason}") from None
         except BaseException:
             await self.close()
@@ -343,6 +355,7 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
             self._buffer.clear()
             for partition, offset in positions.items():
                 self._client.seek(TopicPartition(self._topic, partition), offset)
+            self._reason = ""
             self._buffer.release()
             if not self._joined.done():
                 self._joined.set_result(None)
@@ -358,7 +371,10 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
 
     def _fetching(self) -> Collection[int] | None:
         joining = self._client is None or self._client._subscription.reassignment_in_progress  # noqa: SLF001 - as above
-        return None if joining or self._changing.locked() else self._held
+        return None if joining or self._buffer.held else self._held
+
+    def _patience(self) -> float:
+        return self._join_patience
 
     async def _open(self) -> AIOKafkaConsumer:
         await self._cluster.find_a_server()

@@ -38,17 +38,26 @@ class Watch:
         cluster: Cluster,
         topic: str,
         partitions: Collection[int],
-        positions: Callable[[], Mapping[int, int] | None],
+        positions: Callable[[], Mapping[int, int] | str],
         stalled: Callable[[str], None],
+        *,
+        patience: float,
     ) -> None:
-        """Ask `positions` for those that should move on, None while that is open, and tell `stalled` of each stall."""
+        """Ask `positions` for those that should move on, or why that is open, and tell `stalled` of each stall.
+
+        That it stays open for longer than `patience`, in seconds, is trouble.
+        """
         self.ends: dict[int, int] = {}
         self._cluster = cluster
         self._topic = topic
         self._partitions = partitions
         self._positions = positions
         self._stalled = stalled
+        self._patience = patience
         self._still: dict[int, _Still] = {}
+        self._open = 0  # looks in a row without positions
+        self._open_since = datetime.now(UTC)
+        self._open_reason = ""
         self._unanswered = 0  # looks in a row
         self._answered = datetime.now(UTC)
         self._reason = ""
@@ -56,9 +65,12 @@ class Watch:
 
     def trouble(self) -> str | None:
         """Say what does not move on, where, and since when."""
-        limit = _looks()
+        limit = _looks(STALLED_SECONDS)
         if self._unanswered >= limit:
             return f"{self._cluster.url} has not answered since {_time(self._answered)}: {self._reason}"
+        if self._open > _looks(self._patience):
+            what = f"a consumer has had no partitions of {self._topic} since {_time(self._open_since)}"
+            return f"{self._cluster.url}: {what}: {self._open_reason}"
         stalled = {partition: still for partition, still in self._still.items() if still.looks >= limit}
         if not stalled:
             return None
@@ -93,11 +105,16 @@ class Watch:
 
     def _look(self) -> None:
         positions = self._positions()
-        limit = _looks()
-        if positions is None:
+        limit = _looks(STALLED_SECONDS)
+        if isinstance(positions, str):
+            if not self._open:
+                self._open_since = datetime.now(UTC)
+            self._open += 1
+            self._open_reason = positions
             # A stall that was met stays one until something moves; else the count begins anew.
             self._still = {partition: still for partition, still in self._still.items() if still.looks >= limit}
             return
+        self._open = 0
         behind = {number: at for number, at in positions.items() if at < self.ends.get(number, 0)}
         self._still = {number: self._compared(number, at) for number, at in behind.items()}
         trouble = any(still.looks >= limit for still in self._still.values())
@@ -113,8 +130,8 @@ class Watch:
         return _Still(position, before.looks + 1, before.since)
 
 
-def _looks() -> int:
-    return math.ceil(STALLED_SECONDS / WATCH_SECONDS)
+def _looks(seconds: float) -> int:
+    return math.ceil(seconds / WATCH_SECONDS)
 
 
 def _time(at: datetime) -> str:

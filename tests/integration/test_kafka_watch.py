@@ -11,6 +11,7 @@ import pytest
 from chains_stream.broker import Broker, TopicSpec
 from chains_stream.brokers import kafka_watch, open_broker
 from chains_stream.brokers.kafka_reading import KafkaGroupConsumer, KafkaReader
+from chains_stream.errors import BrokerError
 from chains_stream.settings import Settings
 from tests.kafka import Node, node
 from tests.members import HOUR_MS, fill
@@ -30,7 +31,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def own(kafka_url: str) -> Iterator[Node]:
     """A broker that these tests may stop; `kafka_url` says whether there is a Kafka at all."""
-    with node() as started:
+    with node("group.min.session.timeout.ms=100") as started:
         yield started
 
 
@@ -133,6 +134,71 @@ async def test_what_has_a_reason_to_stand_still_is_no_trouble(broker: Broker, to
     go_on.set()
     for opened in (await joining, moving, paused, full, idle):
         await opened.close()
+
+
+@pytest.fixture
+async def hasty(own: Node) -> AsyncIterator[Broker]:
+    """A broker whose consumers may be without partitions for 4 s, its readers for 1 s."""
+    opened = open_broker(Settings.of(broker=own.url, kafka={"connect_timeout": 1, "session_timeout_ms": 1_000}))
+    try:
+        await opened.start()
+        yield opened
+    finally:
+        await opened.close()
+
+
+async def test_a_member_that_waits_for_partitions_for_too_long_is_trouble(hasty: Broker, topic: str) -> None:
+    holds, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold_on(_partitions: frozenset[int]) -> None:
+        holds.set()
+        await go_on.wait()
+
+    first = await hasty.consume(topic, topic, on_assigned=nothing, on_revoked=hold_on)
+    joining = asyncio.ensure_future(hasty.consume(topic, topic, on_assigned=nothing, on_revoked=nothing))
+    await asyncio.wait_for(holds.wait(), 30)
+    assert hasty.trouble() is None
+    await until(lambda: hasty.trouble() is not None)
+    assert f"a consumer has had no partitions of {topic} since" in (hasty.trouble() or "")
+    go_on.set()
+    await until(lambda: hasty.trouble() is None)
+    for opened in (first, *await asyncio.gather(joining, return_exceptions=True)):  # it may have given up by now
+        if isinstance(opened, KafkaGroupConsumer):
+            await opened.close()
+
+
+async def refuse(*_: object) -> None:
+    raise BrokerError("the coordinator is not available")
+
+
+def refuse_to_make() -> None:
+    raise BrokerError("no socket is left")
+
+
+async def test_consumers_that_are_replaced_for_ever_are_trouble(
+    hasty: Broker, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a group's coordinator is away while the leaders of partitions answer, which can't be had quickly."""
+    consumer = await hasty.consume(topic, topic, on_assigned=nothing, on_revoked=nothing)
+    assert isinstance(consumer, KafkaGroupConsumer)
+    with monkeypatch.context() as patched:
+        patched.setattr(consumer, "_positions", refuse)
+        consumer._broken = BrokerError("once")
+        await until(lambda: hasty.trouble() is not None)
+        assert f"no partitions of {topic} since" in (hasty.trouble() or "")
+        assert (hasty.trouble() or "").endswith(" UTC: the coordinator is not available")
+    await until(lambda: hasty.trouble() is None)
+    await consumer.close()
+
+    reader = await hasty.read(topic, {1: 0})
+    assert isinstance(reader, KafkaReader)
+    with monkeypatch.context() as patched:
+        patched.setattr(reader, "_make", refuse_to_make)
+        reader._broken = BrokerError("once")
+        await until(lambda: hasty.trouble() is not None)
+        assert (hasty.trouble() or "").endswith(" UTC: no socket is left")
+    await until(lambda: hasty.trouble() is None)
+    await reader.close()
 
 
 async def test_lag_grows_while_a_partition_is_paused(broker: Broker, topic: str) -> None:
