@@ -309,7 +309,7 @@ class Cluster:
         for node in {leaders.get(number, -1) for number in wanted}:
             if node < 0:
                 raise kafka.LeaderNotAvailableError(topic)
-            of_node = [(number, value) for number, value in wanted.items() if leaders[number] == node]
+            of_node = [(number, value) for number, value in wanted.items() if leaders.get(number) == node]
             answers.append(await self._send(node, request([(topic, of_node)])))
         return answers
 

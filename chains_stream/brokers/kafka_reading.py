@@ -81,7 +81,12 @@ class _Feed(ABC):
 
     def trouble(self) -> str | None:
         """Say what has kept it from moving on for too long."""
-        return self._watch.trouble() if self._watch is not None else None
+        if self._watch is None or self._watching is None:
+            return None
+        if self._watching.done():
+            error = None if self._watching.cancelled() else self._watching.exception()
+            return f"{self._cluster.url}: nobody watches over {self._topic} any more: {error!r}"
+        return self._watch.trouble()
 
     async def close(self) -> None:
         self._watch = None

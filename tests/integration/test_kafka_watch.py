@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from uuid import uuid4
 
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
+from aiokafka.errors import LeaderNotAvailableError
 
 from chains_stream.broker import Broker, TopicSpec
 from chains_stream.brokers import kafka_watch, open_broker
@@ -199,6 +201,42 @@ async def test_consumers_that_are_replaced_for_ever_are_trouble(
         assert (hasty.trouble() or "").endswith(" UTC: no socket is left")
     await until(lambda: hasty.trouble() is None)
     await reader.close()
+
+
+async def test_a_topic_that_lost_partitions_is_trouble_until_it_has_them_again(
+    broker: Broker, topic: str, own: Node
+) -> None:
+    reader = await broker.read(topic, {3: None})
+    assert isinstance(reader, KafkaReader)
+    admin = AIOKafkaAdminClient(bootstrap_servers=own.url.removeprefix("kafka://"))
+    await admin.start()
+    await admin.delete_topics([topic])
+    while topic in await admin.list_topics():  # noqa: ASYNC110 - nobody is told
+        await asyncio.sleep(0.02)
+    await admin.create_topics([NewTopic(topic, 1, 1)])
+    await until(lambda: broker.trouble() is not None)
+    assert "LeaderNotAvailable" in (broker.trouble() or "")
+    with pytest.raises(LeaderNotAvailableError):
+        await reader._cluster.ends(topic, [0, 3])
+    await admin.create_partitions({topic: NewPartitions(4)})
+    await until(lambda: broker.trouble() is None)
+    await admin.close()
+    await reader.close()
+
+
+def break_down() -> None:
+    raise KeyError("out of order")
+
+
+async def test_that_watching_ended_is_trouble(broker: Broker, topic: str) -> None:
+    reader = await broker.read(topic, {0: None})
+    assert isinstance(reader, KafkaReader)
+    assert reader._watch is not None
+    reader._watch._positions = break_down  # type: ignore[assignment]
+    await until(lambda: broker.trouble() is not None)
+    assert f"nobody watches over {topic} any more: KeyError('out of order')" in (broker.trouble() or "")
+    await reader.close()
+    assert broker.trouble() is None
 
 
 async def test_lag_grows_while_a_partition_is_paused(broker: Broker, topic: str) -> None:
