@@ -69,7 +69,7 @@ async def send_letter(
     topic = dead_letter_topic(record.topic)
     bare = _added(record, group, error, deliveries, trace=None)
     own = own_headers(record.headers)
-    ids = tuple((n, v) for n, v in own if n in (CORRELATION_ID, REQUEST_ID) and len(v) <= _KEPT_BYTES)
+    ids = tuple((n, v) for n, v in own if n in (CORRELATION_ID, REQUEST_ID) and len(v or b"") <= _KEPT_BYTES)
     left_out = (LEFT_OUT, len(record.value).to_bytes(8, "big"))
     forms = (
         (record.key, record.value, letter_headers(record, group, error, deliveries)),
@@ -239,7 +239,7 @@ async def send_again(broker: Broker, letter: Letter) -> tuple[int, int]:
     return letter.partition, await sent
 
 
-async def _headers_again(broker: Broker, letter: Letter) -> AsyncIterator[tuple[str, bytes]]:
+async def _headers_again(broker: Broker, letter: Letter) -> AsyncIterator[tuple[str, bytes | None]]:
     for name, value in letter.headers:
         if name == REPLY_OFFSET:
             # A worker that takes the request over looks from there on for answers, and must not find the one that

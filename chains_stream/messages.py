@@ -11,7 +11,7 @@ import msgspec
 
 from chains_stream.errors import RemoteErrorDetail
 
-Headers = tuple[tuple[str, bytes], ...]
+Headers = tuple[tuple[str, bytes | None], ...]  # a stranger may leave out a value, which is not an empty one
 
 # Names that Spring Kafka's request/reply uses, so that its clients can call a Chainlet.
 CORRELATION_ID = "kafka_correlationId"  # 16 bytes
@@ -75,9 +75,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         return tuple([(name, value) for name, value in named if value is not None])
 
     @classmethod
-    def from_headers(cls, headers: Sequence[tuple[str, bytes]]) -> "Request":
-        """Read the headers of a request that may be a stranger's; raise ValueError that names a malformed one."""
-        found: Mapping[str, bytes] = dict(headers)
+    def from_headers(cls, headers: Sequence[tuple[str, bytes | None]]) -> "Request":
+        """Read the headers of a request that may be a stranger's; raise ValueError that names a malformed one.
+
+        One without a value is as if it were not there.
+        """
+        found: Mapping[str, bytes | None] = dict(headers)
         window = _sized(found, WINDOW, 8)
         return cls(
             correlation_id=found.get(CORRELATION_ID) or b"",
@@ -158,7 +161,7 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _sized(found: Mapping[str, bytes], name: str, size: int) -> bytes | None:
+def _sized(found: Mapping[str, bytes | None], name: str, size: int) -> bytes | None:
     value = found.get(name)
     if value is not None and len(value) != size:
         msg = f"the header {name} must be {size} bytes long, and is {len(value)}"
@@ -171,12 +174,12 @@ def _at_least_one(value: bytes) -> int:
     return max(1, int.from_bytes(value, "big"))
 
 
-def _number(found: Mapping[str, bytes], name: str, size: int) -> int | None:
+def _number(found: Mapping[str, bytes | None], name: str, size: int) -> int | None:
     value = _sized(found, name, size)
     return None if value is None else int.from_bytes(value, "big")
 
 
-def _text(found: Mapping[str, bytes], name: str) -> str | None:
+def _text(found: Mapping[str, bytes | None], name: str) -> str | None:
     value = found.get(name)
     if value is None:
         return None

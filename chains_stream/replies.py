@@ -208,7 +208,7 @@ class BareReply:
         )
         await self._publish(b"", (ERROR, msgspec.json.encode(detail)))
 
-    async def _publish(self, value: bytes, *headers: tuple[str, bytes]) -> None:
+    async def _publish(self, value: bytes, *headers: tuple[str, bytes | None]) -> None:
         tagged: Headers = ((CORRELATION_ID, self._id), *headers)
         await (await self._broker.publish(self._topic, value, partition=self._partition, headers=tagged))
 

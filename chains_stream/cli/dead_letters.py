@@ -147,7 +147,9 @@ def _described(where: Place, letter: Letter) -> Iterator[str]:
         yield from (f"  {line}" for line in letter.stack_trace.splitlines())
 
 
-def _header(name: str, value: bytes) -> str:
+def _header(name: str, value: bytes | None) -> str:
+    if value is None:
+        return "null"
     number = int.from_bytes(value, "big")
     match name, len(value):
         case (str(), 8) if name == DEADLINE:

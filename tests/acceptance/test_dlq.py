@@ -68,7 +68,7 @@ class Kafka:
         await self.on(work)
 
     def record(
-        self, number: int = 0, value: bytes | None = None, *more: tuple[str, bytes], name: str = "Order"
+        self, number: int = 0, value: bytes | None = None, *more: tuple[str, bytes | None], name: str = "Order"
     ) -> Record:
         arguments = codec_of(signature(Chain.load(ORDERS).find("Order"))).arguments_from_json(
             b'{"items":[{"name":"tea"}]}'
@@ -185,13 +185,16 @@ async def test_show_of_what_can_t_be_read(kafka: Kafka) -> None:
         kafka.record(1, b'{"items": []}', ("content-type", b"application/json")),
         kafka.record(2, b"", (DATAREF, b"s3://bucket/one")),
         kafka.record(3, b"\x80", ("chains-window", b"x")),
+        kafka.record(4, b"\xc1", ("kafka_correlationId", None), (DATAREF, None)),
     )
-    garbage, as_json, stored, malformed = (kafka("dlq", "show", ORDERS, f"Order/{n}").stdout for n in range(4))
+    garbage, as_json, stored, malformed, null = (kafka("dlq", "show", ORDERS, f"Order/{n}").stdout for n in range(5))
     assert "can't be read: Order.run_remote: the data is malformed" in garbage
     assert f"\n  \\xc1\\x00{'x' * 498}… and 102 bytes more\n" in garbage
     assert '\n  {"items":[]}\n' in as_json
     assert "in the store, as they are too large for a record: s3://bucket/one\n" in stored
     assert "missing required field `items`" in malformed
+    assert "\n  kafka_correlationId  null\n" in null
+    assert "can't be read" in null
 
 
 async def test_replay(kafka: Kafka) -> None:

@@ -21,7 +21,18 @@ from chains_stream.letters import (
     send_again,
     send_letter,
 )
-from chains_stream.messages import DEADLINE, REPLY_OFFSET, Headers, Request
+from chains_stream.messages import (
+    CONTENT_TYPE,
+    CORRELATION_ID,
+    DATAREF,
+    DEADLINE,
+    REPLY_OFFSET,
+    REPLY_TOPIC,
+    REQUEST_ID,
+    TRACEPARENT,
+    Headers,
+    Request,
+)
 from chains_stream.settings import Settings
 
 HOUR_MS = 3_600_000
@@ -40,11 +51,17 @@ class Place(NamedTuple):
         return [letter async for letter in read_letters(self.broker, self.topic, offsets)]
 
     async def first(self, partition: int) -> Record:
+        return (await self.all(partition, 1))[0]
+
+    async def all(self, partition: int, count: int) -> list[Record]:
         reader = await self.broker.read(self.topic, {partition: 0})
+        found: list[Record] = []
         try:
-            return (await reader.fetch())[0]
+            while len(found) < count:
+                found += await reader.fetch()
         finally:
             await reader.close()
+        return found
 
 
 @pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.kafka)])
@@ -84,6 +101,19 @@ async def test_a_letter_is_stored_as_the_record_was(place: Place) -> None:
     assert (first.topic, first.partition, first.offset, first.deliveries) == (place.topic, 2, 17, 3)
     assert (second.record.value, second.deliveries) == (b"", None)
     assert first.stack_trace is not None
+
+
+async def test_headers_without_a_value_stay_so(place: Place) -> None:
+    """As a stranger may send them, also with our names: in the letter, and in what is sent again."""
+    names = (CORRELATION_ID, REPLY_TOPIC, REQUEST_ID, CONTENT_TYPE, DATAREF, TRACEPARENT, "theirs")
+    own = tuple((name, None) for name in names)
+    sent = await place.broker.publish(place.topic, b"", partition=1, headers=own)
+    assert (await sent, (await place.first(1)).headers) == (0, own)
+    await send_letter(place.broker, await place.first(1), "workers", raised(), 3)
+    (letter,) = await place.letters()
+    assert letter.headers == own
+    assert await send_again(place.broker, letter) == (1, 1)
+    assert [record.headers for record in await place.all(1, 2)] == [own, own]
 
 
 async def test_a_topic_without_letters_or_that_is_not_there(place: Place) -> None:

@@ -30,6 +30,7 @@ from chains_stream.messages import (
 )
 from chains_stream.policy import Scope
 from chains_stream.settings import Settings
+from chains_stream.store import reference_in
 from chains_stream.worker import Host
 from tests.sample import Seen
 from tests.serving import problem_of, serving
@@ -364,7 +365,7 @@ async def test_a_stranger_gets_a_reference(parts: Parts) -> None:
     request = msgspec.json.encode({"text": "x", "times": LARGE})
     answer = await ask(parts, request, (CONTENT_TYPE, JSON.encode()))
     assert answer.value == b""
-    path = dict(answer.headers)[DATAREF].decode().removeprefix("file://")
+    path = str(reference_in(answer.headers)).removeprefix("file://")
     assert path in map(str, parts.objects())
     assert msgspec.json.decode(await asyncio.to_thread(Path(path).read_bytes)) == "x" * LARGE
 
@@ -380,7 +381,7 @@ async def test_a_stranger_s_claim_is_served(parts: Parts) -> None:
 async def test_a_wrong_reference_is_refused(parts: Parts, wrong: bytes) -> None:
     await parts.host(Repeat)
     answer = await ask(parts, b"", (DATAREF, wrong))
-    error = msgspec.json.decode(dict(answer.headers)[ERROR])
+    error = msgspec.json.decode(dict(answer.headers)[ERROR] or b"")
     assert error["code"] == "store"
     assert "is no value in this process's store" in error["exception_message"]
 
@@ -389,7 +390,7 @@ async def test_a_stranger_s_error_fits_its_header(parts: Parts) -> None:
     await parts.host(Repeat)
     request = {"text": "\x01", "times": LARGE, "mode": "fail"}
     answer = await ask(parts, msgspec.msgpack.encode(request))
-    error = msgspec.json.decode(dict(answer.headers)[ERROR])
+    error = msgspec.json.decode(dict(answer.headers)[ERROR] or b"")
     assert error["exception_cls_name"] == "ValueError"
     assert error["exception_message"].endswith("(5000000 characters)")
 
