@@ -4,7 +4,7 @@ An object is named `{namespace}/{hour}/{32 hex digits}`, under the store's URL. 
 it expires: so whole hours can be removed by whoever comes by, and nobody needs to know what became of a request.
 """
 
-# ruff: noqa: PTH100, PTH102, PTH103, PTH118, PTH123, PTH208
+# ruff: noqa: PTH100, PTH102, PTH103, PTH112, PTH118, PTH123, PTH208
 # Objects are reached through descriptors of their folders, which pathlib does not know, so that no link leads out.
 import asyncio
 import ipaddress
@@ -50,7 +50,10 @@ log = get_logger(__name__)
 
 
 class Store:
-    """Where large values are put and fetched. Started with the process's caller; costs nothing until it is used."""
+    """Where large values are put and fetched. Started with the process's caller; sweeps what other processes left too.
+
+    One that was not configured costs nothing until somebody on this machine uses it.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -61,9 +64,9 @@ class Store:
         self._closed = False
 
     async def start(self) -> None:
-        """Check that a store which was configured can be used. Raises ChainsUsageError."""
-        if self._place is not None:
-            self._place.prepare()
+        """Check that a store which was configured can be used, and begin to sweep. Raises ChainsUsageError."""
+        if self._place is not None and self._place.prepare():
+            self._begin_to_sweep()
 
     async def close(self) -> None:
         """Stop; a transfer that is under way is given up."""
@@ -123,37 +126,48 @@ class Store:
     async def sweep(self, at_ms: int | None = None) -> int:
         """Remove what expired before the present hour, or that of `at_ms` (Unix time). Gives the number of objects.
 
-        Others may sweep at the same time. Raises StoreError.
+        What can't be removed is logged, and left. Others may sweep at the same time. Raises StoreError.
         """
         if self._place is None:
             return 0
         present = (now_ms() if at_ms is None else at_ms) // HOUR_MS
-        removed = 0
+        removed, failed = 0, list[str]()
         for namespace in await self._namespaces(self._place):
             for hour in await self._run("list", self._place.names, namespace):
                 if _HOUR.fullmatch(hour) and int(hour) < present:
-                    removed += await self._remove(self._place, f"{namespace}/{hour}")
+                    removed += await self._remove(self._place, f"{namespace}/{hour}", failed)
         if removed:
             log.info("store.swept", removed=removed, store=self._place.url)
+        if failed:
+            log.warning("store.unswept", reason=failed[0], failures=len(failed))
         return removed
 
     async def _namespaces(self, place: "Place") -> Sequence[str]:
         """Give the namespaces to sweep: all of them only where everything is ours."""
         return await self._run("list", place.names, "") if place.private else (self._settings.namespace,)
 
-    async def _remove(self, place: "Place", folder: str) -> int:
-        names = [name for name in await self._run("list", place.names, folder) if _OBJECT.fullmatch(name)]
-        for start in range(0, len(names), BATCH):
-            await self._run("remove from", place.remove, folder, names[start : start + BATCH])
+    async def _remove(self, place: "Place", folder: str, failed: list[str]) -> int:
+        """Remove the objects of a folder, and it; note what failed, and go on."""
+        removed = 0
+        try:
+            names = [name for name in await self._run("list", place.names, folder) if _OBJECT.fullmatch(name)]
+        except StoreError as error:
+            _note(failed, folder, error)
+            return 0
+        for batch in (names[start : start + BATCH] for start in range(0, len(names), BATCH)):
+            try:
+                await self._run("remove from", place.remove, folder, batch)
+                removed += len(batch)
+            except StoreError as error:
+                _note(failed, folder, error)
         await self._run("remove from", place.remove_folder, folder)
-        return len(names)
+        return removed
 
     async def _run(self, verb: str, work: Callable[..., T], *args: Any) -> T:
         """Do blocking work in a thread. Raises StoreError, with what it met as the cause."""
         if self._closed:
             raise StoreError("the store was closed")
-        if self._sweeper is None:
-            self._sweeper = asyncio.create_task(self._sweep_regularly(), name="sweep store")
+        self._begin_to_sweep()
         limit = asyncio.timeout(TRANSFER_SECONDS)
         where = self._place.url if self._place else ""
         try:
@@ -165,6 +179,10 @@ class Store:
             said = f"no answer within {TRANSFER_SECONDS:g} s" if limit.expired() else _said(error)
             raise StoreError(f"can't {verb} the store {where}: {said}") from error
 
+    def _begin_to_sweep(self) -> None:
+        if self._sweeper is None:
+            self._sweeper = asyncio.create_task(self._sweep_regularly(), name="sweep store")
+
     async def _sweep_regularly(self) -> None:
         while True:
             try:
@@ -173,6 +191,12 @@ class Store:
                 log.warning("store.unswept", reason=str(error))
             # Processes that were started together need not sweep together.
             await asyncio.sleep(SWEEP_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 - spreads load, no secret
+
+
+def _note(failed: list[str], folder: str, error: StoreError) -> None:
+    if isinstance(error.__cause__, TimeoutError):
+        raise error  # nor would it answer for the others, each of which would be waited for as long
+    failed.append(f"{folder}: {error}")
 
 
 def reference_in(headers: Headers) -> str | None:
@@ -194,8 +218,8 @@ class Place(Protocol):
     url: str
     private: bool
 
-    def prepare(self) -> None:
-        """Check that it can be used. Raises ChainsUsageError."""
+    def prepare(self) -> bool:
+        """Check that it can be used, and tell whether it is there yet. Raises ChainsUsageError."""
 
     def write(self, folder: str, name: str, value: bytes) -> None:
         """Store an object, complete and for good."""
@@ -207,7 +231,7 @@ class Place(Protocol):
         """Give what is in a folder; nothing if it does not exist."""
 
     def remove(self, folder: str, names: Sequence[str]) -> None:
-        """Remove objects, of which some may be gone."""
+        """Remove objects, of which some may be gone. One that can't be removed must not keep the others there."""
 
     def remove_folder(self, folder: str) -> None:
         """Remove a folder, unless something is in it."""
@@ -267,13 +291,14 @@ class _Folder:
         self.private = private
         self._path = path
 
-    def prepare(self) -> None:
+    def prepare(self) -> bool:
         if self.private:
-            return  # made when it is first used
+            return os.path.isdir(self._path)  # made when it is first used
         try:
             os.makedirs(self._path, exist_ok=True)
         except OSError as error:
             raise ChainsUsageError(f"the store {self._path} can't be made: {_said(error)}") from None
+        return True
 
     def write(self, folder: str, name: str, value: bytes) -> None:
         part = f"{name}.part"
@@ -311,10 +336,17 @@ class _Folder:
             return []
 
     def remove(self, folder: str, names: Sequence[str]) -> None:
+        failed: OSError | None = None
         with suppress(FileNotFoundError), self._entered(folder) as inside:
             for name in names:
-                with suppress(FileNotFoundError):
+                try:
                     os.unlink(name, dir_fd=inside)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    failed = error
+        if failed is not None:
+            raise failed
 
     def remove_folder(self, folder: str) -> None:
         above, _, name = folder.rpartition("/")
@@ -373,7 +405,7 @@ class _Remote:
         self._system: Any = None
         self._lock = threading.RLock()
 
-    def prepare(self) -> None:
+    def prepare(self) -> bool:
         import fsspec  # only here and below: most processes have no store of this kind
 
         try:
@@ -384,6 +416,7 @@ class _Remote:
             raise ChainsUsageError(f"the store {self.url} needs a driver of fsspec: {install}") from None
         except ValueError:
             raise ChainsUsageError(f"the store's URL is `{self.url}`: fsspec knows no {self._scheme}://") from None
+        return True
 
     def write(self, folder: str, name: str, value: bytes) -> None:
         with self._opened() as system:

@@ -159,19 +159,42 @@ async def test_a_sweep_leaves_what_others_keep_there(opened: Opened, tmp_path: P
     assert all((tmp_path / name).exists() for name in kept)
 
 
-async def test_a_process_sweeps_when_it_first_uses_the_store(opened: Opened, tmp_path: Path) -> None:
-    old = tmp_path / "ours/400000" / ("0" * 32)
+async def test_what_can_t_be_removed_keeps_nothing_else(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sweep tells of it once, however much there is."""
+    monkeypatch.setattr("chains_stream.store.BATCH", 2)
+    store = await opened(store=str(tmp_path), namespace="ours")
+    hours = [tmp_path / f"ours/{400000 + number}" for number in range(9)]
+    odd = [hour / ("0" * 32) for hour in hours[2:7]]
+    for hour in hours:
+        hour.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 6):
+            (hour / f"{number:032x}").touch()
+    for folder in odd:
+        folder.mkdir()
+    caplog.clear()
+    await store.sweep()
+    assert sorted(content(tmp_path / "ours")) == hours[2:7]
+    assert [path for hour in hours[2:7] for path in content(hour)] == odd
+    told = [record.getMessage() for record in caplog.records if "unswept" in record.getMessage()]
+    assert 1 <= len(told) <= 2, "the store sweeps by itself too"
+    assert "Is a directory" in told[0]
+
+
+@pytest.mark.parametrize("configured", [True, False])
+async def test_a_process_sweeps_what_others_left_when_it_starts(
+    opened: Opened, temporary: Path, *, configured: bool
+) -> None:
+    root = temporary / ("store" if configured else f"chains-stream-{os.geteuid()}")
+    old = root / "ours/400000" / ("0" * 32)
+    root.mkdir(mode=0o700)
     old.parent.mkdir(parents=True)
     old.touch()
-    idle = await opened(store=str(tmp_path), namespace="ours")
-    await idle.close()
-    assert old.exists()
-    store = await opened(store=str(tmp_path), namespace="ours")
-    await store.put(b"value", 1)
+    await opened(store=str(root) if configured else None, namespace="ours")
     async with asyncio.timeout(10):
         while old.parent.exists():  # noqa: ASYNC110 - another process's files tell nobody that they went
             await asyncio.sleep(0.01)
-    await store.close()
 
 
 @pytest.mark.parametrize(
