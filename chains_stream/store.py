@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from io import FileIO
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -105,6 +106,14 @@ class Store:
 
     async def get(self, reference: str) -> bytes:
         """Fetch a value. Raises StoredValueMissingError, or StoreError, also for a reference to anything else."""
+        return await self._at(reference, lambda place: place.read)
+
+    async def require(self, reference: str) -> None:
+        """Look whether a value is there, without fetching it. Raises what `get` does."""
+        await self._at(reference, lambda place: place.require)
+
+    async def _at(self, reference: str, work: Callable[["Place"], Callable[[str, str, int], T]]) -> T:
+        """Do something with the object that a reference names: its folder, its name, and the limit for its size."""
         shown = f"{reference[:_SHOWN]!r}"
         if self._place is None:
             raise StoreError(f"a value lies in a store, {shown}, and this process has none: set CHAINS_STORE")
@@ -114,7 +123,7 @@ class Store:
         hour, _, name = name.partition("/")
         folder, limit = f"{self._settings.namespace}/{hour}", self._settings.max_value_bytes
         try:
-            return await self._run("read from", self._place.read, folder, name, limit)
+            return await self._run("read from", work(self._place), folder, name, limit)
         except StoreError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise StoredValueMissingError(
@@ -227,6 +236,9 @@ class Place(Protocol):
     def read(self, folder: str, name: str, limit: int) -> bytes:
         """Give an object's content. Raises FileNotFoundError, and StoreError for one larger than `limit`."""
 
+    def require(self, folder: str, name: str, limit: int) -> None:
+        """Raise what `read` would."""
+
     def names(self, folder: str) -> list[str]:
         """Give what is in a folder; nothing if it does not exist."""
 
@@ -317,16 +329,12 @@ class _Folder:
             os.fsync(inside)
 
     def read(self, folder: str, name: str, limit: int) -> bytes:
-        with self._entered(folder) as inside:
-            # Without waiting: for the writer of a pipe, which somebody may have put there.
-            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=inside)
-            with open(descriptor, "rb", buffering=0) as file:
-                found = os.fstat(descriptor)
-                if not stat.S_ISREG(found.st_mode):
-                    raise StoreError(f"{self.url}/{folder}/{name} is no file")
-                if found.st_size > limit:
-                    raise _oversized(f"{self.url}/{folder}/{name}", limit)
-                return file.readall()
+        with self._opened(folder, name, limit) as file:
+            return file.readall()
+
+    def require(self, folder: str, name: str, limit: int) -> None:
+        with self._opened(folder, name, limit):
+            pass
 
     def names(self, folder: str) -> list[str]:
         try:
@@ -353,6 +361,19 @@ class _Folder:
         # What another sweeper removed, and what somebody else keeps something in.
         with suppress(OSError), self._entered(above) as inside:
             os.rmdir(name, dir_fd=inside)
+
+    @contextmanager
+    def _opened(self, folder: str, name: str, limit: int) -> Iterator[FileIO]:
+        with self._entered(folder) as inside:
+            # Without waiting: for the writer of a pipe, which somebody may have put there.
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=inside)
+            with open(descriptor, "rb", buffering=0) as file:
+                found = os.fstat(descriptor)
+                if not stat.S_ISREG(found.st_mode):
+                    raise StoreError(f"{self.url}/{folder}/{name} is no file")
+                if found.st_size > limit:
+                    raise _oversized(f"{self.url}/{folder}/{name}", limit)
+                yield file
 
     @contextmanager
     def _entered(self, folder: str, *, create: bool = False) -> Iterator[int]:
@@ -432,11 +453,14 @@ class _Remote:
 
     def read(self, folder: str, name: str, limit: int) -> bytes:
         with self._opened() as system:
-            path = f"{self._root}/{folder}/{name}"
             # Asked for first: not every store takes a range that ends beyond the object.
-            if (system.size(path) or 0) > limit:
+            self.require(folder, name, limit)
+            return bytes(system.cat_file(f"{self._root}/{folder}/{name}"))
+
+    def require(self, folder: str, name: str, limit: int) -> None:
+        with self._opened() as system:
+            if (system.size(f"{self._root}/{folder}/{name}") or 0) > limit:
                 raise _oversized(f"{self.url}/{folder}/{name}", limit)
-            return bytes(system.cat_file(path))
 
     def names(self, folder: str) -> list[str]:
         with self._opened() as system:

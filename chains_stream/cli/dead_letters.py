@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from chains_stream.messages import (
     WINDOW,
 )
 from chains_stream.settings import Settings
+from chains_stream.store import Store, reference_in
 
 REASON_WIDTH = 80  # characters of a reason in a list
 SHOWN_BYTES = 500  # of a value that can't be read
@@ -192,23 +193,29 @@ def replay(places: Sequence[Place], settings: Settings) -> None:
     async def work(broker: Broker) -> None:
         for where in places:
             await _find(broker, where)
-        await _replay(broker, _named(broker, dict.fromkeys(places)))
+        await _replay(broker, settings, _named(broker, dict.fromkeys(places)))
 
     _run(work, settings)
 
 
 def replay_all(chosen: Sequence[Box], settings: Settings) -> None:
     async def work(broker: Broker) -> None:
-        await _replay(broker, _each(broker, await _held(broker, chosen)))
+        await _replay(broker, settings, _each(broker, await _held(broker, chosen)))
 
     _run(work, settings)
 
 
-async def _replay(broker: Broker, letters: AsyncGenerator[tuple[Place, Letter], None]) -> None:
+async def _replay(broker: Broker, settings: Settings, letters: AsyncGenerator[tuple[Place, Letter], None]) -> None:
     sent = failed = 0
-    async with aclosing(letters):
+    async with AsyncExitStack() as stack:
+        store = Store(settings)
+        stack.push_async_callback(store.close)
+        await store.start()
+        await stack.enter_async_context(aclosing(letters))
         async for where, letter in letters:
             try:
+                if not letter.record.value and (reference := reference_in(letter.headers)) is not None:
+                    await store.require(reference)
                 async with patience(broker):
                     partition, offset = await send_again(broker, letter)
             except ChainsRuntimeError as error:

@@ -5,8 +5,10 @@ import os
 import pty
 import re
 import subprocess
+import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -19,8 +21,9 @@ from chains_stream.codec import codec_of
 from chains_stream.control import CancelRequest, Control, Message
 from chains_stream.errors import WorkerLostError
 from chains_stream.letters import dead_letter_spec, dead_letter_topic, send_letter
-from chains_stream.messages import DATAREF, Headers, Request
+from chains_stream.messages import DATAREF, Headers, Request, now_ms
 from chains_stream.settings import Settings
+from chains_stream.store import Store
 from tests.acceptance.command import CHAINS, DEADLINE, HERE, Commands, chains, environment
 
 ORDERS = str(HERE / "chains" / "orders.py")
@@ -260,6 +263,28 @@ async def test_replay_tells_of_letters_that_can_t_be_sent_again(kafka: Kafka) ->
     assert [line.split(" ")[0] for line in done.stdout.splitlines()] == ["Order/0", "Order/2"]
     assert "Order/1 was not sent again: it does not say which partition it came from\n" in done.stderr
     assert done.stderr.endswith("error: 1 of 3 letters were not sent again\n")
+
+
+async def test_replay_looks_for_large_values_first(
+    kafka: Kafka, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker could do nothing with a request whose arguments are gone."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    store = Store(Settings(broker=kafka.url, namespace=kafka.namespace))
+    await store.start()
+    gone = await store.put(b"{}", 1)
+    await store.sweep(now_ms() + 3 * HOUR_MS)
+    there = await store.put(b"{}", 1)
+    await store.close()
+    claims = (gone, there, f"s3://elsewhere/{there}")
+    await kafka.put_aside(*(kafka.record(n, b"", (DATAREF, claim.encode())) for n, claim in enumerate(claims)))
+    done = kafka("dlq", "replay", ORDERS, "--all", "--chainlet", "Order")
+    assert (done.returncode, done.stdout) == (1, "Order/1 was sent again: partition 2, offset 0\n")
+    first, second, _, last = done.stderr.splitlines()
+    assert first.startswith(f"Order/0 was not sent again: a large value is not in the store (any more): {gone};")
+    assert second.startswith("Order/2 was not sent again: 's3://elsewhere/")
+    assert last == "error: 2 of 3 letters were not sent again"
 
 
 async def test_purge(kafka: Kafka) -> None:

@@ -94,6 +94,16 @@ async def test_a_value_comes_back(store: Store) -> None:
     assert await store.get(await store.put(b"small", 1000)) == b"small"
 
 
+async def test_whether_a_value_is_there(store: Store) -> None:
+    reference = await store.put(b"value", 1)
+    await store.require(reference)
+    await store.sweep(now_ms() + 3 * HOUR_MS)
+    with pytest.raises(StoredValueMissingError, match=re.escape(reference)):
+        await store.require(reference)
+    with pytest.raises(StoreError, match="is no value in this process's store"):
+        await store.require("file:///etc/passwd")
+
+
 async def test_many_at_once(store: Store) -> None:
     values = [os.urandom(10_000) for _ in range(100)]
     references = await asyncio.gather(*(store.put(value, HOUR_MS) for value in values))
