@@ -58,6 +58,7 @@ class Topics:
         self._positions: dict[TopicPartition, int] = {}
         self.asked: dict[bytes, Asked] = {}
         self._early: defaultdict[bytes, list[tuple[int, Frame]]] = defaultdict(list)
+        self._dead: set[bytes] = set()  # partitions are read in any order: a letter may come before its request
 
     async def read(self) -> None:
         """Read all that is there."""
@@ -72,12 +73,18 @@ class Topics:
             while any(self._positions[place] < end for place, end in ends.items()):
                 for place, records in (await consumer.getmany(timeout_ms=1000)).items():
                     for record in records:
-                        self._take(record)
+                        self.take(record)
                     self._positions[place] = records[-1].offset + 1
         finally:
             await consumer.stop()
+        self.merge()
+
+    def merge(self) -> None:
+        """Give each request what was read about it, now that all is."""
         for asked_id in self._early.keys() & self.asked.keys():
             self.asked[asked_id].frames += self._early.pop(asked_id)
+        for asked_id in self._dead & self.asked.keys():
+            self.asked[asked_id].dead = True
 
     async def _places(self) -> list[TopicPartition]:
         """Find the partitions of all topics of requests, dead letters and replies."""
@@ -98,15 +105,17 @@ class Topics:
         """Drop what is accounted for."""
         self.asked.clear()
         self._early.clear()
+        self._dead.clear()
 
-    def _take(self, record: ConsumerRecord) -> None:
+    def take(self, record: ConsumerRecord) -> None:
+        """Note what a record says."""
         if record.topic.endswith(".replies"):
             for frame in decode_frames(record.value):
                 self._early[frame.correlation_id].append((record.offset, frame))
             return
         correlation_id = Request.from_headers(record.headers).correlation_id
         if record.topic.endswith(".dlq"):
-            self.asked[correlation_id].dead = True
+            self._dead.add(correlation_id)
             return
         place = f"{record.topic}/{record.partition}/{record.offset}"
         request = msgspec.msgpack.decode(record.value)["request"]
