@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from http import HTTPStatus
@@ -25,6 +26,7 @@ from chains_stream.worker import Host
 from tests.sample import Seen
 
 WAIT = 20.0  # seconds that a test waits for what must come
+NARROW = 4 << 10  # bytes that each end of a narrow connection holds, about
 
 
 class BusyError(Exception):
@@ -165,8 +167,12 @@ class Served:
         """Read what is published on a topic from now on."""
         return await self.broker.read(topic, dict.fromkeys(range(await self.broker.partitions(topic))))
 
-    def connect(self) -> "RawClient":
-        return RawClient(self.url)
+    def connect(self, *, narrow: bool = False) -> "RawClient":
+        """Give a client; a narrow connection holds only some KB of an answer that is not read."""
+        if narrow:
+            assert self.server._socket is not None
+            self.server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, NARROW)  # of those accepted from now on
+        return RawClient(self.url, narrow=narrow)
 
 
 class RequestLog(logging.Handler):
@@ -221,13 +227,20 @@ async def serving(entrypoint: type[Any], *, workers: bool = True, **settings: An
 class RawClient:
     """A client that does what an HTTP library would not: leaves early, reads slowly, speaks badly."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, narrow: bool = False) -> None:
+        self._narrow = narrow
         host, _, port = url.removeprefix("http://").rpartition(":")
         self._address = host, int(port)
 
     async def __aenter__(self) -> Self:
         # A reader that holds little, so that what is not read stays in the socket.
-        self.reader, self.writer = await asyncio.open_connection(*self._address, limit=16 << 10)
+        connection = socket.socket()
+        connection.setblocking(False)
+        if self._narrow:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NARROW)
+        await asyncio.get_running_loop().sock_connect(connection, self._address)
+        limit = 1 << 10 if self._narrow else 16 << 10
+        self.reader, self.writer = await asyncio.open_connection(sock=connection, limit=limit)
         return self
 
     async def __aexit__(

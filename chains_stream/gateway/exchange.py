@@ -31,6 +31,8 @@ TIMEOUT_HEADER = "x-request-timeout"  # seconds that a client gives its request,
 AFFINITY_HEADER = "chains-affinity-key"  # text; requests of one key go to one worker for as long as it is there
 MAX_AFFINITY = 256  # bytes
 DISCARDED = 64 << 10  # bytes of a body that cost less to take and throw away than a new connection does
+PIECE = 64 << 10  # bytes of an answer that are handed to the connection at once; the next wait until it has sent them
+TAKEN_WITHIN = 10.0  # seconds that a client has to take an answer that has no deadline: of an error, of a probe
 FAREWELL = 1.0  # seconds that a client has to take the end of an answer that was cut short
 
 _EXCHANGE = "chains.exchange"  # in the ASGI scope of a request
@@ -55,6 +57,9 @@ class Connection(Protocol):
     def break_off(self, *, at_once: bool) -> None:
         """Close it in the middle of an answer, after what is buffered, or with that lost."""
 
+    async def taken(self) -> None:
+        """Wait until nothing that was written to it is buffered here."""
+
 
 CONNECTION = "chains.connection"
 
@@ -68,7 +73,7 @@ class Exchange:
         status: of the answer; `CLIENT_CLOSED_REQUEST` once the client has left.
         error: the code of what went wrong, for the log.
         started: whether the status line has gone out.
-        complete: whether all of the answer has.
+        complete: whether all of the answer has; the connection may still buffer some of it.
         interrupted: whether the gateway stopped before the answer was complete.
     """
 
@@ -184,16 +189,32 @@ class Exchange:
         await self.send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def finish(self, data: bytes = b"") -> None:
-        """Send the last part of the body."""
+        """Send the last part of the body, and wait until the client has taken all that is not in the socket."""
+        if len(data) > PIECE:
+            for start in range(0, len(data), PIECE):
+                await self.write(data[start : start + PIECE])
+            data = b""
         await self.send({"type": "http.response.body", "body": data, "more_body": False})
+        await self._taken()
 
     async def answer(self, problem: Problem, headers: dict[str, str] | None = None) -> None:
         """Answer with a problem."""
         self.error = problem.code
         await problems.respond(problem, headers)(self._scope, self._receive, self.send)
+        await self.settle()
+
+    async def settle(self) -> None:
+        """See to it that the client takes what it was sent, however it was: if it does not, break off."""
+        try:
+            async with asyncio.timeout(TAKEN_WITHIN):
+                await self._taken()
+        except TimeoutError:
+            await self._cut_off(at_once=True)
 
     async def end_early(self, last: bytes | None) -> None:
         """End an answer that began well: with `last`, or, if there is none or it is not taken, by breaking off."""
+        if self.complete:  # all of it is written, but not taken
+            return await self._cut_off(at_once=True)
         if last is not None:
             try:
                 async with asyncio.timeout(FAREWELL):
@@ -217,7 +238,8 @@ class Exchange:
     async def _until_left(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self._end(ClientLeftError())
+        if not self.complete:  # with a complete answer the server has no more to tell us
+            self._end(ClientLeftError())
 
     def _late(self) -> Exception:
         if self._listener is not None:
@@ -230,8 +252,17 @@ class Exchange:
             self._reason = reason
             self._limit.reschedule(asyncio.get_running_loop().time())
 
-    async def _cut_off(self, *, at_once: bool) -> None:
+    @property
+    def _connection(self) -> Connection | None:
         connection: Connection | None = self._scope.get("state", {}).get(CONNECTION)
+        return connection
+
+    async def _taken(self) -> None:
+        if (connection := self._connection) is not None:
+            await connection.taken()
+
+    async def _cut_off(self, *, at_once: bool) -> None:
+        connection = self._connection
         if connection is None:
             raise CutOffError
         connection.break_off(at_once=at_once)
@@ -266,6 +297,7 @@ class Entry:
         bind_contextvars(request_id=exchange.request_id)
         try:
             await self._app(scope, receive, exchange.send)
+            await exchange.settle()
         except CutOffError:
             raise
         except Exception:

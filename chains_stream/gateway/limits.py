@@ -1,4 +1,4 @@
-"""What a gateway takes on at once. What goes beyond is turned away with 429 before it is read, and leaves nothing."""
+"""What a gateway takes on at once. What goes beyond is turned away with 429, if it can before it is read."""
 
 import hashlib
 from typing import Literal, Never
@@ -17,7 +17,9 @@ _SHED = {reason: metrics.SHED.labels(reason) for reason in ("requests", "key", "
 
 
 class Limits:
-    """Requests in flight, in all and of one key, and the bytes of bodies that wait to be published.
+    """Requests in flight, in all and of one key, and the bytes of bodies and of results.
+
+    Bodies count until they are published, large results while they are written: until the client has taken them.
 
     The key is the credential that a request presents, whether it is a good one or not; those without share one.
     """
@@ -56,10 +58,15 @@ class Limits:
             if not self._by_key[key]:
                 del self._by_key[key]
 
-    def add_bytes(self, size: int) -> None:
-        """Count bytes of bodies, or count them no more if negative. Raises OverloadedError."""
-        if size > 0 and self._bytes + size > self._max_bytes:
-            text = f"the gateway holds bodies of {self._bytes} bytes, and {size} more are more than it takes"
+    def add_bytes(self, size: int, *, alone: bool = False) -> None:
+        """Count bytes, or count them no more if negative. Raises OverloadedError.
+
+        `alone` lets any number pass when there are no others.
+        """
+        if size > 0 and self._bytes + size > self._max_bytes and not (alone and self._bytes == 0):
+            text = (
+                f"the gateway holds bodies and results of {self._bytes} bytes, and {size} more are more than it takes"
+            )
             _shed("bytes", f"{text} (CHAINS_MAX_BUFFERED_BYTES)")
         self._bytes += size
 
@@ -75,6 +82,15 @@ class Place:
     def hold(self, size: int) -> None:
         """Count `size` bytes in all for this request's body; 0 once it is published. Raises OverloadedError."""
         self._limits.add_bytes(size - self._bytes)
+        self._bytes = size
+
+    def hold_result(self, size: int) -> None:
+        """Count a result of `size` bytes until the request leaves. Raises OverloadedError.
+
+        One larger than all that may be held passes while nothing else is: it would be turned away for ever.
+        """
+        self.hold(0)
+        self._limits.add_bytes(size, alone=True)
         self._bytes = size
 
     def leave(self) -> None:

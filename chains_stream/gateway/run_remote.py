@@ -12,7 +12,7 @@ from chains_stream.calls import Call, RemoteTarget
 from chains_stream.codec import Codec
 from chains_stream.errors import GatewayError, OverloadedError
 from chains_stream.gateway import problems
-from chains_stream.gateway.exchange import ClientLeftError, Exchange, exchange_of
+from chains_stream.gateway.exchange import PIECE, ClientLeftError, Exchange, exchange_of
 from chains_stream.gateway.limits import Limits, Place
 from chains_stream.gateway.negotiation import choose
 from chains_stream.gateway.problems import Refusal
@@ -79,6 +79,8 @@ class RunRemote:
                 await Stream(exchange, call, form).run()
             else:
                 result = self._codec.result_to_json(await call.result())
+                if len(result) > PIECE:
+                    place.hold_result(len(result))
                 await exchange.start(HTTPStatus.OK, {"content-type": JSON, "content-length": str(len(result))})
                 await exchange.finish(result)
         except asyncio.CancelledError:
@@ -125,7 +127,7 @@ async def _fail(exchange: Exchange, form: Form | None, error: Exception) -> None
     problem = problems.of_error(error, exchange.request_id)
     if not exchange.started:
         await exchange.answer(problem, {"connection": "close"} if exchange.sending else None)
-    elif not exchange.complete:
+    else:
         exchange.error = problem.code
         await exchange.end_early(None if form is None else form.failure(msgspec.json.encode(problem)))
 

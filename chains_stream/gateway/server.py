@@ -150,6 +150,9 @@ class _Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's own
         super().connection_made(transport)
         self.app_state = {**self.app_state, CONNECTION: self}
+        # Writing pauses as soon as the socket is full: what is sent next, and the end of a request, wait until nothing
+        # is buffered here, so that a client which does not read costs no more than one piece of an answer.
+        transport.set_write_buffer_limits(high=0)
 
     def break_off(self, *, at_once: bool) -> None:
         # An answer in HTTP/1.0 ends where its connection does: only a reset tells that it is not the end.
@@ -160,6 +163,10 @@ class _Connection(H11Protocol):
             self.transport.abort()
         else:
             self.transport.close()
+
+    async def taken(self) -> None:
+        if self.flow.write_paused:
+            await self.flow.drain()
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):

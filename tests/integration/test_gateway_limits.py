@@ -12,9 +12,10 @@ import pytest
 
 import chains_stream as chains
 from chains_stream.errors import OverloadedError
-from chains_stream.gateway.exchange import DISCARDED
+from chains_stream.gateway import exchange
+from chains_stream.gateway.exchange import DISCARDED, PIECE
 from tests.sample import Seen
-from tests.serving import Greet, RawClient, Served, Slow, problem_of, request_log, serving
+from tests.serving import Greet, RawClient, RequestLog, Say, Served, Slow, problem_of, request_log, serving
 
 MB = 1 << 20
 
@@ -24,6 +25,12 @@ def nothing_seen() -> Iterator[None]:
     Seen.reset()
     yield
     Seen.reset()
+
+
+@pytest.fixture
+def log() -> Iterator[RequestLog]:
+    with request_log() as handler:
+        yield handler
 
 
 @asynccontextmanager
@@ -230,6 +237,63 @@ async def test_a_sender_that_never_ends_holds_bytes_until_its_deadline() -> None
         shed(await served.call(name="x"))
         assert (await client.read_all()).startswith(b"HTTP/1.1 408 ")
         assert (await served.call(name="x")).status_code == 200
+
+
+# --- answers that nobody reads
+
+
+async def test_a_result_keeps_its_place_and_its_bytes_until_it_is_taken(log: RequestLog) -> None:
+    times = MB // len("Hello, x!") - 100
+    async with serving(Greet, max_requests=2, max_buffered_bytes=MB, max_body_bytes=MB) as served:
+        async with served.connect(narrow=True) as client:
+            await client.send({"name": "x", "times": times})
+            await client.read_until(b"\r\n\r\n")
+            # There is a place for another one, but not for as many bytes.
+            assert "CHAINS_MAX_BUFFERED_BYTES" in shed(await served.call(name="x", times=times))
+            assert (await served.call(name="x")).json() == "Hello, x!"
+            assert [line["status"] for line in await log.wait(2)] == [429, 200]
+            async with asyncio.timeout(10):
+                assert await client.reader.readexactly(times * 9 + 2) == b'"%b"' % (b"Hello, x!" * times)
+            await log.wait(3)
+        assert len((await served.call(name="x", times=times)).json()) == 9 * times
+
+
+@pytest.mark.parametrize(
+    ("entrypoint", "arguments"),
+    [
+        (Greet, {"times": MB}),
+        (Greet, {"times": (PIECE - 100) // len("Hello, world!")}),  # one piece, and the last
+        (Say, {"texts": ["x" * (PIECE - 100)]}),
+    ],
+    ids=["large", "small", "stream"],
+)
+async def test_what_is_not_taken_is_broken_off_at_its_deadline(
+    entrypoint: type[Any], arguments: dict[str, Any], log: RequestLog
+) -> None:
+    server = serving(entrypoint, max_requests=1, max_record_bytes=64 * MB)
+    async with server as served, served.connect(narrow=True) as client:
+        await client.send(arguments, "x-request-timeout: 1")
+        await client.read_until(b"\r\n\r\n")
+        shed(await served.call(**arguments))
+        _, line = await log.wait(2)
+        assert (line["status"], line["error"]) == (200, "deadline-exceeded")
+        assert 900 < line["duration_ms"] < 5_000
+        with pytest.raises(ConnectionResetError):
+            await client.read_all()
+
+
+async def test_an_error_that_is_not_taken_keeps_its_place_for_a_while(
+    log: RequestLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "TAKEN_WITHIN", 1.0)
+    async with serving(Say, max_requests=1) as served, served.connect(narrow=True) as client:
+        await client.send({"texts": [], "fail": "x" * PIECE})
+        await client.read_until(b"\r\n\r\n")
+        shed(await served.call(texts=[]))
+        _, line = await log.wait(2)
+        assert line["status"] == 500
+        with pytest.raises(ConnectionResetError):
+            await client.read_all()
 
 
 async def _until_bytes_are_held(served: Served, size: int = 200) -> None:

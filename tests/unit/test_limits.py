@@ -46,8 +46,22 @@ def test_bytes_are_of_all_requests_together() -> None:
     limits = Limits(Settings(max_body_bytes=10, max_buffered_bytes=10))
     first, second = limits.enter(headers("a")), limits.enter(headers("a"))
     first.hold(6)
-    with pytest.raises(OverloadedError, match="bodies of 6 bytes, and 5 more"):
+    with pytest.raises(OverloadedError, match="bodies and results of 6 bytes, and 5 more"):
         second.hold(5)
     second.hold(4)
     first.hold(0)  # it is published
     second.hold(10)
+
+
+def test_results_count_with_bodies_and_one_larger_than_all_passes_alone() -> None:
+    limits = Limits(Settings(max_body_bytes=10, max_buffered_bytes=10))
+    first, second = limits.enter(headers("a")), limits.enter(headers("a"))
+    first.hold(6)
+    with pytest.raises(OverloadedError, match="and 11 more"):
+        second.hold_result(11)
+    first.leave()
+    second.hold_result(11)
+    with pytest.raises(OverloadedError, match="bodies and results of 11 bytes"):
+        limits.enter(headers("a")).hold(1)
+    second.leave()
+    limits.enter(headers("a")).hold(10)
