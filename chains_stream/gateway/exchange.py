@@ -31,6 +31,8 @@ TIMEOUT_HEADER = "x-request-timeout"  # seconds that a client gives its request,
 AFFINITY_HEADER = "chains-affinity-key"  # text; requests of one key go to one worker for as long as it is there
 MAX_AFFINITY = 256  # bytes
 DISCARDED = 64 << 10  # bytes of a body that cost less to take and throw away than a new connection does
+BODY_SECONDS = 60.0  # that a body may take to arrive, whatever the deadline of its request
+BODY_IDLE_SECONDS = 10.0  # of these, without a byte
 PIECE = 64 << 10  # bytes of an answer that are handed to the connection at once; the next wait until it has sent them
 TAKEN_WITHIN = 10.0  # seconds that a client has to take an answer that has no deadline: of an error, of a probe
 FAREWELL = 1.0  # seconds that a client has to take the end of an answer that was cut short
@@ -136,24 +138,32 @@ class Exchange:
         finally:
             self._limit = None
 
-    async def body(self, limit: int, hold: Callable[[int], None]) -> bytes:
+    async def body(self, limit: int, hold: Callable[[int, int], None]) -> bytes:
         """Read the body, of at most `limit` bytes; from then on notice when the client leaves.
 
-        `hold` is told, before more is read, how many bytes are announced or here; it may raise to end the reading.
-        Raises Refusal, ClientLeftError.
+        `hold` is told, before more is read, how many bytes are here and how many are announced beyond; it may raise to
+        end the reading. Raises Refusal, ClientLeftError.
         """
+        clock = asyncio.get_running_loop().time
+        end = clock() + BODY_SECONDS
         announced = int(self.headers.get("content-length", "0"))  # the server has checked it
         parts = list[bytes]()
         received = 0
         while max(announced, received) <= limit:
-            hold(max(announced, received))
-            message = await self._receive()
+            hold(received, max(0, announced - received))
+            try:
+                async with asyncio.timeout_at(min(end, clock() + BODY_IDLE_SECONDS)) as wait:
+                    message = await self._receive()
+            except TimeoutError:
+                if not wait.expired():
+                    raise
+                raise _too_slow(f"{received} bytes of the body arrived, and then too little for too long") from None
             if message["type"] == "http.disconnect":
                 raise ClientLeftError
             parts.append(message.get("body", b""))
             received += len(parts[-1])
             if received <= limit and not message.get("more_body", False):
-                hold(received)
+                hold(received, 0)
                 self._listen()
                 return b"".join(parts)
         raise Refusal(
@@ -244,8 +254,7 @@ class Exchange:
     def _late(self) -> Exception:
         if self._listener is not None:
             return DeadlineExceededError("the deadline of the request passed")
-        text = "the body did not arrive before the deadline of the request"
-        return Refusal(HTTPStatus.REQUEST_TIMEOUT, "body-too-slow", text, close=True)
+        return _too_slow("the body did not arrive before the deadline of the request")
 
     def _end(self, reason: Exception) -> None:
         if self._limit is not None and self._reason is None and not self._limit.expired():
@@ -333,6 +342,10 @@ class Entry:
 def _children(route: str, status: int) -> tuple[Counter, Histogram]:
     """Give what counts the requests of a route that end so. There are few: routes of ours, and statuses of HTTP."""
     return metrics.HTTP_REQUESTS.labels(route, status), metrics.HTTP_SECONDS.labels(route)
+
+
+def _too_slow(text: str) -> Refusal:
+    return Refusal(HTTPStatus.REQUEST_TIMEOUT, "body-too-slow", text, close=True)
 
 
 def _affinity(value: str | None) -> bytes | None:

@@ -19,7 +19,8 @@ _SHED = {reason: metrics.SHED.labels(reason) for reason in ("requests", "key", "
 class Limits:
     """Requests in flight, in all and of one key, and the bytes of bodies and of results.
 
-    Bodies count until they are published, large results while they are written: until the client has taken them.
+    Bodies count as far as they are here, until they are published; large results while they are written, until the
+    client has taken them.
 
     The key is the credential that a request presents, whether it is a good one or not; those without share one.
     """
@@ -58,14 +59,16 @@ class Limits:
             if not self._by_key[key]:
                 del self._by_key[key]
 
-    def add_bytes(self, size: int, *, alone: bool = False) -> None:
+    def add_bytes(self, size: int, coming: int = 0, *, alone: bool = False) -> None:
         """Count bytes, or count them no more if negative. Raises OverloadedError.
 
+        Those that are `coming` must fit too, and are not counted: who announces much and sends nothing holds nothing.
         `alone` lets any number pass when there are no others.
         """
-        if size > 0 and self._bytes + size > self._max_bytes and not (alone and self._bytes == 0):
+        more = size + coming
+        if more > 0 and self._bytes + more > self._max_bytes and not (alone and self._bytes == 0):
             text = (
-                f"the gateway holds bodies and results of {self._bytes} bytes, and {size} more are more than it takes"
+                f"the gateway holds bodies and results of {self._bytes} bytes, and {more} more are more than it takes"
             )
             _shed("bytes", f"{text} (CHAINS_MAX_BUFFERED_BYTES)")
         self._bytes += size
@@ -79,9 +82,12 @@ class Place:
         self._key = key
         self._bytes = 0
 
-    def hold(self, size: int) -> None:
-        """Count `size` bytes in all for this request's body; 0 once it is published. Raises OverloadedError."""
-        self._limits.add_bytes(size - self._bytes)
+    def hold(self, size: int, coming: int = 0) -> None:
+        """Count `size` bytes in all for this request's body; 0 once it is published. Raises OverloadedError.
+
+        So it does where the bytes that are still `coming` would not fit, though they don't count.
+        """
+        self._limits.add_bytes(size - self._bytes, coming)
         self._bytes = size
 
     def hold_result(self, size: int) -> None:

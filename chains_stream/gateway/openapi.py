@@ -20,7 +20,7 @@ _JSON = "application/json"
 _FAILURES = {
     400: "The arguments, or a header, are wrong; `path` names the wrong field.",
     406: "`accept` allows none of the media types that can be had; `offered` lists them.",
-    408: "The body did not arrive before the deadline.",
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     429: "Too many requests, or bytes of them, are under way: see `detail`. Try again after `retry-after` seconds.",

@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+import time
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import httpx
@@ -188,19 +189,19 @@ async def test_no_key_has_a_limit_unless_one_is_set() -> None:
 # --- bytes
 
 
-async def test_bodies_count_from_their_announcement_until_they_are_published() -> None:
+async def test_bodies_count_as_far_as_they_are_here_until_they_are_published() -> None:
     async with serving(Greet, max_buffered_bytes=MB, max_body_bytes=MB, max_record_bytes=2 * MB) as served:
         before = await count_of(served, "bytes")
         async with served.connect() as slow:
-            await slow.send_raw(announcing(MB - 100) + b'{"name": "')
-            await _until_bytes_are_held(served)
-            response = await served.call(name="x" * 100)
-            assert "CHAINS_MAX_BUFFERED_BYTES" in shed(response)
+            head, rest = _nearly_all(MB - 100)
+            await slow.send_raw(head)
+            await _until_bytes_are_held(served, 300)
+            assert "CHAINS_MAX_BUFFERED_BYTES" in shed(await served.call(name="x" * 300))
             assert (await served.call(name="x")).status_code == 200  # there is room for a small one
             assert await count_of(served, "bytes") >= before + 1
-            await slow.send_raw(b"a" * (MB - 100 - 12) + b'"}')
+            await slow.send_raw(rest)
             assert (await slow.read_until(b"\r\n")).startswith(b"HTTP/1.1 200 ")
-        assert (await served.call(name="x" * 100)).status_code == 200
+        assert (await served.call(name="x" * 300)).status_code == 200
 
 
 async def test_a_request_under_way_does_not_count_any_more() -> None:
@@ -212,8 +213,8 @@ async def test_a_request_under_way_does_not_count_any_more() -> None:
 async def test_a_body_of_unknown_length_counts_as_far_as_it_is_here() -> None:
     size = 64 << 10
     async with serving(Greet, max_buffered_bytes=MB, max_body_bytes=MB) as served, served.connect() as slow:
-        await slow.send_raw(announcing(MB - size) + b'{"name": "')
-        await _until_bytes_are_held(served, size)
+        await slow.send_raw(_nearly_all(MB - size)[0])
+        await _until_bytes_are_held(served, size + 300)
         async with served.connect() as client:
             await client.send_raw(announcing(0).replace(b"content-length: 0", b"transfer-encoding: chunked"))
             piece = b"%x\r\n%b\r\n" % (size // 2, b"x" * (size // 2))
@@ -230,13 +231,55 @@ async def test_the_largest_body_is_taken_though_the_limit_of_all_is_lower() -> N
         problem_of(await served.call(name="x" * 1_000), 413)
 
 
-async def test_a_sender_that_never_ends_holds_bytes_until_its_deadline() -> None:
+async def test_senders_that_send_nothing_hold_nothing() -> None:
+    async with AsyncExitStack() as stack:
+        served = await stack.enter_async_context(serving(Slow, max_buffered_bytes=MB, max_body_bytes=MB))
+        for _ in range(8):
+            client = await stack.enter_async_context(served.connect())
+            await client.send_raw(announcing(MB, "expect: 100-continue"))
+            await client.read_until(b"100 Continue\r\n\r\n")  # its body is waited for
+        async with held(served, "x" * (MB // 2), "y" * (MB // 2)):
+            pass
+
+
+async def test_a_sender_whose_body_has_no_room_is_told_before_it_sends() -> None:
+    async with serving(Greet, max_buffered_bytes=MB, max_body_bytes=MB) as served, served.connect() as slow:
+        await slow.send_raw(_nearly_all(MB)[0])
+        await _until_bytes_are_held(served, 300)
+        async with served.connect() as client:
+            await client.send_raw(announcing(MB, "expect: 100-continue"))
+            assert (await client.read_all()).startswith(b"HTTP/1.1 429 ")
+
+
+async def test_a_sender_that_falls_silent_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "BODY_IDLE_SECONDS", 0.5)
     async with serving(Greet, max_buffered_bytes=MB, max_body_bytes=MB) as served, served.connect() as client:
-        await client.send_raw(announcing(MB, "x-request-timeout: 0.5") + b"{")
-        await _until_bytes_are_held(served)
-        shed(await served.call(name="x"))
-        assert (await client.read_all()).startswith(b"HTTP/1.1 408 ")
-        assert (await served.call(name="x")).status_code == 200
+        await client.send_raw(_nearly_all(MB)[0])
+        await _until_bytes_are_held(served, 300)
+        answer = await client.read_all()
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b'"code":"body-too-slow"' in answer
+        assert (await served.call(name="x" * 300)).status_code == 200
+
+
+async def test_a_sender_that_dribbles_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "BODY_IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(exchange, "BODY_SECONDS", 1.0)
+    async with serving(Greet) as served, served.connect() as client:
+        began = time.monotonic()
+        await client.send_raw(announcing(MB))
+        answer = asyncio.ensure_future(client.read_all())
+        while not answer.done():
+            await client.send_raw(b" ")
+            await asyncio.wait([answer], timeout=0.1)
+        assert (await answer).startswith(b"HTTP/1.1 408 ")
+        assert 0.9 < time.monotonic() - began < 5
+
+
+def _nearly_all(size: int) -> tuple[bytes, bytes]:
+    """Write a request with a body of `size` bytes, in two parts: the second is 200 bytes."""
+    body = b'{"name": "%b"}' % (b"a" * (size - 12))
+    return announcing(size) + body[:-200], body[-200:]
 
 
 # --- answers that nobody reads
