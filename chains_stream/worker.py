@@ -5,7 +5,6 @@ stored its whole answer, and only when all requests before it on its partition a
 """
 
 import asyncio
-import inspect
 import time
 from collections.abc import Collection, Iterator, Sequence
 
@@ -133,14 +132,6 @@ class Worker:
     def busy(self) -> Busy:
         """Say how busy it is, for callers to choose by."""
         return Busy(sorted(self._assignment.held), self.in_flight, sum(self.lag().values()), self.callee.concurrency)
-
-    async def healthy(self) -> bool:
-        """Ask the Chainlet's own `is_healthy`, if it has one."""
-        check = getattr(self.callee.instance, "is_healthy", None)
-        if check is None:
-            return True
-        answer = check()
-        return bool(await answer if inspect.isawaitable(answer) else answer)
 
     # --- taking
 
@@ -366,10 +357,6 @@ class Host:
         await self._reporter.close()
         for callee in self._callees.values():
             callee.close()
-
-    async def healthy(self) -> bool:
-        """Ask every Chainlet that has an `is_healthy`."""
-        return all([await worker.healthy() for worker in self.workers])
 
     async def _build(self, cls: type[ChainletBase]) -> ChainletBase:
         stubs = {

@@ -1,7 +1,5 @@
 """A worker's `/healthz`, `/readyz` and `/metrics`, for whatever watches over processes."""
 
-import asyncio
-
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -9,13 +7,11 @@ from starlette.routing import Route
 
 from chains_stream.broker import Broker
 from chains_stream.calls import Caller
-from chains_stream.errors import ChainsUsageError, message_of
+from chains_stream.errors import ChainsUsageError
 from chains_stream.gateway import probes
 from chains_stream.gateway.server import Server
 from chains_stream.log import get_logger
-from chains_stream.worker import Host, Worker
-
-HEALTHY_WITHIN = 5.0  # seconds that a Chainlet's `is_healthy` has: a probe's patience is seldom longer
+from chains_stream.worker import Host
 
 _GRACE = 1.0  # seconds that the answer to a probe may take at the end
 _UNAVAILABLE = 503
@@ -28,7 +24,7 @@ class Health:
 
     def __init__(self, address: str, port: int) -> None:
         self._ready = False
-        self._watched: tuple[Host, Broker, Caller] | None = None
+        self._watched: tuple[probes.Checkup, Broker, Caller] | None = None
         self._server = Server(address, port, _GRACE)
 
     async def start(self) -> str:
@@ -47,7 +43,7 @@ class Health:
 
     def watch(self, host: Host, broker: Broker, caller: Caller) -> None:
         """Be ready, for as long as these parts of the worker are well and `leave` is not called."""
-        self._watched = host, broker, caller
+        self._watched = probes.Checkup(worker.callee for worker in host.workers), broker, caller
         self._ready = True
 
     def leave(self) -> None:
@@ -60,26 +56,9 @@ class Health:
     async def _healthz(self, _request: Request) -> Response:
         if self._watched is None:
             return probes.health(None)
-        host, broker, caller = self._watched
-        reason = await probes.trouble(broker, caller)
-        for worker in host.workers:
-            reason = reason or await _complaint(worker)
-        return probes.health(reason)
+        checkup, broker, caller = self._watched
+        return probes.health(await probes.trouble(broker, caller) or await checkup.complaint())
 
     async def _readyz(self, _request: Request) -> Response:
         status = "ok" if self._ready else "not ready"
         return JSONResponse({"status": status}, 200 if self._ready else _UNAVAILABLE)
-
-
-async def _complaint(worker: Worker) -> str | None:
-    """Say why a Chainlet is not healthy, by its own `is_healthy`; None if it is."""
-    limit = asyncio.timeout(HEALTHY_WITHIN)
-    check = f"{worker.callee.name}.is_healthy"
-    try:
-        async with limit:
-            return None if await worker.healthy() else f"{check} said no"
-    except Exception as error:  # noqa: BLE001 - the check is the user's code, and raising is one way to say no
-        if limit.expired():
-            return f"{check} did not answer within {HEALTHY_WITHIN:g} s"
-        log.warning("chainlet.unhealthy", reason=f"{check} raised {type(error).__name__}: {message_of(error)}")
-        return f"{check} raised {type(error).__name__}"

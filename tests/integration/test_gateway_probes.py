@@ -1,6 +1,8 @@
 """What watchers of a process see: `/metrics`, and a `/healthz` that says why."""
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
@@ -9,9 +11,9 @@ import pytest
 
 import chains_stream as chains
 from chains_stream.brokers.memory import MemoryBroker, MemoryReader
-from chains_stream.cli import health as cli_health
 from chains_stream.cli.health import Health
 from chains_stream.errors import BrokerError
+from chains_stream.gateway import probes
 from tests.sample import Seen
 from tests.serving import WAIT, Greet, Slow, request_log, serving
 
@@ -35,6 +37,32 @@ class Ailing(chains.ChainletBase):
             case "hanging":
                 await asyncio.Event().wait()
         return type(self).state == "well"
+
+    async def run_remote(self) -> None: ...
+
+
+class Top(chains.ChainletBase):
+    """Never says how it is."""
+
+    def __init__(self, below: Ailing = chains.depends(Ailing)) -> None:
+        self._below = below
+
+    async def is_healthy(self) -> bool:
+        await asyncio.Event().wait()
+        return True
+
+    async def run_remote(self) -> None: ...
+
+
+class Stuck(chains.ChainletBase):
+    """Has a synchronous check, which does not answer until a test says so."""
+
+    asked = 0
+    released = threading.Event()
+
+    def is_healthy(self) -> bool:
+        type(self).asked += 1
+        return type(self).released.wait(10)
 
     async def run_remote(self) -> None: ...
 
@@ -204,7 +232,7 @@ async def test_a_worker_that_is_ending_is_not_ill() -> None:
 async def test_a_chainlet_that_is_not_healthy_is_named(
     state: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli_health, "HEALTHY_WITHIN", 0.05)
+    monkeypatch.setattr(probes, "HEALTHY_WITHIN", 0.05)
     async with serving(Ailing) as served, watching() as (health, http):
         assert served.hosted is not None
         health.watch(served.hosted, served.broker, served.caller)
@@ -214,3 +242,38 @@ async def test_a_chainlet_that_is_not_healthy_is_named(
         assert response.status_code == 503
         assert response.json() == {"status": "unhealthy", "reason": reason}
         monkeypatch.undo()
+
+
+async def test_a_check_that_blocks_keeps_nothing_else_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stuck, "asked", 0)
+    monkeypatch.setattr(Stuck, "released", threading.Event())
+    async with serving(Stuck) as served, watching() as (health, http):
+        assert served.hosted is not None
+        health.watch(served.hosted, served.broker, served.caller)
+        monkeypatch.setattr(probes, "HEALTHY_WITHIN", 0.1)
+        for _ in range(3):
+            response = await http.get("/healthz")
+            assert response.status_code == 503
+            assert response.json()["reason"] == "Stuck.is_healthy did not answer within 0.1 s"
+        assert Stuck.asked == 1  # and there is one thread that waits
+        monkeypatch.setattr(probes, "HEALTHY_WITHIN", WAIT)
+        probe = asyncio.ensure_future(http.get("/healthz"))
+        for _ in range(5):
+            assert (await http.get("/readyz")).status_code == 200
+        assert not probe.done()
+        Stuck.released.set()
+        assert (await probe).json() == {"status": "ok"}
+        assert Stuck.asked == 2
+
+
+async def test_all_chainlets_are_asked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "HEALTHY_WITHIN", 1.0)
+    async with serving(Top) as served, watching() as (health, http):
+        assert served.hosted is not None
+        health.watch(served.hosted, served.broker, served.caller)
+        monkeypatch.setattr(Ailing, "state", "hanging")
+        began = time.monotonic()
+        response = await http.get("/healthz")
+        assert 0.9 < time.monotonic() - began < 1.8
+    late = "is_healthy did not answer within 1 s"
+    assert response.json()["reason"] == f"Ailing.{late}; Top.{late}"
