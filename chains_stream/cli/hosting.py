@@ -31,7 +31,8 @@ def run_all(chain: Chain, settings: Settings) -> None:
         host = Host(chain, chain.chainlets, broker, caller, settings)
         stack.push_async_callback(host.drain)
         await host.start()
-        url = await _open(stack, server, Gateway(chain, caller, broker, settings))
+        hosted = [worker.callee for worker in host.workers]
+        url = await _open(stack, server, Gateway(chain, caller, broker, settings, hosted))
         return Serving(f"{_ready(chain, url)}\n{try_it(chain, url)}", host.failed)
 
     _serve(chain, start)

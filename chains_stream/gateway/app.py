@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 import re
+from collections.abc import Iterable
 from http import HTTPStatus
 from importlib import resources
 
@@ -25,6 +26,7 @@ from chains_stream.gateway import openapi, probes, problems
 from chains_stream.gateway.exchange import Entry, exchange_of
 from chains_stream.gateway.problems import Refusal
 from chains_stream.gateway.run_remote import RunRemote
+from chains_stream.local import Callee
 from chains_stream.settings import Settings
 
 READY_FOR = 1.0  # seconds that an answer of `/readyz` is kept
@@ -41,15 +43,19 @@ class Gateway:
         caller: started, and closed by whoever started it; after the server has stopped.
         broker: that the caller uses.
         settings: of the process.
+        hosted: the Chainlets that this process serves too; `/healthz` asks their `is_healthy`.
     """
 
     app: Starlette
 
-    def __init__(self, chain: Chain, caller: Caller, broker: Broker, settings: Settings) -> None:
+    def __init__(
+        self, chain: Chain, caller: Caller, broker: Broker, settings: Settings, hosted: Iterable[Callee] = ()
+    ) -> None:
         self._chain = chain
         self._caller = caller
         self._broker = broker
         self._settings = settings
+        self._checkup = probes.Checkup(hosted)
         self._run_remote: RunRemote | None = None
 
     async def start(self) -> None:
@@ -81,7 +87,7 @@ class Gateway:
             self._run_remote.interrupt()
 
     async def _healthz(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's
-        return probes.health(await probes.trouble(self._broker, self._caller))
+        return probes.health(await probes.trouble(self._broker, self._caller) or await self._checkup.complaint())
 
 
 async def create_app(chain: Chain, caller: Caller, broker: Broker, settings: Settings) -> Starlette:

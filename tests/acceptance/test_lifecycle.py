@@ -193,13 +193,27 @@ def test_a_server_whose_broker_is_gone_ends_in_order(
             assert len(command.stderr.text().splitlines()) < 50
 
 
+AILING = (
+    "import pathlib\nimport chains_stream as chains\n@chains.mark_entrypoint\nclass A(chains.ChainletBase):\n"
+    "    def is_healthy(self) -> bool:\n        return not pathlib.Path('ill').exists()\n"
+    "    async def run_remote(self) -> None: ...\n"
+)
+
+
+def test_the_health_of_a_process_that_does_both(start: Commands, tmp_path: Path) -> None:
+    (tmp_path / "chain.py").write_text(AILING)
+    server = start("run", "chain.py", "--port", "0", cwd=tmp_path)
+    url = server.ready().split()[-1]
+    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+    (tmp_path / "ill").touch()
+    health = httpx.get(f"{url}/healthz")
+    assert (health.status_code, health.json()) == (503, {"status": "unhealthy", "reason": "A.is_healthy said no"})
+    assert server.stop() == 0
+
+
 @pytest.mark.kafka
 def test_a_worker_s_health(start: Commands, kafka_url: str, namespace: str, tmp_path: Path) -> None:
-    (tmp_path / "chain.py").write_text(
-        "import pathlib\nimport chains_stream as chains\n@chains.mark_entrypoint\nclass A(chains.ChainletBase):\n"
-        "    def is_healthy(self) -> bool:\n        return not pathlib.Path('ill').exists()\n"
-        "    async def run_remote(self) -> None: ...\n"
-    )
+    (tmp_path / "chain.py").write_text(AILING)
     options = ("--broker", kafka_url, "--namespace", namespace, "--health-port", "0")
     worker = start("worker", "chain.py", *options, cwd=tmp_path)
     found = re.search(r"url=(http://\S+)", worker.logged("health.ready"))
