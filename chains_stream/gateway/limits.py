@@ -22,7 +22,9 @@ class Limits:
     Bodies count as far as they are here, until they are published; large results while they are written, until the
     client has taken them.
 
-    The key is the credential that a request presents, whether it is a good one or not; those without share one.
+    The key is the credential that a request presents, whether it is a good one or not; those without share one. As
+    nothing checks it, the limit of a key keeps honest clients from each other: whoever invents a credential for each
+    request has a key for each.
     """
 
     def __init__(self, settings: Settings) -> None:
