@@ -59,8 +59,12 @@ class Connection(Protocol):
     def break_off(self, *, at_once: bool) -> None:
         """Close it in the middle of an answer, after what is buffered, or with that lost."""
 
+    @property
+    def buffers(self) -> bool:
+        """Whether some of what was written to it is still buffered here."""
+
     async def taken(self) -> None:
-        """Wait until nothing that was written to it is buffered here."""
+        """Wait until nothing is."""
 
 
 CONNECTION = "chains.connection"
@@ -205,7 +209,8 @@ class Exchange:
                 await self.write(data[start : start + PIECE])
             data = b""
         await self.send({"type": "http.response.body", "body": data, "more_body": False})
-        await self._taken()
+        if (connection := self._connection) is not None and connection.buffers:
+            await connection.taken()
 
     async def answer(self, problem: Problem, headers: dict[str, str] | None = None) -> None:
         """Answer with a problem."""
@@ -215,9 +220,12 @@ class Exchange:
 
     async def settle(self) -> None:
         """See to it that the client takes what it was sent, however it was: if it does not, break off."""
+        connection = self._connection
+        if connection is None or not connection.buffers:
+            return
         try:
             async with asyncio.timeout(TAKEN_WITHIN):
-                await self._taken()
+                await connection.taken()
         except TimeoutError:
             await self._cut_off(at_once=True)
 
@@ -265,10 +273,6 @@ class Exchange:
     def _connection(self) -> Connection | None:
         connection: Connection | None = self._scope.get("state", {}).get(CONNECTION)
         return connection
-
-    async def _taken(self) -> None:
-        if (connection := self._connection) is not None:
-            await connection.taken()
 
     async def _cut_off(self, *, at_once: bool) -> None:
         connection = self._connection

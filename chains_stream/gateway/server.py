@@ -164,9 +164,12 @@ class _Connection(H11Protocol):
         else:
             self.transport.close()
 
+    @property
+    def buffers(self) -> bool:
+        return self.flow.write_paused
+
     async def taken(self) -> None:
-        if self.flow.write_paused:
-            await self.flow.drain()
+        await self.flow.drain()
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
