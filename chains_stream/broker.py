@@ -87,7 +87,10 @@ class Reader(Protocol):
         """Give the offset of the next record that `fetch` will return from `partition`."""
 
     async def fetch(self) -> list[Record]:
-        """Wait for at least one record. Cancelling it loses none. Raises BrokerError, OffsetExpiredError."""
+        """Wait for records. Cancelling it loses none. Raises BrokerError, OffsetExpiredError.
+
+        It gives none where a `position` passed what is no record: the marker at the end of a transaction of Kafka's.
+        """
 
     async def close(self) -> None:
         """Stop reading."""

@@ -23,6 +23,7 @@ class Buffer:
         self._count = 0
         self._size = 0
         self._held = False
+        self._passed = False  # something that is no record, since the last `take`
         self._error: BrokerError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._room = asyncio.Event()
@@ -50,6 +51,16 @@ class Buffer:
             self._size += len(record.value)
         self._wake()
 
+    def passed(self) -> None:
+        """Have `take` return, though there may be no record."""
+        self._passed = True
+        self._wake()
+
+    def next_offset(self, partition: int) -> int | None:
+        """Give the offset of the next record of a partition, if there is one."""
+        queue = self._queues.get(partition)
+        return queue[0].offset if queue else None
+
     async def wait_for_room(self, seconds: float) -> None:
         """Wait until it is no longer full, for so long at most."""
         self._room.clear()
@@ -59,8 +70,11 @@ class Buffer:
                     await self._room.wait()
 
     async def take(self, limit: int) -> list[Record]:
-        """Wait for records. Raises what `fail` was given, once all records before it are taken."""
-        while self._held or not self._queues:
+        """Wait for records, or for `passed`, and give what there is.
+
+        Raises what `fail` was given, once all records before it are taken.
+        """
+        while self._held or not (self._queues or self._passed):
             if self._error is not None:
                 raise self._error
             self._waiter = asyncio.get_running_loop().create_future()
@@ -68,6 +82,7 @@ class Buffer:
                 await self._waiter
             finally:
                 self._waiter = None
+        self._passed = False
         # Nothing below waits: a cancelled `take` has taken nothing.
         taken = self._in_turn(limit)
         self._removed(taken)

@@ -122,9 +122,10 @@ class _Feed(ABC):
         partitions = self._fetching()
         if partitions is None or self._client is None:
             return self._reason or "they are being dealt out"
-        if self._buffer.full:
-            return {}
-        assignment = self._client._subscription.subscription.assignment  # noqa: SLF001 - its `position` would wait
+        return {} if self._buffer.full else self._positions_of(self._client, partitions)
+
+    def _positions_of(self, client: AIOKafkaConsumer, partitions: Collection[int]) -> dict[int, int]:
+        assignment = client._subscription.subscription.assignment  # noqa: SLF001 - its `position` would wait
         states = {partition: assignment.state_value(TopicPartition(self._topic, partition)) for partition in partitions}
         return {number: at.position for number, at in states.items() if at.has_valid_position and not at.paused}
 
@@ -167,14 +168,15 @@ class _Feed(ABC):
                 continue
             fetched = await client.getmany(timeout_ms=int(POLL_SECONDS * 1000), max_records=self._buffer.room)
             for place, records in fetched.items():
-                self._received(place.partition, records)
+                self._buffer.put(place.partition, list(map(_record, records)))
+            self._polled(client)
             if fetched:
                 self._failures = 0
             elif client._fetcher.error_future.done():  # noqa: SLF001 - it tells nobody that its task has ended
                 raise kafka.KafkaError("the fetching task of aiokafka ended")
 
-    def _received(self, partition: int, records: list[ConsumerRecord]) -> None:
-        self._buffer.put(partition, list(map(_record, records)))
+    def _polled(self, client: AIOKafkaConsumer) -> None:  # noqa: B027 - a member's positions are its worker's
+        """Note how far the consumer is, when all that it gave is in the buffer."""
 
     def _get_over(self, error: Exception) -> None:
         """Raise what a new consumer won't mend."""
@@ -205,17 +207,14 @@ class KafkaReader(_Feed):
 
     def __init__(self, cluster: Cluster, make: MakeConsumer, topic: str, positions: Mapping[int, int]) -> None:
         super().__init__(cluster, make, topic)
-        self._taken = dict(positions)
-        self._fetched = dict(positions)  # ahead of `_taken` by what is in the buffer
+        self._fetched = dict(positions)  # what lies before them is in the buffer, or was taken
 
     def position(self, partition: int) -> int:
-        return self._taken[partition]
+        buffered = self._buffer.next_offset(partition)
+        return self._fetched[partition] if buffered is None else buffered
 
     async def fetch(self) -> list[Record]:
-        records = await self._buffer.take(BUFFER_RECORDS)
-        for record in records:
-            self._taken[record.partition] = record.offset + 1
-        return records
+        return await self._buffer.take(BUFFER_RECORDS)
 
     def _watched(self) -> Collection[int]:
         return self._fetched.keys()
@@ -238,9 +237,12 @@ class KafkaReader(_Feed):
             raise
         return client
 
-    def _received(self, partition: int, records: list[ConsumerRecord]) -> None:
-        super()._received(partition, records)
-        self._fetched[partition] = records[-1].offset + 1
+    def _polled(self, client: AIOKafkaConsumer) -> None:
+        # It also passes what is no record and is never given: the markers at the ends of transactions.
+        positions = self._positions_of(client, self._fetched)
+        if any(at > self._fetched[partition] for partition, at in positions.items()):
+            self._fetched |= positions
+            self._buffer.passed()
 
 
 class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no types

@@ -1,10 +1,12 @@
 """Dead letters on every broker: how they are stored, found, and sent again."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 from uuid import uuid4
 
 import pytest
+from aiokafka import AIOKafkaProducer
 
 from chains_stream.broker import Broker, Record, TopicSpec
 from chains_stream.brokers import open_broker
@@ -213,3 +215,31 @@ async def test_a_letter_of_a_letter_replaces_what_it_said(place: Place) -> None:
     await send_letter(place.broker, again, "workers", WorkerLostError("again"), 1)
     _, second = await place.letters()
     assert (second.message, second.deliveries, second.stack_trace) == ("again", 1, None)
+
+
+@pytest.mark.kafka
+async def test_letters_of_a_transaction_are_read_to_their_end(kafka_url: str) -> None:
+    """A transaction ends with a marker, which has an offset and is no record."""
+    topic, settings = f"letters.{uuid4().hex}", Settings.of(broker=kafka_url)
+    broker = open_broker(settings)
+    producer = AIOKafkaProducer(bootstrap_servers=kafka_url.removeprefix("kafka://"), transactional_id=topic)
+    try:
+        await broker.start()
+        await broker.ensure_topics([dead_letter_spec(topic, settings)])
+        await producer.start()
+        async with producer.transaction():
+            await producer.send_and_wait(dead_letter_topic(topic), b"value", partition=0)
+        async with asyncio.timeout(30):
+            while (await held(broker, topic)) != range(2):  # noqa: ASYNC110 - nobody is told
+                await asyncio.sleep(0.02)
+            found = [letter.record.value async for letter in read_letters(broker, topic, range(2))]
+            assert found == [b"value"]
+            reader = await broker.read(dead_letter_topic(topic), {0: 1})
+            assert (await reader.fetch(), reader.position(0)) == ([], 2)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(3):
+                await reader.fetch()  # it is told of the marker once
+        await reader.close()
+    finally:
+        await producer.stop()
+        await broker.close()
