@@ -13,8 +13,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from chains_stream.messages import Cancelled, Chunk, Done, Failed, Frame, Request, decode_frames
 from tests.chaos import driver
-from tests.chaos.driver import Outcome
-from tests.chaos.faults import Fault
+from tests.chaos.driver import KINDS, Outcome
+from tests.chaos.faults import FEW, Fault, Struck
 from tests.chaos.world import ENTRYPOINTS, World
 
 QUIET_SECONDS = 60.0  # after the last client has its outcome, until the last record has its own
@@ -128,10 +128,25 @@ class Account:
 
     fault: Fault
     requests: Sequence[driver.Request]
-    broken: float = field(default_factory=time.time)
+    struck: Struck = field(default_factory=lambda: Struck(time.time(), time.time()))
     mended: float = field(default_factory=time.time)
     open: list[Asked] = field(default_factory=list)  # records that nobody answered, or not as their client says
+    runs: list[tuple[int, float]] = field(default_factory=list)  # the process and the moment of each run of a Chainlet
     run_again: int = 0  # runs beyond the first of a request in a Chainlet
+
+    @property
+    def broken(self) -> float:
+        return self.struck.at
+
+    def amiss(self) -> Iterator[str]:
+        """Say what shows that the fault was none, or that it hit more requests than it may."""
+        if missing := self.fault.effect(self):
+            yield f"the fault had no effect: {missing}"
+        for kind in KINDS:
+            failed = sum(each.failure is not None for each in self.requests if each.kind == kind)
+            met = sum(each.kind == kind and self._met(each) for each in self.requests)
+            if failed > max(FEW, self.fault.share * met):
+                yield f"{failed} {kind} requests failed, of {met} that met the fault"
 
     def untruthful(self) -> list[driver.Request]:
         """Give the requests that failed in a way for which this fault is no reason."""
@@ -139,11 +154,10 @@ class Account:
 
     def delays(self) -> list[float]:
         """Give the delays, in order, of the answered requests that met the fault."""
-        return sorted(
-            each.delay
-            for each in self.requests
-            if each.outcome is Outcome.ANSWERED and each.ended > self.broken and each.sent < self.mended
-        )
+        return sorted(each.delay for each in self.requests if each.outcome is Outcome.ANSWERED and self._met(each))
+
+    def _met(self, each: driver.Request) -> bool:
+        return each.ended > self.broken and each.sent < self.mended
 
     def first_answer(self) -> float:
         """Give the seconds from the fault until something was answered that was sent after it."""
@@ -178,7 +192,9 @@ async def account(world: World, topics: Topics, found: Account) -> None:
         if each.outcome is Outcome.ANSWERED and [asked.whole() for asked in entered[each.id]] != [True]:
             found.open += entered[each.id] or [Asked(each.id, ENTRYPOINTS[each.kind], "no topic")]
     names = {each.id for each in found.requests}
-    runs = Counter((name, chainlet) for name, chainlet, *_ in world.notes() if name in names)
+    notes = [note for note in world.notes() if note[0] in names]
+    found.runs = [(int(process), float(moment)) for _, _, process, moment in notes]
+    runs = Counter((name, chainlet) for name, chainlet, *_ in notes)
     found.run_again = runs.total() - len(runs)
 
 

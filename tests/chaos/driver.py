@@ -17,8 +17,8 @@ import msgspec
 
 from tests.acceptance.chains.faults import item
 
-Kind = Literal["unary", "stream"]
-KINDS: tuple[Kind, ...] = ("unary", "stream")
+Kind = Literal["unary", "stream", "resumable"]  # the last is a stream too, and nothing may break it off
+KINDS: tuple[Kind, ...] = ("unary", "stream", "resumable")
 
 DEADLINE = 60.0  # seconds that each request is given
 PATIENCE = 5.0  # more, until a client stops waiting for an answer
@@ -79,7 +79,7 @@ class Load:
     """What is asked for: requests a second, and how much each is."""
 
     unary: float = 30.0
-    streams: float = 4.0
+    streams: float = 4.0  # of which half are resumable
     chunks: tuple[int, int] = (20, 60)
     pause_ms: tuple[int, int] = (2, 20)  # before each chunk
 
@@ -99,7 +99,8 @@ class Driver:
 
     async def run(self) -> None:
         """Send until `stop`, and return when each request has an outcome."""
-        rates: dict[Kind, float] = {"unary": self._load.unary, "stream": self._load.streams}
+        streams = self._load.streams / 2
+        rates: dict[Kind, float] = {"unary": self._load.unary, "stream": streams, "resumable": streams}
         async with asyncio.TaskGroup() as sending:
             for kind, rate in rates.items():
                 sending.create_task(self._send_steadily(kind, rate, sending))
@@ -132,7 +133,7 @@ class Driver:
 
     def _request(self, kind: Kind) -> Request:
         name, choice = f"{self._name}-{kind}-{len(self.requests)}", self._choices[kind]
-        if kind == "stream":
+        if kind != "unary":
             chunks, ms = choice.randint(*self._load.chunks), choice.randint(*self._load.pause_ms)
             return Request(name, kind, {"request": name, "chunks": chunks, "ms": ms}, chunks)
         longest = choice.choices([20, 200, 2000], [50, 35, 15])[0]
@@ -157,7 +158,7 @@ async def _exchange(request: Request, url: str) -> None:
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     try:
         body = msgspec.json.encode(request.arguments)
-        accept = "text/event-stream" if request.kind == "stream" else "application/json"
+        accept = "application/json" if request.kind == "unary" else "text/event-stream"
         head = (
             f"POST /run_remote HTTP/1.1\r\nhost: {parts.netloc}\r\naccept: {accept}\r\nconnection: close\r\n"
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\nx-request-timeout: {DEADLINE:g}\r\n\r\n"
@@ -176,7 +177,7 @@ async def _exchange(request: Request, url: str) -> None:
 def _read_answer(request: Request, status: int, body: bytes) -> None:
     if status != 200:
         request.fail(body)
-    elif request.kind == "stream":
+    elif request.kind != "unary":
         request.end(Outcome.TRUNCATED, f"an empty answer: {body!r}")
     elif body != b"%d" % item(request.id, 0):
         request.end(Outcome.WRONG, f"the answer {body!r}")

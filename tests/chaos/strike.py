@@ -29,7 +29,7 @@ async def strike(
         finally:
             driver.stop()
     await account(world, topics, found)
-    wrong = list(complaints(world, topics, found))
+    wrong = [*complaints(world, topics, found), *found.amiss()]
     topics.forget()
     if wrong or stuck:
         raise AssertionError("\n".join([f"{fault.name}:", *wrong])) from stuck
@@ -40,7 +40,7 @@ async def _strike(world: World, fault: Fault, choice: random.Random, driver: Dri
     """Note when it was broken, and mended. Raises TimeoutError if things do not get well again."""
     await driver.answered_since(0.0)
     await asyncio.sleep(choice.uniform(*BEFORE))
-    found.broken = await fault.breaks(world, choice)
+    found.struck = await fault.breaks(world, choice)
     found.mended = time.time()
     await driver.answered_since(found.mended)
     await asyncio.sleep(AFTER)

@@ -12,7 +12,7 @@ from tests.chaos.proxy import Proxy
 from tests.kafka import Node, cluster, free_ports, node
 
 FILE = str(HERE / "chains" / "faults.py")
-ENTRYPOINTS: Mapping[Kind, str] = {"unary": "Answer", "stream": "Tell"}
+ENTRYPOINTS: Mapping[Kind, str] = {"unary": "Answer", "stream": "Tell", "resumable": "Resume"}
 WORKERS = 2  # of each kind
 SESSION_SECONDS = 6.0  # until Kafka gives a silent worker's partitions to others: the least that it allows
 PARTITIONS = 8

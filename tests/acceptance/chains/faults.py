@@ -1,4 +1,4 @@
-"""A Chain of two levels whose every answer can be checked, once with one answer and once with a stream.
+"""Chains of two levels whose every answer can be checked: with one answer, with a stream, and with a resumable one.
 
 Each run of a Chainlet is noted in the file that CHAOS_RUNS names, so that a test can count them.
 """
@@ -13,6 +13,9 @@ from pathlib import Path
 import chains_stream as chains
 
 WIDE = chains.RemoteConfig(compute=chains.Compute(predict_concurrency=64))
+RESUMABLE = chains.RemoteConfig(
+    compute=chains.Compute(predict_concurrency=64), options=chains.ChainletOptions(resumable=True)
+)
 
 
 def item(request: str, sequence: int) -> int:
@@ -66,4 +69,28 @@ class Tell(chains.ChainletBase):
     async def run_remote(self, request: str, chunks: int, ms: int) -> AsyncIterator[int]:
         note("Tell", request)
         async for value in self._items.run_remote(request, chunks, ms):
+            yield value
+
+
+class MoreItems(chains.ChainletBase):
+    remote_config = RESUMABLE
+
+    async def run_remote(self, request: str, first: int, chunks: int, ms: int) -> AsyncIterator[int]:
+        note("MoreItems", request)
+        for sequence in range(first + len(chains.current_request().emitted), chunks):
+            await asyncio.sleep(ms / 1000)
+            yield item(request, sequence)
+
+
+@chains.mark_entrypoint
+class Resume(chains.ChainletBase):
+    remote_config = RESUMABLE
+
+    def __init__(self, items: MoreItems = chains.depends(MoreItems)) -> None:
+        self._items = items
+
+    async def run_remote(self, request: str, chunks: int, ms: int) -> AsyncIterator[int]:
+        note("Resume", request)
+        first = len(chains.current_request().emitted)
+        async for value in self._items.run_remote(request, first, chunks, ms):
             yield value
