@@ -54,7 +54,7 @@ class Fault:
     breaks: Break
     effect: Effect
     truthful: Mapping[tuple[Kind, str], str] = field(default_factory=dict)
-    share: float = 0.2
+    share: float = 0.6  # one of two workers is struck on each level: three of four streams that run at that moment
 
 
 async def kill_workers(world: World, choice: random.Random) -> Struck:
@@ -214,7 +214,7 @@ _GATEWAY_GONE: Mapping[tuple[Kind, str], str] = {
 FAULTS = (
     Fault("kill -9 workers", kill_workers, _taken_over, _STREAMS_TAKEN_OVER),
     # Each gateway is gone for about a third of the time.
-    Fault("kill -9 gateways", kill_gateways, _gateways_gone, _GATEWAY_GONE, share=0.6),
+    Fault("kill -9 gateways", kill_gateways, _gateways_gone, _GATEWAY_GONE),
     Fault("pause workers", pause_workers, _taken_over, _STREAMS_TAKEN_OVER),
     Fault("add and remove workers", change_workers, _replaced, _STREAMS_TAKEN_OVER),
     Fault("cut a worker's network", cut_network, _others_went_on, _STREAMS_TAKEN_OVER),
