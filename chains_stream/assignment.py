@@ -34,7 +34,7 @@ class Assignment:
         self._lose = lose
         self._consumer: GroupConsumer | None = None
         self._stored: dict[int, tuple[int, str]] = {}
-        self._claims: set[int] = set()  # partitions of which it is stored what runs there, or that one runs alone
+        self._claims: set[int] = set()  # partitions whose stored note rules out that anything else runs
         self._generation = 0  # of the assignment: records that were fetched under another one come again
         self._changed: set[int] = set()  # partitions with something to commit
         self._due = asyncio.Event()
@@ -187,7 +187,7 @@ class Assignment:
         stored = await self._consumer.commit(due) if due else frozenset[int]()
         self._stored |= {number: states[number] for number in stored}
         self._claims -= stored
-        self._claims |= {number for number in stored if notes[number].named or notes[number].alone is not None}
+        self._claims |= {number for number in stored if clean or notes[number].named or notes[number].alone is not None}
         return stored | known
 
     def _change(self, partitions: Collection[int]) -> None:
@@ -204,12 +204,13 @@ class Assignment:
         self._lose(lost)
         for number in lost:
             del self.ledgers[number]
-        self._claims &= self.ledgers.keys()
+        # It is stored that they were given back in order, with what was open then: nothing else may run until it isn't.
+        self._claims = set(self.ledgers)
         self.held = partitions
         self.paused.clear()
         for number, ledger in self.ledgers.items():
             self._pause_if_full(number, ledger)
-        # What was committed while the partitions moved may not have counted, and it says that they were given back.
+        # What was committed while the partitions moved may not have counted.
         self._stored.clear()
         self._change(self.ledgers.keys())
         self._settled.set()

@@ -216,3 +216,18 @@ async def test_a_request_that_many_died_of_is_put_aside_unrun(parts: Parts) -> N
     assert Seen.counts["deadly"] == 0
     assert await result(await parts.send("next")) == "next"
     await host.drain()
+
+
+async def test_what_was_kept_is_not_run_under_a_note_that_it_was_given_back(parts: Parts) -> None:
+    """Should the next rebalance leave no time to say what runs, whoever comes then must know that something may."""
+    first = await parts.host(Work)
+    await result(await parts.send("before"))
+    second = await parts.host(Work)  # the first one keeps partition 0
+    call = await parts.send("during", wait=True)
+    await Seen.until("during")
+    consumer: Any = first.workers[0]._consumer
+    assert not Note.read((await consumer.committed([0]))[0].metadata).clean
+    Seen.note("go during")
+    assert await result(call) == "during"
+    await second.drain()
+    await first.drain()
