@@ -214,7 +214,7 @@ _GATEWAY_GONE: Mapping[tuple[Kind, str], str] = {
 FAULTS = (
     Fault("kill -9 workers", kill_workers, _taken_over, _STREAMS_TAKEN_OVER),
     # While a gateway starts, all that its clients send is refused; how long that takes is up to the machine.
-    Fault("kill -9 gateways", kill_gateways, _gateways_gone, _GATEWAY_GONE, share=0.95),
+    Fault("kill -9 gateways", kill_gateways, _gateways_gone, _GATEWAY_GONE, share=1.0),
     Fault("pause workers", pause_workers, _taken_over, _STREAMS_TAKEN_OVER),
     Fault("add and remove workers", change_workers, _replaced, _STREAMS_TAKEN_OVER),
     Fault("cut a worker's network", cut_network, _others_went_on, _STREAMS_TAKEN_OVER),
