@@ -29,7 +29,7 @@ EXCEPTION_FQCN = f"{DLT}exception-fqcn"  # UTF-8, as those below: the name of th
 EXCEPTION_CAUSE_FQCN = f"{DLT}exception-cause-fqcn"
 EXCEPTION_MESSAGE = f"{DLT}exception-message"
 EXCEPTION_STACKTRACE = f"{DLT}exception-stacktrace"
-DELIVERIES = "chains-deliveries"  # 4 bytes, big-endian: how often the request was given to a worker
+DELIVERIES = "chains-deliveries"  # 4 bytes, big-endian: of how many workers it is known that they died of it
 LEFT_OUT = "chains-left-out"  # 8 bytes, big-endian: the size of a value that did not fit into its letter
 
 MESSAGE_BYTES = 4_000  # of an error's message that a letter holds
