@@ -37,11 +37,11 @@ def test_a_fault_that_fails_too_much_is_told_of() -> None:
     requests = answered()
     runs = [(2, each.sent) for each in requests]
     account = Account(FAULTS[0], requests, Struck(100.0, 110.0, frozenset({1})), mended=110.0, runs=runs, run_again=1)
-    for each in requests[40:48]:
+    for each in requests[40:64]:
         each.outcome = Outcome.FAILED
     assert list(account.amiss()) == []
-    requests[48].outcome = Outcome.FAILED
-    assert list(account.amiss()) == ["9 stream requests failed, of 40 that met the fault"]
+    requests[64].outcome = Outcome.FAILED
+    assert list(account.amiss()) == ["25 stream requests failed, of 40 that met the fault"]
 
 
 def answered() -> list[Request]:
