@@ -187,6 +187,7 @@ class Worker:
                     await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     over.cancel()
+                    await asyncio.wait([over])
 
     def _running(self) -> Iterator[tuple[str, "asyncio.Task[None]"]]:
         return ((request_id_of(job.record), task) for task, job in self._jobs.items())
