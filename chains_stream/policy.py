@@ -11,6 +11,7 @@ import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
+from types import TracebackType
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -27,6 +28,7 @@ from chains_stream.errors import (
 from chains_stream.log import get_logger
 from chains_stream.messages import now_ms
 from chains_stream.options import RPCOptions
+from chains_stream.timeouts import Timeout
 
 T = TypeVar("T")
 
@@ -85,13 +87,17 @@ class Limit:
     def __init__(self, size: int) -> None:
         self._size = size
         self._semaphores: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+        self._last: tuple[asyncio.AbstractEventLoop | None, asyncio.Semaphore] = (None, asyncio.Semaphore(0))
 
     def here(self) -> asyncio.Semaphore:
         """Give the semaphore of the running event loop."""
         loop = asyncio.get_running_loop()
+        if self._last[0] is loop:
+            return self._last[1]
         semaphore = self._semaphores.get(loop)
         if semaphore is None:
             semaphore = self._semaphores[loop] = asyncio.Semaphore(self._size)
+        self._last = (loop, semaphore)
         return semaphore
 
 
@@ -185,7 +191,8 @@ async def call(one_try: Callable[[int], Awaitable[T]], options: RPCOptions, scop
     attempt = 1
     while True:
         try:
-            return await _bounded(one_try(attempt), options, scope, name)
+            with _Bound(options, scope, name):
+                return await one_try(attempt)
         except Exception as error:  # noqa: BLE001 - raised again, unless the call is to be repeated
             await _backoff_or_raise(error, attempt, options, scope, name)
         attempt += 1
@@ -198,12 +205,12 @@ async def stream(
     attempt = 1
     while True:
         handed_on = False
-        items = one_try(attempt)
         try:
-            async with aclosing(items):
+            async with aclosing(one_try(attempt)) as items:
                 while True:
                     try:
-                        item = await _bounded(anext(items), options, scope, name)
+                        with _Bound(options, scope, name):
+                            item = await anext(items)
                     except StopAsyncIteration:
                         return
                     handed_on = True
@@ -215,22 +222,35 @@ async def stream(
         attempt += 1
 
 
-async def _bounded(work: Awaitable[T], options: RPCOptions, scope: Scope, name: str) -> T:
-    remaining = scope.remaining
-    if remaining <= 0:
-        if asyncio.iscoroutine(work):
-            work.close()  # it was never begun
-        raise DeadlineExceededError(f"{name}: the deadline of the request passed")
-    limit = asyncio.timeout(min(options.timeout_sec, remaining))
-    try:
-        async with limit:
-            return await work
-    except TimeoutError as error:
-        if not limit.expired():
-            raise  # the user's own
-        if remaining <= options.timeout_sec:
-            raise DeadlineExceededError(f"{name}: the deadline of the request passed") from error
-        raise CallTimeoutError(f"{name}: no answer within timeout_sec={options.timeout_sec:g}") from error
+class _Bound(Timeout):
+    """Bounds the wait for an answer, by what is left of the request's time and by `timeout_sec`.
+
+    Raises CallTimeoutError and DeadlineExceededError; a TimeoutError of the user's own passes.
+    """
+
+    __slots__ = ("_name", "_options", "_remaining")
+
+    def __init__(self, options: RPCOptions, scope: Scope, name: str) -> None:
+        self._options = options
+        self._name = name
+        self._remaining = scope.remaining
+        if self._remaining <= 0:
+            raise self._late()
+        super().__init__(min(options.timeout_sec, self._remaining))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            super().__exit__(kind, error, trace)
+        except TimeoutError as over:
+            timeout = self._options.timeout_sec
+            if self._remaining <= timeout:
+                raise self._late() from over
+            raise CallTimeoutError(f"{self._name}: no answer within timeout_sec={timeout:g}") from over
+
+    def _late(self) -> DeadlineExceededError:
+        return DeadlineExceededError(f"{self._name}: the deadline of the request passed")
 
 
 async def _backoff_or_raise(error: Exception, attempt: int, options: RPCOptions, scope: Scope, name: str) -> None:
