@@ -8,15 +8,15 @@ cancelled where it runs.
 import asyncio
 import os
 import zlib
-from collections import deque
 from collections.abc import AsyncGenerator
+from functools import partial
 
 import msgspec
 
 from chains_stream.balance import Balancer, Report
 from chains_stream.broker import Broker, Reader, TopicSpec
 from chains_stream.chain import Chain
-from chains_stream.chainlet import ChainletBase
+from chains_stream.chainlet import ChainletBase, signature
 from chains_stream.control import Cancel, Control, Credit, Message
 from chains_stream.errors import (
     BrokerError,
@@ -36,13 +36,39 @@ from chains_stream.settings import Settings
 from chains_stream.store import Store, reference_in
 
 MIN_WINDOW_BYTES = 64 << 10  # of a stream, however many there are
+AT_ONCE = 4  # the part of a stream's window that its reader is given at once
 CLOSE_SECONDS = 5.0  # for what is still to be said to the workers
+NOTHING = msgspec.Raw()
 
 log = get_logger(__name__)
 
 
 class Call:
     """One request under way: makes a result or a stream of its frames (`fold`)."""
+
+    __slots__ = (
+        "_awaits_stored",
+        "_caller",
+        "_chunks",
+        "_error",
+        "_fold",
+        "_granted",
+        "_granted_size",
+        "_modules",
+        "_taken",
+        "_taken_size",
+        "_value",
+        "_waiters",
+        "answered",
+        "ended",
+        "id",
+        "offset",
+        "partition",
+        "scope",
+        "sent_to",
+        "topic",
+        "window_bytes",
+    )
 
     def __init__(self, caller: "Caller", topic: str, scope: Scope, modules: tuple[str, ...]) -> None:
         self.id = os.urandom(16)
@@ -57,10 +83,11 @@ class Call:
         self._caller = caller
         self._modules = modules
         self._fold = Fold()
-        self._chunks: deque[msgspec.Raw | str] = deque()  # a str is where one lies in the store
-        self._value: msgspec.Raw | str = msgspec.Raw()
+        self._chunks: list[msgspec.Raw | str] = []  # a str is where one lies in the store
+        self._value: msgspec.Raw | str = NOTHING
         self._error: Exception | None = None
-        self._changed = asyncio.Event()
+        self._waiters: list[asyncio.Future[None]] = []
+        self._awaits_stored = False
         self._taken = self._taken_size = 0  # by the reader of the stream
         self._granted = self._granted_size = 0  # of these, what the worker was told
 
@@ -74,8 +101,13 @@ class Call:
             self._value = await self._caller.fetch(self._value)
         return self._value
 
-    async def next(self) -> msgspec.Raw | None:
-        """Wait for the next chunk of a stream; None at its end."""
+    async def next(self) -> list[msgspec.Raw] | None:
+        """Wait for a chunk of a stream, and give all that are there, up to a part of the window; None at the end.
+
+        Whoever comes back is done with those of the time before: only then the worker may send as many more.
+        """
+        if self._caller.wants_credit(self, self._taken - self._granted, self._taken_size - self._granted_size):
+            self._grant()
         while True:
             while not self._chunks:
                 if self.ended:
@@ -84,15 +116,26 @@ class Call:
                     return None
                 await self._wait()
             head = self._chunks[0]
-            chunk = await self._caller.fetch(head) if isinstance(head, str) else head
+            if not isinstance(head, str):
+                return self._take(self._caller.at_once(self))
+            chunk = await self._caller.fetch(head)
             if self._chunks and self._chunks[0] is head:  # else another worker has begun it again meanwhile
+                self._chunks[0] = chunk
+                return self._take((1, 0))
+
+    def _take(self, limits: tuple[int, int]) -> list[msgspec.Raw]:
+        """Take chunks from the head, one at least, until there are so many, or so many bytes."""
+        most, size = limits
+        taken: list[msgspec.Raw] = []
+        before = self._taken_size
+        for chunk in self._chunks:
+            if isinstance(chunk, str) or len(taken) >= most or (taken and self._taken_size - before >= size):
                 break
-        self._chunks.popleft()
-        self._taken += 1
-        self._taken_size += len(memoryview(chunk))
-        if self._caller.wants_credit(self, self._taken - self._granted, self._taken_size - self._granted_size):
-            self._grant()
-        return chunk
+            taken.append(chunk)
+            self._taken_size += len(memoryview(chunk))
+        self._taken += len(taken)
+        del self._chunks[: len(taken)]
+        return taken
 
     def _grant(self) -> None:
         self._granted, self._granted_size = self._taken, self._taken_size
@@ -101,6 +144,7 @@ class Call:
 
     async def stored(self) -> None:
         """Wait until the broker has stored the request, or the call ended without."""
+        self._awaits_stored = True
         while self.offset is None and not self.ended:
             await self._wait()
         if self.offset is None and self._error is not None:
@@ -108,7 +152,8 @@ class Call:
 
     def stored_at(self, offset: int) -> None:
         self.offset = offset
-        self._wake()
+        if self._awaits_stored:
+            self._wake()
 
     def close(self) -> None:
         """Forget the call; if it has not ended, have it cancelled where it runs. May be called again."""
@@ -169,11 +214,17 @@ class Call:
         self._wake()
 
     def _wake(self) -> None:
-        self._changed.set()
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     async def _wait(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.remove(waiter)
 
 
 class Caller:
@@ -247,7 +298,14 @@ class Caller:
             self._balancers |= balancers
 
     async def open(
-        self, topic: str, arguments: bytes, scope: Scope, attempt: int = 1, modules: tuple[str, ...] = ()
+        self,
+        topic: str,
+        arguments: bytes,
+        scope: Scope,
+        attempt: int = 1,
+        modules: tuple[str, ...] = (),
+        *,
+        streaming: bool = True,
     ) -> Call:
         """Publish a request on a topic that `use` has prepared, and give its call. Close it, whatever happens."""
         if self._broken is not None:
@@ -256,7 +314,11 @@ class Caller:
         if len(arguments) > self._broker.max_record_bytes:
             arguments, claim = b"", await self.store.put_arguments(arguments)
         call = Call(self, topic, scope, modules)
-        call.window_bytes = self._window_bytes()
+        window = offset = None
+        if streaming:
+            call.window_bytes = self._window_bytes()
+            window = (self._settings.stream_window, call.window_bytes)
+            offset = self._reader.position(self._reply_partition) if self._reader is not None else None
         balancer = self._balancers[topic]
         call.partition = balancer.choose(scope.affinity)
         call.sent_to = balancer.sent(call.partition)
@@ -265,12 +327,12 @@ class Caller:
             correlation_id=call.id,
             reply_topic=self._replies,
             reply_partition=self._reply_partition,
-            reply_offset=self._reader.position(self._reply_partition) if self._reader is not None else None,
+            reply_offset=offset,
             deadline_ms=scope.deadline_ms,
             request_id=scope.request_id,
             attempt=attempt,
             frames=True,
-            window=(self._settings.stream_window, call.window_bytes),
+            window=window,
             traceparent=scope.traceparent,
             tracestate=scope.tracestate,
         )
@@ -282,7 +344,10 @@ class Caller:
             call.ended = call.answered = True  # nothing was sent that could be cancelled
             call.close()
             raise
-        stored.add_done_callback(lambda future: _stored(call, future))
+        if stored.done():
+            _stored(call, stored)
+        else:
+            stored.add_done_callback(partial(_stored, call))
         return call
 
     async def fetch(self, reference: str) -> msgspec.Raw:
@@ -292,6 +357,10 @@ class Caller:
     def wants_credit(self, call: Call, chunks: int, size: int) -> bool:
         """Tell whether a reader that took this much since it last said so should say so again."""
         return chunks * 2 >= self._settings.stream_window or size * 2 >= call.window_bytes
+
+    def at_once(self, call: Call) -> tuple[int, int]:
+        """Give how many chunks, and how many bytes, of a stream its reader is given at once."""
+        return max(1, self._settings.stream_window // AT_ONCE), call.window_bytes // AT_ONCE
 
     def _window_bytes(self) -> int:
         """Give how much of a stream may be on its way to us: the more streams, the less, down to a minimum."""
@@ -392,14 +461,16 @@ class Caller:
 class RemoteTarget:
     """Calls a Chainlet over the broker; `modules` are where the user's exceptions may be found."""
 
-    def __init__(self, caller: Caller, topic: str, modules: tuple[str, ...] = ()) -> None:
+    def __init__(self, caller: Caller, topic: str, modules: tuple[str, ...] = (), *, streaming: bool = True) -> None:
         self._caller = caller
         self._topic = topic
         self._modules = modules
+        self._streaming = streaming
 
     async def open(self, arguments: bytes, scope: Scope, attempt: int) -> Call:
         """Publish a request; whoever asked for the call closes it."""
-        return await self._caller.open(self._topic, arguments, scope, attempt, self._modules)
+        caller, streaming = self._caller, self._streaming
+        return await caller.open(self._topic, arguments, scope, attempt, self._modules, streaming=streaming)
 
     async def call(self, arguments: bytes, scope: Scope, attempt: int) -> msgspec.Raw:
         call = await self.open(arguments, scope, attempt)
@@ -409,12 +480,12 @@ class RemoteTarget:
         finally:
             call.close()
 
-    async def stream(self, arguments: bytes, scope: Scope, attempt: int) -> AsyncGenerator[msgspec.Raw, None]:
+    async def stream(self, arguments: bytes, scope: Scope, attempt: int) -> AsyncGenerator[list[msgspec.Raw], None]:
         call = await self.open(arguments, scope, attempt)
         scope.calls.add(call)
         try:
-            while (chunk := await call.next()) is not None:
-                yield chunk
+            while (chunks := await call.next()) is not None:
+                yield chunks
         finally:
             call.close()
 
@@ -424,7 +495,7 @@ async def remote_target(chain: Chain, cls: type[ChainletBase], caller: Caller, s
     topic = chain.topic(cls, settings.namespace)
     await caller.use(topic)
     modules = tuple(dict.fromkeys((cls.__module__, chain.entrypoint.__module__)))
-    return RemoteTarget(caller, topic, modules)
+    return RemoteTarget(caller, topic, modules, streaming=signature(cls).streaming)
 
 
 def _stored(call: Call, stored: asyncio.Future[int]) -> None:

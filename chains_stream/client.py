@@ -58,8 +58,9 @@ class Handle:
     async def __aiter__(self) -> AsyncIterator[Any]:
         if not self._streaming:
             raise ChainsUsageError(f"{self._name}.run_remote is no stream: await handle.result()")
-        while (chunk := await self._bounded(self._call.next())) is not None:
-            yield self._codec.decode_result(chunk)
+        while (chunks := await self._bounded(self._call.next())) is not None:
+            for chunk in chunks:
+                yield self._codec.decode_result(chunk)
 
     async def cancel(self) -> None:
         """Stop the request, wherever it is; `result` then raises CallCancelledError."""

@@ -27,6 +27,8 @@ class Fold:
         attempt: the highest one seen.
     """
 
+    __slots__ = ("_run", "attempt", "chunks")
+
     def __init__(self) -> None:
         self.chunks = 0
         self.attempt = 0

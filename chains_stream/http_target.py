@@ -60,7 +60,7 @@ class HttpTarget:
         _raise_for(response.status_code, response.content)
         return self._to_msgpack(response.content)
 
-    async def stream(self, arguments: bytes, scope: Scope, attempt: int) -> AsyncGenerator[bytes, None]:  # noqa: ARG002 - Target's
+    async def stream(self, arguments: bytes, scope: Scope, attempt: int) -> AsyncGenerator[tuple[bytes], None]:  # noqa: ARG002 - Target's
         received = 0
         try:
             response = await self._http.send(self._request(arguments, "text/event-stream"), stream=True)
@@ -74,7 +74,7 @@ class HttpTarget:
                         if event == "error":
                             raise _problem(data).to_exception()
                         received += 1
-                        yield self._to_msgpack(data)
+                        yield (self._to_msgpack(data),)
             finally:
                 await response.aclose()
         except httpx.TransportError as error:

@@ -93,7 +93,7 @@ class LocalTarget:
             finally:
                 current.reset(token)
 
-    async def stream(self, arguments: bytes, scope: Scope, attempt: int) -> AsyncGenerator[Buffer, None]:  # noqa: ARG002 - Target's
+    async def stream(self, arguments: bytes, scope: Scope, attempt: int) -> AsyncGenerator[tuple[Buffer], None]:  # noqa: ARG002 - Target's
         scope = scope.of_a_call()
         decoded = self._callee.codec.decode_arguments(arguments)
         async with self._callee.slots.here(), aclosing(self._callee.stream(decoded)) as chunks:
@@ -106,7 +106,7 @@ class LocalTarget:
                     return
                 finally:
                     current.reset(token)
-                yield chunk
+                yield (chunk,)
 
 
 class LocalRun:

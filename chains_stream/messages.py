@@ -56,23 +56,35 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     tracestate: bytes | None = None
 
     def to_headers(self) -> Headers:
-        window, partition, deadline = self.window, self.reply_partition, self.deadline_ms
-        offset = self.reply_offset
-        named = (
-            (CORRELATION_ID, self.correlation_id),
-            (REPLY_TOPIC, None if self.reply_topic is None else self.reply_topic.encode()),
-            (REPLY_PARTITION, None if partition is None else partition.to_bytes(4, "big")),
-            (REPLY_OFFSET, None if offset is None else offset.to_bytes(8, "big")),
-            (DEADLINE, None if deadline is None else deadline.to_bytes(8, "big")),
-            (REQUEST_ID, self.request_id.encode() or None),
-            (ATTEMPT, None if self.attempt == 1 else self.attempt.to_bytes(4, "big")),
-            (CONTENT_TYPE, None if self.content_type == MSGPACK else self.content_type.encode()),
-            (FRAMES, b"1" if self.frames else None),
-            (WINDOW, None if window is None else window[0].to_bytes(4, "big") + window[1].to_bytes(4, "big")),
-            (TRACEPARENT, self.traceparent),
-            (TRACESTATE, self.tracestate),
-        )
-        return tuple([(name, value) for name, value in named if value is not None])
+        headers = [(CORRELATION_ID, self.correlation_id), *self._reply_headers()]
+        if self.deadline_ms is not None:
+            headers.append((DEADLINE, self.deadline_ms.to_bytes(8, "big")))
+        if self.request_id:
+            headers.append((REQUEST_ID, self.request_id.encode()))
+        if self.attempt != 1:
+            headers.append((ATTEMPT, self.attempt.to_bytes(4, "big")))
+        if self.content_type != MSGPACK:
+            headers.append((CONTENT_TYPE, self.content_type.encode()))
+        if self.traceparent is not None:
+            headers.append((TRACEPARENT, self.traceparent))
+        if self.tracestate is not None:
+            headers.append((TRACESTATE, self.tracestate))
+        return tuple(headers)
+
+    def _reply_headers(self) -> list[tuple[str, bytes]]:
+        headers = []
+        if self.reply_topic is not None:
+            headers.append((REPLY_TOPIC, self.reply_topic.encode()))
+        if self.reply_partition is not None:
+            headers.append((REPLY_PARTITION, self.reply_partition.to_bytes(4, "big")))
+        if self.reply_offset is not None:
+            headers.append((REPLY_OFFSET, self.reply_offset.to_bytes(8, "big")))
+        if self.frames:
+            headers.append((FRAMES, b"1"))
+        if self.window is not None:
+            chunks, size = self.window
+            headers.append((WINDOW, chunks.to_bytes(4, "big") + size.to_bytes(4, "big")))
+        return headers
 
     @classmethod
     def from_headers(cls, headers: Sequence[tuple[str, bytes | None]]) -> "Request":
@@ -80,8 +92,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
         One without a value is as if it were not there.
         """
-        found: Mapping[str, bytes | None] = dict(headers)
-        window = _sized(found, WINDOW, 8)
+        found = dict(headers)
+        content_type = found.get(CONTENT_TYPE)
+        window = found.get(WINDOW)
         return cls(
             correlation_id=found.get(CORRELATION_ID) or b"",
             reply_topic=_text(found, REPLY_TOPIC),
@@ -90,9 +103,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             deadline_ms=_number(found, DEADLINE, 8),
             request_id=_text(found, REQUEST_ID) or "",
             attempt=_number(found, ATTEMPT, 4) or 1,
-            content_type=(_text(found, CONTENT_TYPE) or MSGPACK).partition(";")[0].strip().lower(),
+            content_type=MSGPACK if content_type is None else _media_type(found),
             frames=found.get(FRAMES) == b"1",
-            window=(_at_least_one(window[:4]), _at_least_one(window[4:])) if window else None,
+            window=None if window is None else _window(found),
             traceparent=found.get(TRACEPARENT),
             tracestate=found.get(TRACESTATE),
         )
@@ -161,22 +174,24 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _sized(found: Mapping[str, bytes | None], name: str, size: int) -> bytes | None:
+def _number(found: Mapping[str, bytes | None], name: str, size: int) -> int | None:
     value = found.get(name)
-    if value is not None and len(value) != size:
+    if value is None:
+        return None
+    if len(value) != size:
         msg = f"the header {name} must be {size} bytes long, and is {len(value)}"
         raise ValueError(msg)
-    return value
+    return int.from_bytes(value, "big")
 
 
-def _at_least_one(value: bytes) -> int:
-    """A stream for which nothing may be under way could not move."""
-    return max(1, int.from_bytes(value, "big"))
+def _window(found: Mapping[str, bytes | None]) -> tuple[int, int]:
+    both = _number(found, WINDOW, 8) or 0
+    # A stream for which nothing may be under way could not move.
+    return max(1, both >> 32), max(1, both & 0xFFFFFFFF)
 
 
-def _number(found: Mapping[str, bytes | None], name: str, size: int) -> int | None:
-    value = _sized(found, name, size)
-    return None if value is None else int.from_bytes(value, "big")
+def _media_type(found: Mapping[str, bytes | None]) -> str:
+    return (_text(found, CONTENT_TYPE) or MSGPACK).partition(";")[0].strip().lower()
 
 
 def _text(found: Mapping[str, bytes | None], name: str) -> str | None:

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import msgspec
 
+from chains_stream.batching import FRAME_ROOM, FrameBatcher
 from chains_stream.broker import Broker
 from chains_stream.codec import Codec
 from chains_stream.errors import RemoteErrorDetail, StreamInterruptedError, UnknownTopicError, fitting, to_detail
@@ -21,14 +22,13 @@ from chains_stream.messages import (
     Headers,
     Request,
     Started,
-    encode_frames,
 )
 from chains_stream.readback import Answered, ReadBack
 from chains_stream.store import Store
 
-FRAME_ROOM = 64  # bytes that a frame takes beside its value
 ERROR_BYTES = 32_000  # of an error in a header: Kafka takes some 48,000 beside the value
 NIL = msgspec.Raw(b"\xc0")
+NO_HEADERS: Headers = ()
 
 
 class Reply(Protocol):
@@ -65,9 +65,28 @@ class Reply(Protocol):
 class FrameReply:
     """Answers with frames: see `messages`. A value too large for its record goes to the store."""
 
-    def __init__(self, broker: Broker, request: Request, attempt: int, store: Store) -> None:
+    __slots__ = (
+        "_attempt",
+        "_begin",
+        "_credited",
+        "_frames",
+        "_id",
+        "_largest",
+        "_lost",
+        "_partition",
+        "_sent",
+        "_sent_size",
+        "_store",
+        "_taken",
+        "_taken_size",
+        "_topic",
+        "_unstored",
+        "_window",
+    )
+
+    def __init__(self, frames: FrameBatcher, request: Request, attempt: int, store: Store, *, largest: int) -> None:
         assert request.reply_topic is not None, "somebody waits for the answer"
-        self._broker = broker
+        self._frames = frames
         self._topic = request.reply_topic
         self._partition = request.reply_partition or 0
         self._id = request.correlation_id
@@ -76,17 +95,17 @@ class FrameReply:
         self._window = request.window
         self._sent = self._sent_size = 0
         self._taken = self._taken_size = 0
-        self._credited = asyncio.Event()
-        self._unstored: set[asyncio.Future[int]] = set()
+        self._credited: asyncio.Event | None = None  # while the reader lags behind
+        self._unstored: set[asyncio.Future[int]] = set()  # records with chunks
         self._lost: StreamInterruptedError | None = None
         self._store = store
-        self._largest = broker.max_record_bytes - FRAME_ROOM
+        self._largest = largest
 
     async def resume(self, read_back: ReadBack) -> Answered | None:
         if self._begin is None:
             return Answered([], ended=False)
         # From this record on, readers drop what another worker may still send.
-        fence = await (await self._publish(Started(self._id, self._attempt), (), durable=True))
+        fence = await self._send_durably(Started(self._id, self._attempt), 0)
         return Answered.of(await read_back.frames(self._topic, self._partition, self._begin, fence, self._id))
 
     def go_on(self, chunks: int, size: int) -> None:
@@ -96,39 +115,44 @@ class FrameReply:
 
     async def chunk(self, value: bytes) -> None:
         if self._window is not None:
-            await self._wait_for_credit(*self._window)
+            chunks, size = self._window
+            while self._sent - self._taken >= chunks or self._sent_size - self._taken_size >= size:
+                self._credited = asyncio.Event()
+                await self._credited.wait()
         if self._lost is not None:
             raise self._lost
-        raw, claim = await self._claimed(value)
-        stored = await self._publish(Chunk(self._id, self._attempt, self._sent, raw), claim, durable=False)
+        raw, claim = await self._claimed(value) if len(value) > self._largest else (msgspec.Raw(value), ())
+        frame = Chunk(self._id, self._attempt, self._sent, raw)
+        stored = await self._frames.send(self._topic, self._partition, frame, len(raw), claim, durable=False)
         self._sent += 1
         self._sent_size += len(value)
-        if not stored.done():
+        if stored.done():
+            self._stored(stored)
+        elif stored not in self._unstored:
             self._unstored.add(stored)
             stored.add_done_callback(self._stored)
-        else:
-            self._stored(stored)
 
     def credit(self, chunks: int, size: int) -> None:
         self._taken = max(self._taken, chunks)
         self._taken_size = max(self._taken_size, size)
-        self._credited.set()
+        if self._credited is not None:
+            self._credited.set()
 
     async def done(self, value: bytes | None) -> None:
-        raw, claim = await self._claimed(value) if value else (NIL, ())
-        await self._end(Done(self._id, self._attempt, self._sent, raw), claim)
+        if not value:
+            raw, claim = NIL, NO_HEADERS
+        elif len(value) > self._largest:
+            raw, claim = await self._claimed(value)
+        else:
+            raw, claim = msgspec.Raw(value), NO_HEADERS
+        await self._end(Done(self._id, self._attempt, self._sent, raw), len(raw), claim)
 
     async def failed(self, error: BaseException, chainlet: str) -> None:
         detail = fitting(to_detail(error, chainlet), self._largest)
-        await self._end(Failed(self._id, self._attempt, detail, self._sent))
+        await self._end(Failed(self._id, self._attempt, detail, self._sent), len(msgspec.msgpack.encode(detail)))
 
     async def cancelled(self) -> None:
-        await self._end(Cancelled(self._id, self._attempt, self._sent))
-
-    async def _wait_for_credit(self, chunks: int, size: int) -> None:
-        while self._sent - self._taken >= chunks or self._sent_size - self._taken_size >= size:
-            self._credited.clear()
-            await self._credited.wait()
+        await self._end(Cancelled(self._id, self._attempt, self._sent), 0)
 
     def _stored(self, stored: asyncio.Future[int]) -> None:
         self._unstored.discard(stored)
@@ -136,25 +160,23 @@ class FrameReply:
             self._lost = StreamInterruptedError("a chunk could not be stored by the broker", chunks=self._sent)
 
     async def _claimed(self, value: bytes) -> tuple[msgspec.Raw, Headers]:
-        """Give a value as it goes into its frame, and the headers for the record."""
-        if len(value) <= self._largest:
-            return msgspec.Raw(value), ()
+        """Put a value into the store; give what stands for it in its frame, and the headers for the record."""
         return NIL, await self._store.put_answer(value)
 
-    async def _end(self, frame: Frame, claim: Headers = ()) -> None:
+    async def _end(self, frame: Frame, size: int, claim: Headers = ()) -> None:
         # Chunks go out by another producer than the end does: it may follow only when all of them are stored.
         if unstored := tuple(self._unstored):
             await asyncio.wait(unstored)
             for stored in unstored:
                 self._stored(stored)
         if self._lost is not None and isinstance(frame, Done):
-            frame, claim = Failed(self._id, self._attempt, to_detail(self._lost), self._sent), ()
-        await (await self._publish(frame, claim, durable=True))
+            frame, size, claim = Failed(self._id, self._attempt, to_detail(self._lost), self._sent), 1024, ()
+        await self._send_durably(frame, size, claim)
 
-    async def _publish(self, frame: Frame, claim: Headers, *, durable: bool) -> asyncio.Future[int]:
-        return await self._broker.publish(
-            self._topic, encode_frames((frame,)), partition=self._partition, headers=claim, durable=durable
-        )
+    async def _send_durably(self, frame: Frame, size: int, claim: Headers = ()) -> int:
+        """Send a frame, wait until it is stored, and give its record's offset."""
+        stored = await self._frames.send(self._topic, self._partition, frame, size, claim, durable=True)
+        return stored.result() if stored.done() else await asyncio.shield(stored)  # others may wait for it too
 
 
 class BareReply:
@@ -232,14 +254,18 @@ class NoReply:
     async def cancelled(self) -> None: ...
 
 
-async def reply_to(broker: Broker, request: Request, codec: Codec, attempt: int, store: Store) -> Reply:
-    """Choose how to answer. Raises UnknownTopicError if the request names a place that does not exist; BrokerError."""
+def reply_to(
+    broker: Broker, frames: FrameBatcher, request: Request, codec: Codec, *, attempt: int, store: Store, partitions: int
+) -> Reply:
+    """Choose how to answer a request whose reply topic, if it names one, has so many partitions.
+
+    Raises UnknownTopicError if there is no such place.
+    """
     topic = request.reply_topic
     if topic is None:
         return NoReply()
-    partitions = await broker.partitions(topic)
     if request.reply_partition is not None and request.reply_partition >= partitions:
         raise UnknownTopicError(f"the reply topic {topic} has no partition {request.reply_partition}")
     if request.frames:
-        return FrameReply(broker, request, attempt, store)
+        return FrameReply(frames, request, attempt, store, largest=broker.max_record_bytes - FRAME_ROOM)
     return BareReply(broker, request, codec, partitions, store)

@@ -10,6 +10,7 @@ import msgspec
 from structlog.contextvars import bind_contextvars
 
 from chains_stream import metrics, policy
+from chains_stream.batching import FrameBatcher
 from chains_stream.broker import Broker, Record
 from chains_stream.errors import (
     BrokerError,
@@ -29,13 +30,14 @@ from chains_stream.errors import (
 from chains_stream.letters import send_letter
 from chains_stream.local import Callee
 from chains_stream.log import get_logger
-from chains_stream.messages import JSON, REQUEST_ID, Request, now_ms
+from chains_stream.messages import JSON, MSGPACK, REQUEST_ID, Request, now_ms
 from chains_stream.offsets import Ledger
 from chains_stream.policy import Scope
 from chains_stream.readback import ReadBack
 from chains_stream.replies import Reply, reply_to
 from chains_stream.settings import Settings
 from chains_stream.store import Store, reference_in
+from chains_stream.timeouts import Timeout
 
 ANSWER_GRACE = 60.0  # seconds after a request's deadline in which its answer is still tried to be stored
 CHUNKS_A_TURN = 32  # of a generator that never waits, until others have their turn of the event loop
@@ -82,10 +84,13 @@ def request_id_of(record: Record) -> str:
 class Service:
     """What all requests to a Chainlet have in common."""
 
-    def __init__(self, callee: Callee, topic: str, broker: Broker, store: Store, settings: Settings) -> None:
+    def __init__(
+        self, callee: Callee, topic: str, broker: Broker, *, frames: FrameBatcher, store: Store, settings: Settings
+    ) -> None:
         self.callee = callee
         self.topic = topic
         self.broker = broker
+        self.frames = frames
         self.store = store
         self.settings = settings
         self.read_back = ReadBack(broker)
@@ -93,6 +98,13 @@ class Service:
         self.queue_wait = metrics.QUEUE_WAIT.labels(callee.name)
         self.run_time = metrics.RUN_TIME.labels(callee.name)
         self.expired = metrics.EXPIRED.labels(callee.name)
+        self.partitions: dict[str | None, int] = {None: 0}  # of the reply topics met so far
+
+    def reply_to(self, request: Request, attempt: int) -> Reply:
+        """Choose how to answer a request whose reply topic is in `partitions`. Raises UnknownTopicError."""
+        count = self.partitions[request.reply_topic]
+        codec, store = self.callee.codec, self.store
+        return reply_to(self.broker, self.frames, request, codec, attempt=attempt, store=store, partitions=count)
 
 
 class Job:
@@ -101,6 +113,20 @@ class Job:
     `stop` is why it was told to stop: somebody cancelled the request, its partition went to another worker, or this one
     ends. In the last two cases it is not answered, and another worker runs it.
     """
+
+    __slots__ = (
+        "_attempt",
+        "_callee",
+        "_deadline_ms",
+        "_reply",
+        "_service",
+        "_task",
+        "deaths",
+        "record",
+        "redelivered",
+        "request",
+        "stop",
+    )
 
     def __init__(self, record: Record, ledger: Ledger, service: Service) -> None:
         self.record = record
@@ -111,8 +137,6 @@ class Job:
         self._attempt = ledger.epoch
         self._service = service
         self._callee = service.callee
-        self._broker = service.broker
-        self._store = service.store
         self._reply: Reply | None = None
         self._task: asyncio.Task[None] | None = None
         self._deadline_ms = record.timestamp_ms + int(service.settings.deadline * 1000)
@@ -131,18 +155,21 @@ class Job:
     async def read(self) -> Request | None:
         """Read the request's headers; None if there is no way to answer it: it is a dead letter then."""
         try:
-            self.request = Request.from_headers(self.record.headers)
-            self._deadline_ms = self.request.deadline_ms or self._deadline_ms
-            self._reply = await self._find_reply(self.request)
+            request = Request.from_headers(self.record.headers)
+            self._deadline_ms = request.deadline_ms or self._deadline_ms
+            if request.reply_topic not in self._service.partitions:
+                await self._find(request.reply_topic)
+            self._reply = self._service.reply_to(request, self._attempt)
         except (ValueError, BrokerError) as error:
             log.error("request.refused", **self._place, reason=str(error))  # noqa: TRY400 - a stranger's has no stack
             if not isinstance(error, BrokerError) or not error.retryable:  # else it is sound, and came too late
                 await self.bury(error, "unreadable")
             return None
-        request_id = self.request.request_id or policy.new_request_id()
-        self.request = msgspec.structs.replace(self.request, request_id=request_id, deadline_ms=self._deadline_ms)
-        bind_contextvars(request_id=request_id, correlation_id=self.request.correlation_id.hex())
-        return self.request
+        if not request.request_id:
+            request = msgspec.structs.replace(request, request_id=policy.new_request_id())
+        self.request = request
+        bind_contextvars(request_id=request.request_id, correlation_id=request.correlation_id.hex())
+        return request
 
     async def run(self) -> Outcome | None:
         """Run the request; None if it is for another worker to answer."""
@@ -190,7 +217,9 @@ class Job:
         metrics.DEAD_LETTERED.labels(self._callee.name, reason).inc()
         deaths = self.deaths or None
         try:
-            place = await self._persist(lambda: send_letter(self._broker, self.record, group, error, deaths), None)
+            place = await self._persist(
+                lambda: send_letter(self._service.broker, self.record, group, error, deaths), None
+            )
         except BrokerError as unsent:
             log.error("letter.unsent", **self._place, reason=str(unsent))  # noqa: TRY400 - the message says it all
             return None
@@ -233,9 +262,11 @@ class Job:
     def _place(self) -> dict[str, Any]:
         return {"topic": self.record.topic, "partition": self.record.partition, "offset": self.record.offset}
 
-    async def _find_reply(self, request: Request) -> Reply:
-        codec, store = self._callee.codec, self._store
-        return await self._persist(lambda: reply_to(self._broker, request, codec, self._attempt, store), ANSWER_GRACE)
+    async def _find(self, topic: str | None) -> None:
+        """Find out how many partitions a reply topic has."""
+        if topic is not None:
+            broker = self._service.broker
+            self._service.partitions[topic] = await self._persist(lambda: broker.partitions(topic), ANSWER_GRACE)
 
     async def _persist(self, action: Callable[[], Awaitable[T]], grace: float | None) -> T:
         """Do something with the broker, again while it is away, until `grace` seconds after the deadline, if any.
@@ -265,15 +296,18 @@ class Job:
             affinity=self.record.key,
             attempt=self._attempt,
         )
-        if scope.remaining <= 0:
+        now = now_ms()
+        remaining = (self._deadline_ms - now) / 1000
+        if remaining <= 0:
             self._service.expired.inc()
             return Outcome(error=self._expired("before it was run"))
         policy.current.set(scope)  # this task's own context
-        limit = asyncio.timeout(scope.remaining)
-        self._service.queue_wait.observe(max(0.0, (now_ms() - self.record.timestamp_ms) / 1000))
+        limit = Timeout(remaining)
+        self._service.queue_wait.observe(max(0.0, (now - self.record.timestamp_ms) / 1000))
         try:
-            async with limit, self._callee.slots.here():
-                return await self._run(request, scope)
+            with limit:
+                async with self._callee.slots.here():
+                    return await self._run(request, scope)
         except TimeoutError as error:
             return Outcome(error=self._expired("while it ran") if limit.expired() else error)
         except SystemExit as error:
@@ -282,39 +316,44 @@ class Job:
         except Exception as error:  # noqa: BLE001 - whatever user code raises is the caller's to see
             return Outcome(error=error)
         finally:
-            scope.close()
+            if scope.calls:
+                scope.close()
 
     async def _run(self, request: Request, scope: Scope) -> Outcome:
         try:
-            arguments = await self._arguments(request)
+            if self.record.value and request.content_type == MSGPACK:
+                arguments: Mapping[str, Any] = self._callee.codec.decode_arguments(self.record.value)
+            else:
+                arguments = await self._arguments(request)
         except (InvalidArgumentError, StoredValueMissingError) as error:
             return Outcome(error=error, undecodable=True)
         began = time.perf_counter()
         try:
-            return await self._serve(arguments, scope)
+            if self._callee.signature.streaming:
+                return await self._stream(arguments, scope)
+            return Outcome(value=await self._callee.call(arguments))
         finally:
             self._service.run_time.observe(time.perf_counter() - began)
 
-    async def _serve(self, arguments: Mapping[str, Any], scope: Scope) -> Outcome:
-        if not self._callee.signature.streaming:
-            return Outcome(value=await self._callee.call(arguments))
-        assert self._reply is not None, "read before it is run"
-        if self._service.resumable and self.redelivered and await self._resume(self._reply, scope):
+    async def _stream(self, arguments: Mapping[str, Any], scope: Scope) -> Outcome:
+        reply = self._reply
+        assert reply is not None, "read before it is run"
+        if self._service.resumable and self.redelivered and await self._resume(reply, scope):
             return Outcome(answered=True)
         sent = 0
         async with aclosing(self._callee.stream(arguments)) as chunks:
             async for chunk in chunks:
-                await self._reply.chunk(chunk)
+                await reply.chunk(chunk)
                 sent += 1
                 if sent % CHUNKS_A_TURN == 0:
                     await asyncio.sleep(0)
         return Outcome()
 
     async def _arguments(self, request: Request) -> Mapping[str, Any]:
-        """Decode the arguments. Raises InvalidArgumentError, StoreError."""
+        """Decode arguments that are JSON, or that lie in the store. Raises InvalidArgumentError, StoreError."""
         value = self.record.value
         if not value and (reference := reference_in(self.record.headers)) is not None:
-            value = await self._store.get(reference)
+            value = await self._service.store.get(reference)
         if request.content_type == JSON:
             value = self._callee.codec.arguments_from_json(value)
         return self._callee.codec.decode_arguments(value)
@@ -327,7 +366,9 @@ class Job:
             raise StreamInterruptedError(f"what was sent of the stream is no longer in the log: {error}") from error
         if answered is None:
             raise StreamInterruptedError("some of what was sent of the stream is missing in the log")
-        values = [await self._store.get(chunk) if isinstance(chunk, str) else chunk for chunk in answered.chunks]
+        values = [
+            await self._service.store.get(chunk) if isinstance(chunk, str) else chunk for chunk in answered.chunks
+        ]
         reply.go_on(len(values), sum(len(memoryview(value)) for value in values))
         scope.emitted = tuple(map(self._callee.codec.decode_result, values))
         if answered.chunks:

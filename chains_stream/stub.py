@@ -4,7 +4,7 @@ A `Stub` has the Chainlet's `run_remote`. It turns arguments into bytes and byte
 repeats the call (`policy`). Where the bytes go is a `Target`: the broker, a gateway, or an instance in this process.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, NoReturn, Protocol
 
@@ -20,7 +20,8 @@ class Target(Protocol):
 
     async def call(self, arguments: bytes, scope: Scope, attempt: int) -> Buffer: ...
 
-    def stream(self, arguments: bytes, scope: Scope, attempt: int) -> AsyncGenerator[Buffer, None]: ...
+    def stream(self, arguments: bytes, scope: Scope, attempt: int) -> AsyncGenerator[Sequence[Buffer], None]:
+        """Yield the chunks that are there at once, one at least."""
 
 
 class Stub:
@@ -59,11 +60,13 @@ class Stub:
         scope = policy.scope_or_new(self._deadline)
         arguments = self._codec.encode_arguments(args, kwargs)
 
-        async def one_try(attempt: int) -> AsyncGenerator[Any, None]:
+        async def one_try(attempt: int) -> AsyncGenerator[Sequence[Buffer], None]:
             async with self._limit.here(), aclosing(self._target.stream(arguments, scope, attempt)) as chunks:
-                async for chunk in chunks:
-                    yield self._codec.decode_result(chunk)
+                async for several in chunks:
+                    yield several
 
-        async with aclosing(policy.stream(one_try, self._options, scope, self._name)) as items:
-            async for item in items:
-                yield item
+        decode = self._codec.decode_result
+        async with aclosing(policy.stream(one_try, self._options, scope, self._name)) as chunks:
+            async for several in chunks:
+                for chunk in several:
+                    yield decode(chunk)

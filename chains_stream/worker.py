@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from chains_stream import metrics
 from chains_stream.assignment import Assignment
 from chains_stream.balance import Busy, Reporter
+from chains_stream.batching import FrameBatcher
 from chains_stream.broker import Broker, GroupConsumer, Record, TopicSpec
 from chains_stream.calls import Caller, remote_target
 from chains_stream.chain import Chain
@@ -26,7 +27,6 @@ from chains_stream.options import DeploymentContext, RPCOptions
 from chains_stream.quarantine import Quarantine
 from chains_stream.serving import Job, Outcome, Service, request_id_of
 from chains_stream.settings import Settings
-from chains_stream.store import Store
 from chains_stream.stub import Stub
 
 MAX_TAKEN = 256  # records at once: see `offsets.MOST_OPEN`
@@ -44,15 +44,14 @@ class Worker:
     `quarantine` is that of its process.
     """
 
-    def __init__(
-        self, callee: Callee, topic: str, broker: Broker, store: Store, settings: Settings, *, quarantine: Quarantine
-    ) -> None:
-        self.topic = topic
+    def __init__(self, service: Service, quarantine: Quarantine) -> None:
+        callee, settings = service.callee, service.settings
+        self.topic = service.topic
         self.callee = callee
         self.in_flight = 0  # requests that run
         self._settings = settings
-        self._service = Service(callee, topic, broker, store, settings)
-        self._assignment = Assignment(callee.name, topic, broker, settings, self._lose)
+        self._service = service
+        self._assignment = Assignment(callee.name, service.topic, service.broker, settings, self._lose)
         self._consumer: GroupConsumer | None = None
         self._jobs: dict[asyncio.Task[None], Job] = {}
         self._by_id: dict[bytes, Job] = {}  # a stranger's requests may have no id, or repeat one
@@ -206,12 +205,7 @@ class Worker:
         self._jobs[task] = job
         if job.redelivered:
             self._metrics.redelivered.inc()
-        task.add_done_callback(self._ended)
         return task
-
-    def _ended(self, task: "asyncio.Task[None]") -> None:
-        del self._jobs[task]
-        self._freed.set()
 
     async def _serve(self, job: Job, ledger: Ledger) -> None:
         try:
@@ -225,6 +219,9 @@ class Worker:
             # A defect of ours. Left open, the record would hold up its partition for ever.
             log.exception("worker.defect", chainlet=self.callee.name, offset=job.record.offset)
             await job.apologize(error)
+        finally:
+            del self._jobs[asyncio.current_task()]  # type: ignore[arg-type] # this one
+            self._freed.set()
         self._assignment.finish(job.record, ledger)
 
     async def _run(self, job: Job) -> Outcome | None:
@@ -235,24 +232,21 @@ class Worker:
                 return None
             if job.deaths >= self._settings.max_deliveries:
                 return await job.refuse()
-            return await self._outcome(job, request)
+            if self._cancellations.meet(request):
+                self._metrics.cancelled["queued"].inc()
+                return Outcome(cancelled=True)
+            self._by_id[request.correlation_id] = job
+            try:
+                outcome = await job.run()
+            finally:
+                if self._by_id.get(request.correlation_id) is job:
+                    del self._by_id[request.correlation_id]
+            if outcome is not None and outcome.cancelled:
+                self._metrics.cancelled["running"].inc()
+            return outcome
         finally:
             self.in_flight -= 1
             self._freed.set()
-
-    async def _outcome(self, job: Job, request: Request) -> Outcome | None:
-        if self._cancellations.meet(request):
-            self._metrics.cancelled["queued"].inc()
-            return Outcome(cancelled=True)
-        self._by_id[request.correlation_id] = job
-        try:
-            outcome = await job.run()
-        finally:
-            if self._by_id.get(request.correlation_id) is job:
-                del self._by_id[request.correlation_id]
-        if outcome is not None and outcome.cancelled:
-            self._metrics.cancelled["running"].inc()
-        return outcome
 
 
 class Cancellations:
@@ -304,6 +298,7 @@ class Host:
         self._broker = broker
         self._caller = caller
         self._settings = settings
+        self._frames = FrameBatcher(broker)
         self._callees: dict[type[ChainletBase], Callee] = {}
         self.workers: list[Worker] = []
         self._reporter = Reporter(caller.control, self.workers)
@@ -320,12 +315,11 @@ class Host:
         )
         called = {each.chainlet for cls in self._served for each in dependencies(cls).values()}
         await self._caller.use(*(self._chain.topic(cls, settings.namespace) for cls in called))
-        quarantine = Quarantine()
+        quarantine, store = Quarantine(), self._caller.store
         for cls, topic in topics.items():
-            self._callees[cls] = Callee(cls, await self._build(cls))
-            self.workers.append(
-                Worker(self._callees[cls], topic, self._broker, self._caller.store, settings, quarantine=quarantine)
-            )
+            callee = self._callees[cls] = Callee(cls, await self._build(cls))
+            service = Service(callee, topic, self._broker, frames=self._frames, store=store, settings=settings)
+            self.workers.append(Worker(service, quarantine))
         # As far back as work can have waited: what was cancelled while nobody was there is not run.
         await self._caller.control.follow({w.topic: w.handle for w in self.workers}, since=settings.deadline)
         try:
@@ -355,6 +349,7 @@ class Host:
             # What is called by other processes too goes on meanwhile, and needs some of it for itself.
             async with self._reporter.leaving(worker):
                 await worker.drain(remaining * CALLERS_SHARE if left else remaining)
+        await self._frames.close()
         await self._reporter.close()
         for callee in self._callees.values():
             callee.close()

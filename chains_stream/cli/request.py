@@ -100,8 +100,9 @@ async def _answer(target: RemoteTarget, chain: Chain, settings: Settings, argume
         return
     stream = policy.stream(lambda attempt: target.stream(arguments, scope, attempt), bounds, scope, name)
     async with aclosing(stream) as chunks:
-        async for chunk in chunks:
-            output.chunk(codec.result_to_json(chunk), codec.decode_result(chunk))
+        async for several in chunks:
+            for chunk in several:
+                output.chunk(codec.result_to_json(chunk), codec.decode_result(chunk))
 
 
 @asynccontextmanager

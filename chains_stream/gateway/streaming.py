@@ -202,12 +202,12 @@ class Stream:
             self._outbox.end()
 
     async def _next(self) -> bytes | None:
-        chunk = await self._call.next()
-        if chunk is None:
+        chunks = await self._call.next()
+        if chunks is None:
             return None
-        data = self._form.chunk(self._chunks, chunk)
-        self._chunks += 1
-        return data
+        first = self._chunks
+        self._chunks += len(chunks)
+        return b"".join([self._form.chunk(first + at, chunk) for at, chunk in enumerate(chunks)])
 
     async def _write(self, data: bytes) -> None:
         await self._exchange.write(data)

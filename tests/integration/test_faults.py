@@ -13,6 +13,7 @@ import pytest
 
 import chains_stream as chains
 from chains_stream import worker as worker_module
+from chains_stream.batching import FrameBatcher
 from chains_stream.broker import TopicSpec
 from chains_stream.brokers.memory import MemoryBroker
 from chains_stream.chain import Chain
@@ -289,7 +290,7 @@ async def test_a_chunk_that_was_not_stored_ends_the_stream_with_an_error() -> No
     broker = LosingBroker(Settings())
     await broker.ensure_topics([TopicSpec("replies", 1, 1000, ring=True)])
     request = Request(correlation_id=b"1" * 16, reply_topic="replies", reply_partition=0)
-    reply = FrameReply(broker, request, 1, Store(Settings()))
+    reply = FrameReply(FrameBatcher(broker), request, 1, Store(Settings()), largest=1_000_000)
     await reply.chunk(b"\x00")
     await reply.chunk(b"\x01")
     async with asyncio.timeout(5):
