@@ -58,22 +58,28 @@ class Assignment:
 
     async def take(self, records: Sequence[Record]) -> list[tuple[Record, Ledger]]:
         """Give those of the records just fetched that are ours to run, each once, with their ledgers."""
-        generation = self._generation
-        await self._take_over(records, generation)
-        if generation != self._generation:
-            return []  # the partitions have moved meanwhile; what is still ours is fetched again
+        if any(record.partition not in self.ledgers for record in records):
+            generation = self._generation
+            await self._take_over(records, generation)
+            if generation != self._generation:
+                return []  # the partitions have moved meanwhile; what is still ours is fetched again
         taken = []
         for record in records:
-            ledger = self.of(record)
+            ledger = self.ledgers.get(record.partition)
             if ledger is not None and ledger.take(record.offset):
                 taken.append((record, ledger))
-                self._pause_if_full(record.partition, ledger)
+                if ledger.span >= self._limit:
+                    self._pause_if_full(record.partition, ledger)
         return taken
 
     def done(self, partition: int, offset: int) -> bool:
         """Tell whether a record at this offset, which is 0 if it is not known, is done for certain."""
         ledger = self.ledgers.get(partition)
         return ledger is not None and 0 < offset < ledger.position
+
+    def ordinary(self, record: Record, ledger: Ledger) -> bool:
+        """Tell whether a record may run at once: it is no suspect, and needs not be named."""
+        return ledger.unsuspicious and record.partition not in self._claims
 
     def to_be_named(self, record: Record, ledger: Ledger) -> bool:
         """Tell whether a record must not run before `name` has stored that it may."""
@@ -84,7 +90,8 @@ class Assignment:
         ledger.finish(record.offset)
         if self.of(record) is not ledger:
             return
-        self._change([record.partition])
+        self._changed.add(record.partition)
+        self._due.set()
         if record.partition in self.paused and ledger.span <= self._limit // 2:
             assert self._consumer is not None, "records come from it"
             self.paused.discard(record.partition)

@@ -136,6 +136,12 @@ class Ledger:
         return self._deaths.get(offset, 0)
 
     @property
+    def unsuspicious(self) -> bool:
+        """Whether nobody died of what is open here, as far as is known."""
+        position = self.position
+        return position >= self._suspects_to and position >= self.watched_to
+
+    @property
     def watched(self) -> bool:
         """Whether records are to be named before they are run."""
         return self.position < self.watched_to

@@ -119,13 +119,14 @@ class Job:
         "_callee",
         "_deadline_ms",
         "_reply",
+        "_running",
         "_service",
-        "_task",
         "deaths",
         "record",
         "redelivered",
         "request",
         "stop",
+        "task",
     )
 
     def __init__(self, record: Record, ledger: Ledger, service: Service) -> None:
@@ -138,15 +139,16 @@ class Job:
         self._service = service
         self._callee = service.callee
         self._reply: Reply | None = None
-        self._task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None]  # that serves it
+        self._running = False  # user code, which `cancel` may stop
         self._deadline_ms = record.timestamp_ms + int(service.settings.deadline * 1000)
 
     def cancel(self, stop: Stop) -> None:
         """Stop `run`, be it under way or still to come."""
         if self.stop is None:
             self.stop = stop
-            if self._task is not None:
-                self._task.cancel()
+            if self._running:
+                self.task.cancel()
 
     def credit(self, chunks: int, size: int) -> None:
         if self._reply is not None:
@@ -173,22 +175,22 @@ class Job:
 
     async def run(self) -> Outcome | None:
         """Run the request; None if it is for another worker to answer."""
-        self._task = asyncio.current_task()
+        self._running = True
         outcome: Outcome | None = None
         try:
             if self.stop is None:
                 outcome = await self._run_in_time()
         except asyncio.CancelledError as error:
             if self.stop is None:
-                if self._task is not None and self._task.cancelling():
+                if self.task.cancelling():
                     raise
                 reason = f"{self._name} ended in the cancellation of something that it waited for"
                 outcome = Outcome(error=ChainsRuntimeError(reason))
                 outcome.error.__cause__ = error  # type: ignore[union-attr] # just set
-            elif self._task is not None:
-                self._task.uncancel()
+            else:
+                self.task.uncancel()
         finally:
-            self._task = None
+            self._running = False
         # Whatever user code made of a cancellation: who asked for it decides.
         if self.stop is None:
             return outcome

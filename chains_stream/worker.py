@@ -147,6 +147,10 @@ class Worker:
 
     async def _start(self, taken: Sequence[tuple[Record, Ledger]]) -> None:
         """Begin what was taken; what may have killed a worker goes first, and alone."""
+        if not self._quarantine.busy and all(self._assignment.ordinary(record, ledger) for record, ledger in taken):
+            for record, ledger in taken:
+                self._begin(record, ledger)
+            return
         suspects = [(record, ledger) for record, ledger in taken if self._is_suspect(record, ledger)]
         for record, ledger in suspects:
             await self._run_suspect(record, ledger)
@@ -201,7 +205,7 @@ class Worker:
     def _begin(self, record: Record, ledger: Ledger) -> "asyncio.Task[None]":
         self.in_flight += 1
         job = Job(record, ledger, self._service)
-        task = asyncio.create_task(self._serve(job, ledger))
+        task = job.task = asyncio.create_task(self._serve(job, ledger))
         self._jobs[task] = job
         if job.redelivered:
             self._metrics.redelivered.inc()
@@ -220,7 +224,7 @@ class Worker:
             log.exception("worker.defect", chainlet=self.callee.name, offset=job.record.offset)
             await job.apologize(error)
         finally:
-            del self._jobs[asyncio.current_task()]  # type: ignore[arg-type] # this one
+            del self._jobs[job.task]
             self._freed.set()
         self._assignment.finish(job.record, ledger)
 

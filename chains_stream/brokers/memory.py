@@ -59,11 +59,12 @@ class Partition:
                 await self._room
 
     def append(self, key: bytes | None, value: bytes, headers: Headers) -> int:
-        offset = self.end
-        now = now_ms()
-        while self._records and self._records[0].timestamp_ms < now - self._retention_ms:
+        records, now = self._records, now_ms()
+        offset = self.begin + len(records)
+        oldest = now - self._retention_ms
+        while records and records[0].timestamp_ms < oldest:
             self._drop_first()
-        self._records.append(Record(self.topic, self.number, offset, now, key, value, headers))
+        records.append(Record(self.topic, self.number, offset, now, key, value, headers))
         self._size += len(value)
         for reader in self.readers:
             reader.wake(self)
