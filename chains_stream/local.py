@@ -41,6 +41,7 @@ class Callee:
         self.concurrency = cls.remote_config.compute.concurrency
         self.resumable = cls.remote_config.options.resumable
         self.slots = Limit(self.concurrency)
+        self.colocated = False  # called in this process too, and not by its worker alone
         # Of its own: the event loop's has a handful, whatever `predict_concurrency` says. Threads start as needed.
         self._threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix=f"{THREADS}-{self.name}")
         self.instance = instance

@@ -304,10 +304,12 @@ class Job:
             self._service.expired.inc()
             return Outcome(error=self._expired("before it was run"))
         policy.current.set(scope)  # this task's own context
-        limit = Timeout(remaining)
+        limit = Timeout(remaining, self.task)
         self._service.queue_wait.observe(max(0.0, (now - self.record.timestamp_ms) / 1000))
         try:
             with limit:
+                if not self._callee.colocated:  # the worker takes no more than there are places
+                    return await self._run(request, scope)
                 async with self._callee.slots.here():
                     return await self._run(request, scope)
         except TimeoutError as error:

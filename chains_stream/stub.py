@@ -51,8 +51,12 @@ class Stub:
         arguments = self._codec.encode_arguments(args, kwargs)
 
         async def one_try(attempt: int) -> Any:
-            async with self._limit.here():
+            limit = self._limit.here()
+            await limit.acquire()
+            try:
                 return self._codec.decode_result(await self._target.call(arguments, scope, attempt))
+            finally:
+                limit.release()
 
         return await policy.call(one_try, self._options, scope, self._name)
 

@@ -7,7 +7,7 @@ far off has none: it stands in a set of those that end in the same second, and g
 import asyncio
 import threading
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 FAR = 2.0  # seconds from which on no timer is set
 
@@ -17,21 +17,23 @@ class Timeout:
 
     Args:
         seconds: from the beginning of the block on. With none left it ends where it first waits.
+        task: that runs the block, if it is known: to look it up costs as much as the rest.
     """
 
     __slots__ = ("_cancelling", "_expired", "_far", "_loop", "_seconds", "_task", "_timer", "_when")
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, task: "asyncio.Task[Any] | None" = None) -> None:
         self._seconds = seconds
+        self._task = task
         self._expired = False
         self._timer: asyncio.TimerHandle | None = None
         self._far: _Far | None = None
 
     def __enter__(self) -> Self:
-        task = asyncio.current_task()
+        task = self._task or asyncio.current_task()
         if task is None:
             raise RuntimeError("a Timeout is for code that runs in a task")
-        self._task: asyncio.Task[object] | None = task
+        self._task = task
         self._cancelling = task.cancelling()
         self._loop = task.get_loop()
         self._when = self._loop.time() + self._seconds

@@ -64,6 +64,7 @@ class Worker:
 
     async def start(self) -> None:
         """Join the group and begin to take requests."""
+        self._loop = asyncio.get_running_loop()
         self._consumer = await self._assignment.join()
         name = self.callee.name
         self._tasks = [
@@ -205,7 +206,7 @@ class Worker:
     def _begin(self, record: Record, ledger: Ledger) -> "asyncio.Task[None]":
         self.in_flight += 1
         job = Job(record, ledger, self._service)
-        task = job.task = asyncio.create_task(self._serve(job, ledger))
+        task = job.task = self._loop.create_task(self._serve(job, ledger))
         self._jobs[task] = job
         if job.redelivered:
             self._metrics.redelivered.inc()
@@ -377,6 +378,7 @@ class Host:
     async def _stub(self, cls: type[ChainletBase], options: RPCOptions) -> Stub:
         callee = self._callees.get(cls)
         if options.colocated and callee is not None:
+            callee.colocated = True
             return Stub(callee.signature, LocalTarget(callee), options, self._settings.deadline)
         target = await remote_target(self._chain, cls, self._caller, self._settings)
         return Stub(signature(cls), target, options, self._settings.deadline)

@@ -49,7 +49,8 @@ class Partition:
 
     def admits(self, size: int) -> bool:
         """Tell whether a value of `size` bytes has its place at once."""
-        return not self._line.locked() and not self.full(size)
+        room = len(self._records) < MAX_RECORDS and self._size + size <= MAX_BYTES
+        return (room or not self.full(size)) and not self._line.locked()
 
     async def wait_for_room(self, size: int) -> None:
         """Wait, in line, until a value has its place."""
@@ -98,6 +99,8 @@ class Partition:
             raise OffsetExpiredError(f"{self.topic}[{self.number}] does not hold the offset {offset}: {held}")
         # By index, which a deque finds from its nearer end: readers are near the end of a long ring.
         records, start = self._records, offset - self.begin
+        if start == len(records) - 1:
+            return [records[-1]]
         return [records[index] for index in range(start, min(start + limit, len(records)))]
 
     def first_from(self, timestamp_ms: int) -> int:
@@ -148,7 +151,7 @@ class _Follower:
         while True:
             if self.error is not None:
                 raise self.error
-            if taken := self._take(limit):
+            if self._ready and (taken := self._take(limit)):
                 return taken
             self._waiter = asyncio.get_running_loop().create_future()
             try:
