@@ -8,8 +8,9 @@ cancelled where it runs.
 import asyncio
 import os
 import zlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -467,10 +468,10 @@ class RemoteTarget:
         self._modules = modules
         self._streaming = streaming
 
-    async def open(self, arguments: bytes, scope: Scope, attempt: int) -> Call:
+    def open(self, arguments: bytes, scope: Scope, attempt: int) -> Coroutine[Any, Any, Call]:
         """Publish a request; whoever asked for the call closes it."""
         caller, streaming = self._caller, self._streaming
-        return await caller.open(self._topic, arguments, scope, attempt, self._modules, streaming=streaming)
+        return caller.open(self._topic, arguments, scope, attempt, self._modules, streaming=streaming)
 
     async def call(self, arguments: bytes, scope: Scope, attempt: int) -> msgspec.Raw:
         call = await self.open(arguments, scope, attempt)

@@ -145,7 +145,11 @@ class FrameReply:
             raw, claim = await self._claimed(value)
         else:
             raw, claim = msgspec.Raw(value), NO_HEADERS
-        await self._end(Done(self._id, self._attempt, self._sent, raw), len(raw), claim)
+        frame = Done(self._id, self._attempt, self._sent, raw)
+        if self._sent:
+            await self._end(frame, len(raw), claim)
+        else:
+            await self._send_durably(frame, len(raw), claim)
 
     async def failed(self, error: BaseException, chainlet: str) -> None:
         detail = fitting(to_detail(error, chainlet), self._largest)
