@@ -14,6 +14,7 @@ ORDER = [
     "log",
     "metrics",
     "errors",
+    "load",
     "options",
     "settings",
     "source",
