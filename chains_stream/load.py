@@ -7,9 +7,15 @@ request that it held up (Gil Tene's "coordinated omission"). Every sample is kep
 """
 
 import asyncio
+import ctypes
+import functools
 import math
+import os
 import random
+import struct
+import sys
 import time
+import weakref
 from array import array
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -110,12 +116,43 @@ class Clock(Protocol):
 
 
 class WallClock:
-    """The time of this machine, to the nanosecond."""
+    """The time of this machine.
+
+    On Linux an event loop rounds its timers up to the next millisecond, as much as a whole call may take, and an open
+    loop would add that to each latency. There a timer of the kernel's is waited for instead (timerfd_create(2)).
+    """
 
     now = staticmethod(time.perf_counter)
 
+    def __init__(self) -> None:
+        self._timer: int | None = None
+        if sys.platform == "linux":
+            self._timer = _libc().timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
+            if self._timer < 0:
+                raise OSError(ctypes.get_errno(), "timerfd_create")
+            weakref.finalize(self, os.close, self._timer)
+
     async def until(self, moment: float) -> None:
-        await asyncio.sleep(max(0.0, moment - self.now()))
+        pause = moment - self.now()
+        if pause <= 0 or self._timer is None:
+            await asyncio.sleep(max(0.0, pause))
+            return
+        loop = asyncio.get_running_loop()
+        rung = asyncio.Event()
+        seconds = int(pause)
+        first = struct.pack("@4l", 0, 0, seconds, max(1, int((pause - seconds) * 1e9)))  # no interval, then the pause
+        if _libc().timerfd_settime(self._timer, 0, first, None) < 0:
+            raise OSError(ctypes.get_errno(), "timerfd_settime")
+        loop.add_reader(self._timer, rung.set)  # it stays readable until it is set anew
+        try:
+            await rung.wait()
+        finally:
+            loop.remove_reader(self._timer)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 class Samples:
