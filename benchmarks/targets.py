@@ -1,0 +1,135 @@
+"""What is to be reached, row by row: ratios within one run, but for the few that are numbers of their own."""
+
+from benchmarks.measurement import Parameters, Pick, Row
+
+KB = 1_000
+BYTES = KB  # of a unary call's text, unless a workload says otherwise
+READERS = 64  # of streams as fast as they go
+PACED: Parameters = {"readers": 256, "tokens_per_s": 50}
+
+
+def _unary(system: str, in_flight: int) -> Pick:
+    return Pick("unary", system, {"bytes": BYTES, "in_flight": in_flight})
+
+
+def _added(figure: str, name: str) -> Row:
+    return Row(
+        name=f"paced {figure.removesuffix('_s').replace('_', ' ')}",
+        compared=f"{name} added to the engine's, 256 streams of 50 tokens/s, over that of a bare relay",
+        figure=figure,
+        measured=Pick("paced", "chains", PACED),
+        over=Pick("paced", "relay", PACED),
+        less=(Pick("paced", "engine", PACED), Pick("paced", "engine", PACED)),
+        target=3.0,
+        direction="at_most",
+    )
+
+
+ROWS = (
+    Row(
+        name="unary p50 at 1",
+        compared="p50 of a 1 KB call through Kafka, 1 in flight, over the bare ping-pong's",
+        figure="p50_s",
+        measured=_unary("chains", 1),
+        over=_unary("floor", 1),
+        target=1.25,
+        direction="at_most",
+        quick=True,
+    ),
+    Row(
+        name="unary rate at 256",
+        compared="1 KB calls/s through Kafka, 256 in flight, over the bare ping-pong's",
+        figure="rate_per_s",
+        measured=_unary("chains", 256),
+        over=_unary("floor", 256),
+        target=0.7,
+        direction="at_least",
+        quick=True,
+    ),
+    Row(
+        name="unary rate, Ray Serve",
+        compared="1 KB calls/s through Kafka, 256 in flight, over Ray Serve's handle calls",
+        figure="rate_per_s",
+        measured=_unary("chains", 256),
+        over=_unary("ray", 256),
+        target=5.0,
+        direction="at_least",
+    ),
+    Row(
+        name="two hops, FastAPI",
+        compared="client to gateway to A to B, requests/s at 256 in flight, over client to FastAPI A to B",
+        figure="rate_per_s",
+        measured=Pick("two_hops_http", "chains", {"in_flight": 256}),
+        over=Pick("two_hops_http", "fastapi", {"in_flight": 256}),
+        target=1.5,
+        direction="at_least",
+    ),
+    Row(
+        name="streams",
+        compared=f"tokens/s through gateway, Kafka and worker, {READERS} readers, over a bare ASGI server's from memory",
+        figure="tokens_per_s",
+        measured=Pick("streams", "chains", {"readers": READERS}),
+        over=Pick("streams", "asgi", {"readers": READERS}),
+        target=0.5,
+        direction="at_least",
+        quick=True,
+    ),
+    _added("ttft_p50_s", "TTFT at p50"),
+    _added("ttft_p99_s", "TTFT at p99"),
+    _added("itl_p50_s", "inter-token latency at p50"),
+    _added("itl_p99_s", "inter-token latency at p99"),
+    Row(
+        name="embedded CPU",
+        compared="CPU that a unary call over the embedded broker adds to calling the coroutine",
+        figure="cpu_s_per_call",
+        measured=Pick("embedded", "chains"),
+        less=(Pick("embedded", "floor"),),
+        target=60e-6,
+        direction="at_most",
+        unit="µs",
+        quick=True,
+    ),
+    Row(
+        name="fused hops",
+        compared="CPU that three fused hops add to calling the coroutines, over what one embedded call adds",
+        figure="cpu_s_per_call",
+        measured=Pick("fused", "chains"),
+        over=Pick("embedded", "chains"),
+        less=(Pick("fused", "floor"), Pick("embedded", "floor")),
+        target=3.0,
+        direction="at_most",
+        quick=True,
+    ),
+    Row(
+        name="gateway at rest",
+        compared="RSS of a gateway process at rest",
+        figure="rss_bytes",
+        measured=Pick("memory", "chains", {"process": "gateway"}),
+        target=90e6,
+        direction="at_most",
+        unit="MB",
+        quick=True,
+    ),
+    Row(
+        name="worker at rest",
+        compared="RSS of a worker process at rest, of a Chain that imports nothing of its own",
+        figure="rss_bytes",
+        measured=Pick("memory", "chains", {"process": "worker"}),
+        target=70e6,
+        direction="at_most",
+        unit="MB",
+        quick=True,
+    ),
+    Row(
+        name="idle stream",
+        compared="RSS that an idle stream adds, to gateway and worker together",
+        figure="bytes_per_stream",
+        measured=Pick("memory", "chains", {"process": "stream"}),
+        target=10e3,
+        direction="at_most",
+        unit="KB",
+        quick=True,
+    ),
+)
+
+UNITS = {"": 1.0, "µs": 1e-6, "MB": 1e6, "KB": 1e3}  # how a figure in SI units is written
