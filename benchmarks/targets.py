@@ -66,7 +66,7 @@ ROWS = (
     ),
     Row(
         name="streams",
-        compared=f"tokens/s through gateway, Kafka and worker, {READERS} readers, over a bare ASGI server's from memory",
+        compared=f"tokens/s through gateway, Kafka and worker, {READERS} readers, over those of a bare ASGI server",
         figure="tokens_per_s",
         measured=Pick("streams", "chains", {"readers": READERS}),
         over=Pick("streams", "asgi", {"readers": READERS}),

@@ -15,6 +15,7 @@ ORDER = [
     "metrics",
     "errors",
     "load",
+    "load_http",
     "options",
     "settings",
     "source",
