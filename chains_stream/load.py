@@ -24,9 +24,12 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 DRAIN = 30.0  # seconds that what is still under way at the end has; then it is cancelled, and counted as unfinished
-MAX_IN_FLIGHT = 1024  # of an open loop, if nothing else is said: what is due beyond it is counted, and not sent
+MAX_IN_FLIGHT = 512  # of an open loop, if nothing else is said: what is due beyond it is counted, and not sent
 SUSTAINED = 0.95  # of what is offered: a server that answers less can't keep up
 EXPLODED = 10.0  # times the lowest p99 of the steps before
+
+
+Loop = Literal["closed", "open"]
 
 
 class FailedError(Exception):
@@ -83,7 +86,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
         client_cpu: cores that this process kept busy: at nearly 1, it measured itself.
     """
 
-    loop: Literal["closed", "open"]
+    loop: Loop
     in_flight: int
     offered_per_s: float | None
     seconds: float
@@ -196,7 +199,7 @@ class Samples:
         if self.measures(due):
             self.failed[error.kind if isinstance(error, FailedError) else type(error).__name__] += 1
 
-    def result(self, loop: Literal["closed", "open"], in_flight: int) -> Result:
+    def result(self, loop: Loop, in_flight: int) -> Result:
         """Sum up; a run that was stopped ends now."""
         if self.began < math.inf:
             self.end(self.clock.now())

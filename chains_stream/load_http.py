@@ -32,9 +32,13 @@ class Answer(NamedTuple):
     content_type: str
     content: bytes
 
+    @property
+    def succeeded(self) -> bool:
+        return _succeeded(self.status)
+
     def check(self) -> None:
         """Raise FailedError, of the status and the problem's code, unless this is a success."""
-        if not _succeeded(self.status):
+        if not self.succeeded:
             raise FailedError(f"HTTP {self.status} {_code(self.content)}".rstrip())
 
 
@@ -80,6 +84,18 @@ class Client:
         for connection in tuple(self._open):
             await connection.close()
             self._open.discard(connection)
+
+    async def first(self, body: bytes) -> Answer:
+        """Send a request, and leave at the first of a stream, or the end of a failure: to see what would be loaded.
+
+        Raises OSError, FailedError.
+        """
+        connection = await self._send(body, counts=True)
+        try:
+            await connection.more()
+            return connection.answer()
+        finally:
+            self._put_back(connection)
 
     async def post(self, body: bytes) -> Answer:
         """Send a request, and give the answer, whatever its status. Raises OSError, FailedError."""

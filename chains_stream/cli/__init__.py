@@ -12,6 +12,7 @@ import click
 
 from chains_stream import __version__
 from chains_stream.cli.author import check, graph, init, topics
+from chains_stream.cli.bench import bench
 from chains_stream.cli.call import call
 from chains_stream.cli.cancel import cancel
 from chains_stream.cli.dlq import dlq
@@ -51,7 +52,7 @@ def chains() -> None:
     """
 
 
-for command in (init, check, run, call, gateway, worker, graph, topics, dlq, cancel):
+for command in (init, check, run, call, gateway, worker, graph, topics, dlq, cancel, bench):
     chains.add_command(command)
 
 

@@ -144,7 +144,7 @@ def call_gateway(url: str, json: bytes, output: Output) -> None:
             http.stream("POST", f"{url}/run_remote", content=json, headers=headers) as response,
         ):
             if response.status_code != httpx.codes.OK:
-                raise _refusal(url, response.read(), response.status_code)
+                raise refusal(url, response.read(), response.status_code)
             if not response.headers.get("content-type", "").startswith(_NDJSON):
                 answer = response.read()
                 output.result(answer, _text(answer))
@@ -201,7 +201,8 @@ def _failure(line: bytes) -> Problem | None:
         return None
 
 
-def _refusal(url: str, answer: bytes, status: int) -> Exception:
+def refusal(url: str, answer: bytes, status: int) -> Exception:
+    """Give the error that an answer other than a success stands for."""
     try:
         error = msgspec.json.decode(answer, type=Problem).to_exception()
     except msgspec.DecodeError:
