@@ -7,8 +7,6 @@ from typing import Literal
 
 import msgspec
 
-from chains_stream.load import Percentiles, Result
-
 Parameters = dict[str, str | int | float]
 
 
@@ -30,29 +28,6 @@ class Measurement(msgspec.Struct, frozen=True):
     parameters: Parameters
     figures: dict[str, float]
     series: dict[str, list[float]] = {}
-
-
-def figures_of(result: Result) -> dict[str, float]:
-    """Give the figures of a run under load; what it has no samples of is left out."""
-    figures = {
-        "rate_per_s": result.rate_per_s,
-        "failed": sum(result.failed.values()) + result.unfinished + result.overflow,
-        "client_cpu": result.client_cpu,
-    }
-    if result.offered_per_s is not None:
-        figures["offered_per_s"] = result.offered_per_s
-    if result.tokens:
-        figures["tokens_per_s"] = result.tokens_per_s
-    for prefix, found in (("", result.latency), ("ttft_", result.first_token), ("itl_", result.inter_token)):
-        figures |= _percentiles(prefix, found)
-    return figures
-
-
-def _percentiles(prefix: str, found: Percentiles | None) -> dict[str, float]:
-    if found is None:
-        return {}
-    names = ("mean", "p50", "p90", "p99", "p999", "max")
-    return {f"{prefix}{name}_s": getattr(found, name) for name in names}
 
 
 class Pick(msgspec.Struct, frozen=True):

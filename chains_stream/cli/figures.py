@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from chains_stream.cli.plot import Axis, Line, draw
 from chains_stream.load import Percentiles, Result
 
 PACKAGES = ("chains-stream", "aiokafka", "msgspec", "starlette", "uvicorn")
@@ -126,6 +127,38 @@ def caveats(report: Report) -> list[str]:
     if report.failed:
         found.append(f"Failed, and in no latency: {kinds(report.failed)}.")
     return found
+
+
+def plots(report: Report) -> dict[str, str]:
+    """Draw what takes several loads to see, as SVG by name."""
+    closed = [load for load in report.loads if load.loop == "closed"]
+    opened = [load for load in [*report.loads, *report.sweep] if load.loop == "open"]
+    rate, level = Axis("due a second", number), Axis("streams at once" if report.streams else "in flight", number)
+    time, unit = Axis("latency", duration), "tokens" if report.streams else "answers"
+    found = {}
+    if len(opened) > 1:
+        found["latency-rate"] = draw("Latency against rate", rate, time, _shares(opened, "latency", "offered_per_s"))
+    if len(closed) > 1:
+        each = "tokens_per_s" if report.streams else "rate_per_s"
+        line = Line(f"{unit} a second", [(load.in_flight, getattr(load, each)) for load in closed], 0)
+        many = Axis(f"{unit} a second", number, log=False)
+        found["throughput"] = draw("Throughput against concurrency", level, many, [line])
+        found["latency"] = draw("Latency against concurrency", level, time, _shares(closed, "latency", "in_flight"))
+    if len(closed) > 1 and report.streams:
+        first, gap = _shares(closed, "first_token", "in_flight"), _shares(closed, "inter_token", "in_flight")
+        found["first-token"] = draw("Time to first token", level, time, first)
+        found["inter-token"] = draw("Time between tokens", level, time, gap)
+    return found
+
+
+def _shares(loads: Sequence[Result], of: str, by: str) -> list[Line]:
+    """Give a line for each of some percentiles."""
+    pairs = [(getattr(load, by), getattr(load, of)) for load in loads if getattr(load, of)]
+    names = {"p50": "p50", "p90": "p90", "p99": "p99", "p999": "p99.9"}
+    return [
+        Line(shown, [(at, getattr(found, name)) for at, found in pairs], colour)
+        for colour, (name, shown) in enumerate(names.items())
+    ]
 
 
 def kinds(failed: Counter[str]) -> str:

@@ -18,7 +18,7 @@ import msgspec
 
 from chains_stream import load
 from chains_stream.cli.example import example
-from chains_stream.cli.figures import Machine, Report, caveats, duration, kinds, number
+from chains_stream.cli.figures import Machine, Report, caveats, duration, kinds, number, plots
 from chains_stream.cli.process import Signals, run, until_stopped
 from chains_stream.cli.report import FAILED, printable, say
 from chains_stream.cli.request import refusal
@@ -98,6 +98,8 @@ def _show(report: Report, wanted: Wanted) -> None:
         wanted.out.mkdir(parents=True, exist_ok=True)
         (wanted.out / "bench.json").write_text(as_json + "\n", encoding="utf-8")
         (wanted.out / "bench.txt").write_text(report.table() + "\n", encoding="utf-8")
+        for name, drawn in plots(report).items():
+            (wanted.out / f"{name}.svg").write_text(drawn, encoding="utf-8")
 
 
 async def _measure(target: str, settings: Settings, given: Sequence[bytes], plan: Plan, report: Report) -> None:
