@@ -4,9 +4,10 @@ PORT ?= 8000
 KAFKA_PORT ?= 9092
 BIN := .venv/bin
 READY := .venv/.ready
+BENCH_READY := .venv-bench/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test chaos check format kafka kafka-stop lock clean
+.PHONY: help run test chaos bench bench-quick check format kafka kafka-stop lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -19,6 +20,12 @@ test: $(READY) ## Run the whole suite, against a real Apache Kafka of its own on
 
 chaos: $(READY) ## Break processes under load, and account for every request (SEED=… ROUNDS=… SECONDS=… ONLY=…)
 	@exec $(BIN)/python -m tests.chaos $(foreach name,SEED ROUNDS SECONDS ONLY,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) "$($(name))"))
+
+bench: $(BENCH_READY) ## Measure beside the rivals, about half an hour, into benchmarks/results (ARGS="--only unary")
+	@exec .venv-bench/bin/python -m benchmarks $(ARGS)
+
+bench-quick: $(READY) ## Fail if a ratio is worse than the committed one, in under 3 minutes (ARGS=--accept)
+	@exec $(BIN)/python -m benchmarks --quick $(ARGS)
 
 check: $(READY) ## Check format, lint and types
 	@$(BIN)/ruff format --check --quiet . || { echo "make format mends this"; exit 1; }
@@ -34,13 +41,14 @@ kafka: ## Start a real Apache Kafka in the background, on 127.0.0.1:9092 (KAFKA_
 kafka-stop: ## Stop it; its data stays in .kafka
 	@deploy/kafka/kafka stop --port $(KAFKA_PORT)
 
-lock: $(READY) ## Resolve the dependencies anew, into the two lock files (needs uv)
+lock: $(READY) ## Resolve the dependencies anew, into the lock files (needs uv)
 	@uv pip compile pyproject.toml --extra dev $(COMPILE) -o requirements.lock
 	@uv pip compile pyproject.toml $(COMPILE) -o requirements-runtime.lock
+	@uv pip compile pyproject.toml --extra bench $(COMPILE) -o requirements-bench.lock
 
 clean: ## Remove what the other targets made, the local Kafka's data included
 	@for port in $$(ls .kafka 2>/dev/null | grep -E '^[0-9]+$$'); do deploy/kafka/kafka clean --port $$port; done
-	rm -rf .venv .kafka .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-bench .kafka .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # No download addresses in the lock files: they hold wherever packages come from.
 COMPILE := --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url
@@ -51,4 +59,11 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(BENCH_READY): requirements-bench.lock pyproject.toml
+	@echo "Setting up .venv-bench, with the rivals (once, some minutes) ..." >&2
+	@$(PYTHON) -m venv .venv-bench
+	@.venv-bench/bin/pip install --quiet --disable-pip-version-check -r requirements-bench.lock
+	@.venv-bench/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
@@ -31,7 +31,7 @@ class Machine(msgspec.Struct, frozen=True):
 
     @classmethod
     def here(cls, packages: Iterable[str] = PACKAGES) -> "Machine":
-        """Describe this one."""
+        """Describe this one, with the versions of those packages that are installed."""
         return cls(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             system=platform.platform(),
@@ -39,7 +39,7 @@ class Machine(msgspec.Struct, frozen=True):
             processors=os.cpu_count() or 1,
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             python=platform.python_version(),
-            versions={name: version(name) for name in packages},
+            versions={name: found for name in packages if (found := _version(name))},
         )
 
     def __str__(self) -> str:
@@ -234,6 +234,13 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{number(seconds / size)} {unit}"
     return f"{number(seconds * 1e6)} µs" if seconds else "0"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
