@@ -1,4 +1,4 @@
-"""Do long requests hold up short ones? Two workers on Kafka, short requests at a fixed rate, a long one now and then.
+"""Do long requests hold up short ones? Two workers on Kafka, short requests at a mean rate, a long one now and then.
 
     python benchmarks/head_of_line.py                 # pairs of 60 s without and 60 s with long requests
     python benchmarks/head_of_line.py --seconds 12 --pairs 1
@@ -13,7 +13,6 @@ import asyncio
 import os
 import statistics
 import sys
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,8 +24,10 @@ HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[1]))  # it is loaded as a Chain file too
 
 from benchmarks import processes  # noqa: E402 - only now it is found
+from chains_stream.load import Percentiles, Samples, calls, open_loop  # noqa: E402 - as above
 
 SHORT, LONG, LONG_EVERY = 0.01, 6.0, 10.0  # seconds
+MOST = 10_000  # short requests that may be under way: as many as come
 PLACES = "HEAD_OF_LINE_PLACES"  # tells the workers what --places says
 
 
@@ -40,33 +41,35 @@ class Work(chains.ChainletBase):
         return seconds
 
 
-async def load(call: Callable[[float], Awaitable[float]], given: argparse.Namespace, *, long: bool) -> list[float]:
-    """Send short requests at a fixed rate, with or without long ones; give the latencies of the short, in ms."""
-    began = time.perf_counter() + 0.1
+async def load(call: Callable[[float], Awaitable[float]], given: argparse.Namespace, *, long: bool) -> Samples:
+    """Send short requests at random moments, the same ones each time, with or without long ones."""
+    samples = Samples()
 
-    async def send(moment: float, seconds: float) -> float:
-        await asyncio.sleep(moment - time.perf_counter())
-        await call(seconds)
-        return (time.perf_counter() - moment) * 1000
+    async def after(moment: float) -> None:
+        await asyncio.sleep(moment)
+        await call(LONG)
 
     async with asyncio.TaskGroup() as sending:
-        short = [
-            sending.create_task(send(began + number / given.rate, SHORT))
-            for number in range(int(given.seconds * given.rate))
-        ]
         for number in range(int(given.seconds / LONG_EVERY) if long else 0):
-            sending.create_task(send(began + LONG_EVERY * (number + 0.25), LONG))
-    return sorted(task.result() for task in short)
+            sending.create_task(after(LONG_EVERY * (number + 0.25)))
+        short = calls(lambda: call(SHORT))
+        result = await open_loop(short, rate=given.rate, seconds=given.seconds, in_flight=MOST, into=samples)
+    if not result.faultless or result.overflow:
+        raise SystemExit(f"not all short requests were answered: {result}")
+    return samples
 
 
-def percentile(latencies: Sequence[float], share: float) -> float:
-    return latencies[min(len(latencies) - 1, int(share * len(latencies)))]
+def found(samples: Samples) -> Percentiles:
+    percentiles = Percentiles.of(samples.latency)
+    assert percentiles is not None, "all were answered"
+    return percentiles
 
 
-def shown(latencies: Sequence[float]) -> str:
-    figures = ", ".join(f"p{share:g} {percentile(latencies, share / 100):.1f} ms" for share in (50, 99, 99.9))
-    stuck = sum(latency > 1000 for latency in latencies)
-    return f"{len(latencies)} short requests: {figures}, most {latencies[-1]:.1f} ms, {stuck} over 1 s"
+def shown(samples: Samples) -> str:
+    each = found(samples)
+    figures = ", ".join(f"{name} {value * 1000:.1f} ms" for name, value in each.shares.items())
+    stuck = sum(latency > 1 for latency in samples.latency)
+    return f"{each.count} short requests: {figures}, {stuck} over 1 s"
 
 
 async def measure(url: str, namespace: str, given: argparse.Namespace) -> None:
@@ -75,11 +78,11 @@ async def measure(url: str, namespace: str, given: argparse.Namespace) -> None:
         for _ in range(10):  # both workers have joined, and are warm
             await asyncio.gather(*(work.run_remote(0.0) for _ in range(20)))
         for number in range(given.pairs):
-            found = {}
+            pair = {}
             for long in (False, True) if number % 2 == 0 else (True, False):
-                found[long] = await load(work.run_remote, given, long=long)
-                print(f"{'with' if long else 'without'} long ones, {shown(found[long])}", flush=True)
-            ratios.append(percentile(found[True], 0.99) / percentile(found[False], 0.99))
+                pair[long] = await load(work.run_remote, given, long=long)
+                print(f"{'with' if long else 'without'} long ones, {shown(pair[long])}", flush=True)
+            ratios.append(found(pair[True]).p99 / found(pair[False]).p99)
             print(f"p99 with / without: {ratios[-1]:.2f}", flush=True)
     if given.pairs > 1:
         print(f"median of {given.pairs} pairs: {statistics.median(ratios):.2f}")

@@ -51,6 +51,11 @@ class Percentiles(msgspec.Struct, frozen=True):
     p999: float
     max: float
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """Give the percentiles and the most by the names that people use."""
+        return {"p50": self.p50, "p90": self.p90, "p99": self.p99, "p99.9": self.p999, "max": self.max}
+
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Percentiles | None":
         """Give the percentiles, or None of no samples."""

@@ -152,12 +152,10 @@ def plots(report: Report) -> dict[str, str]:
 
 
 def _shares(loads: Sequence[Result], of: str, by: str) -> list[Line]:
-    """Give a line for each of some percentiles."""
-    pairs = [(getattr(load, by), getattr(load, of)) for load in loads if getattr(load, of)]
-    names = {"p50": "p50", "p90": "p90", "p99": "p99", "p999": "p99.9"}
+    """Give a line for each percentile."""
+    pairs = [(getattr(load, by), getattr(load, of).shares) for load in loads if getattr(load, of)]
     return [
-        Line(shown, [(at, getattr(found, name)) for at, found in pairs], colour)
-        for colour, (name, shown) in enumerate(names.items())
+        Line(name, [(at, shares[name]) for at, shares in pairs], colour) for colour, name in enumerate(_SHARES[:-1])
     ]
 
 
@@ -169,6 +167,7 @@ def kinds(failed: Counter[str]) -> str:
 # --- rows: cells with their titles
 
 Cell = tuple[str, str]
+_SHARES = ("p50", "p90", "p99", "p99.9", "max")
 
 
 def _load(load: Result) -> list[Cell]:
@@ -178,15 +177,11 @@ def _load(load: Result) -> list[Cell]:
 
 
 def _of_calls(load: Result) -> list[Cell]:
-    found = load.latency
+    shares = load.latency.shares if load.latency else dict.fromkeys(_SHARES)
     return [
         *_load(load),
         ("answers/s", number(load.rate_per_s)),
-        ("p50", _share(found, "p50")),
-        ("p90", _share(found, "p90")),
-        ("p99", _share(found, "p99")),
-        ("p99.9", _share(found, "p999")),
-        ("max", _share(found, "max")),
+        *((name, "" if share is None else duration(share)) for name, share in shares.items()),
         *_faults(load),
     ]
 

@@ -5,8 +5,8 @@ import asyncio
 import msgspec
 import pytest
 
-from benchmarks.load import load
 from tests.acceptance.command import HERE, Commands
+from tests.acceptance.loading import load, shown
 
 FILE = str(HERE / "chains" / "load.py")
 
@@ -26,10 +26,9 @@ def test_ten_thousand_requests_at_256_in_flight(start: Commands, kafka_url: str,
     def expected(body: bytes, answer: bytes) -> bool:
         return bool(int(answer) == msgspec.json.decode(body)["number"] + 1)
 
-    report = asyncio.run(load(url, bodies, 256, expected=expected))
-    print(report)  # noqa: T201 - figures for who runs this with -s
-    assert report.statuses == {200: 10_000}
-    assert not report.wrong
+    result = asyncio.run(load(url, bodies, 256, accept="application/json", expected=expected))
+    print(shown(result))  # noqa: T201 - figures for who runs this with -s
+    assert (result.completed, result.failed, result.unfinished) == (10_000, {}, 0)
 
 
 def test_a_hundred_streams_of_500_chunks(start: Commands, kafka_url: str, namespace: str) -> None:
@@ -37,15 +36,11 @@ def test_a_hundred_streams_of_500_chunks(start: Commands, kafka_url: str, namesp
     started = [start("worker", f"{FILE}:Count", *common), start("gateway", f"{FILE}:Count", "--port", "0", *common)]
     url = [command.ready() for command in started][-1]
     complete = "".join(f"{number}\n" for number in range(500)).encode()
-    report = asyncio.run(
-        load(
-            url,
-            [b'{"upto": 500}'] * 100,
-            100,
-            accept="application/x-ndjson",
-            expected=lambda _body, answer: answer == complete,
-        )
-    )
-    print(report)  # noqa: T201 - figures for who runs this with -s
-    assert report.statuses == {200: 100}
-    assert not report.wrong
+
+    def expected(_body: bytes, answer: bytes) -> bool:
+        return answer == complete
+
+    bodies = [b'{"upto": 500}'] * 100
+    result = asyncio.run(load(url, bodies, 100, accept="application/x-ndjson", expected=expected))
+    print(shown(result))  # noqa: T201 - figures for who runs this with -s
+    assert (result.completed, result.failed, result.unfinished) == (100, {}, 0)
