@@ -49,18 +49,23 @@ class Client:
         url: ``http://`` or ``https://``, host, port; requests go to `path` below it.
         path: where to.
         accept: the media types that are asked for.
+
+    Attributes:
+        url: as it was given.
+        host: the name or address in it.
     """
 
     def __init__(self, url: str, *, path: str = "/run_remote", accept: str = f"{LINES}, application/json") -> None:
-        parts = urlsplit(url)
         try:
+            parts = urlsplit(url)
             port = parts.port
         except ValueError as error:
             raise ChainsUsageError(f"{url}: {error}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        plain = url.isascii() and url.isprintable() and " " not in url
+        if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
             raise ChainsUsageError(f"{url}: not http://host:port or https://host:port")
         self.url = url
-        self._host = parts.hostname
+        self.host = parts.hostname
         self._port = port or (443 if parts.scheme == "https" else 80)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._head = (
@@ -139,7 +144,7 @@ class Client:
             connection.abort()
             self._open.discard(connection)
         async with asyncio.timeout(CONNECT_TIMEOUT):
-            _, connection = await loop.create_connection(_Connection, self._host, self._port, ssl=self._tls)
+            _, connection = await loop.create_connection(_Connection, self.host, self._port, ssl=self._tls)
         self._open.add(connection)
         return connection
 

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import click
 import httpx
@@ -104,7 +103,6 @@ def _show(report: Report, wanted: Wanted) -> None:
 
 async def _measure(target: str, settings: Settings, given: Sequence[bytes], plan: Plan, report: Report) -> None:
     if target.startswith(("http://", "https://")):
-        report.shared = urlsplit(target).hostname in ("localhost", "127.0.0.1", "::1")
         await _load_all(target, given, plan, report)
         return
     kafka = not settings.broker.startswith("memory:")
@@ -116,6 +114,7 @@ async def _measure(target: str, settings: Settings, given: Sequence[bytes], plan
 
 async def _load_all(url: str, given: Sequence[bytes], plan: Plan, report: Report) -> None:
     async with Client(url) as client:
+        report.shared = client.host in ("localhost", "127.0.0.1", "::1")
         sent = list(given) or [await _made_up(url)]
         report.streams = await _streams(client, sent[0], made_up=not given)
         what = "streams" if report.streams else "calls"
