@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import socket
+import ssl
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -209,12 +210,15 @@ async def _streams(client: Client, body: bytes, *, made_up: bool) -> bool:
 
 
 def _no_answer(url: str, error: Exception) -> GatewayError:
-    if isinstance(error, TimeoutError):
-        reason = "the connection was not made in time"
-    elif isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno:
-        reason = os.strerror(error.errno) if error.errno > 0 else str(error)
-    else:
-        reason = str(error)
+    match error:
+        case TimeoutError():
+            reason = "the connection was not made in time"
+        case ssl.SSLError() | socket.gaierror():  # their numbers are not the system's
+            reason = str(error)
+        case OSError(errno=int(code)):
+            reason = os.strerror(code)
+        case _:
+            reason = str(error)
     return GatewayError(f"no answer from the gateway at {url}: {reason}")
 
 

@@ -198,6 +198,26 @@ def test_what_does_not_answer_as_it_should_is_told_in_a_line(
     assert (done.returncode, done.stdout) == (status, "")
 
 
+def test_a_gateway_that_speaks_no_tls(servers: dict[str, str]) -> None:
+    done = chains("bench", servers["Order"].replace("http:", "https:"), "--body", GOOD)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: no answer from the gateway at https://\S+: .*SSL.*\n", done.stderr), done.stderr
+
+
+def test_arguments_that_could_not_be_made_up(start: Commands, tmp_path: Path) -> None:
+    (tmp_path / "chain.py").write_text(
+        "from typing import Annotated\nimport msgspec\nimport chains_stream as chains\n@chains.mark_entrypoint\n"
+        "class A(chains.ChainletBase):\n"
+        "    async def run_remote(self, code: Annotated[str, msgspec.Meta(pattern='^[0-9]{9}$')]) -> str:\n"
+        "        return code\n",
+        encoding="utf-8",
+    )
+    url = start("run", "chain.py", "--port", "0", cwd=tmp_path).ready()
+    done = chains("bench", url)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: A\.run_remote: .+; the arguments {.+} were made up: name your own .+\n", done.stderr)
+
+
 def test_what_speaks_another_protocol_is_no_gateway(start: Commands) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
