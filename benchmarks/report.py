@@ -145,7 +145,12 @@ def shown(name: str, value: float | None) -> str:
 
 
 def _title(name: str) -> str:
-    return name.removesuffix("_s").replace("_per", "/s" if name.endswith("_per_s") else "/").replace("_", " ")
+    """Write a figure's name without its unit, which is beside each value."""
+    for unit, per in (("cpu_s_per_", "CPU per "), ("_per_s", "/s"), ("_s", "")):
+        if name.startswith(unit) or name.endswith(unit):
+            name = name.replace(unit, per)
+            break
+    return name.replace("_", " ")
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:

@@ -44,9 +44,10 @@ class Machine(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        memory = f"{self.memory_bytes / 2**30:.0f} GiB"
         return (
             f"{versions}, Python {self.python}\n"
-            f"{self.processors} of {self.processor}, {self.memory_bytes / 2**30:.0f} GiB, {self.system}; {self.date}"
+            f"{self.processors} processors, {self.processor}, {memory}, {self.system}; {self.date}"
         )
 
 

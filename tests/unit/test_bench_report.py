@@ -104,6 +104,7 @@ def test_the_report_says_what_is_met_and_what_is_not(tmp_path: Path) -> None:
     assert "| calls/s over the floor's | 0.64 | ± 0.025 | ≥ 0.7 | **NOT met** |" in text
     assert "| RSS of a worker | 65 MB | ± 0 MB | ≤ 70 MB | met |" in text
     assert "| what is added to the engine |  |  | ≤ 3 | not measured |" in text
+    assert "| system | parameters | repeats | rate/s |" in text
     assert "| floor | in_flight 256, bytes 1000 | 3 | 1,000 |" in text
     assert written.head.commit in text
     assert f"Python {written.head.machine.python}" in text
