@@ -1,5 +1,7 @@
 """What is to be reached, row by row: ratios within one run, but for the few that are numbers of their own."""
 
+import math
+
 from benchmarks.measurement import Parameters, Pick, Row
 
 KB = 1_000
@@ -143,6 +145,30 @@ ROWS = (
         target=10e3,
         direction="at_most",
         unit="KB",
+        quick=True,
+    ),
+)
+
+# Without a target, but watched: processor time is far less noisy than a rate on a machine that does other work too.
+WATCHED = (
+    Row(
+        name="unary CPU at 256",
+        compared="CPU of a 1 KB call through Kafka, 256 in flight, over the bare ping-pong's",
+        figure="cpu_s_per_call",
+        measured=_unary("chains", 256),
+        over=_unary("floor", 256),
+        target=math.inf,
+        direction="at_most",
+        quick=True,
+    ),
+    Row(
+        name="streams CPU",
+        compared=f"CPU of a token through gateway, Kafka and worker, {READERS} readers, over that of a bare ASGI server",
+        figure="cpu_s_per_token",
+        measured=Pick("streams", "chains", {"readers": READERS}),
+        over=Pick("streams", "asgi", {"readers": READERS}),
+        target=math.inf,
+        direction="at_most",
         quick=True,
     ),
 )

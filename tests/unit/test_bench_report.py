@@ -12,7 +12,7 @@ from benchmarks import quick, report
 from benchmarks.measurement import Measurement, Pick, Row
 from benchmarks.pictures import plots
 from benchmarks.quick import Committed, Ratio
-from benchmarks.targets import ROWS
+from benchmarks.targets import ROWS, WATCHED
 
 RATE = Row(
     name="rate",
@@ -138,9 +138,22 @@ def test_plots_have_a_line_for_each_system() -> None:
 
 
 def test_every_target_has_a_name_of_its_own() -> None:
-    names = [row.name for row in ROWS]
-    assert len(set(names)) == len(names)
-    assert all(len(row.less) in (0, 1 if row.over is None else 2) for row in ROWS)
+    rows = (*ROWS, *WATCHED)
+    assert len({row.name for row in rows}) == len(rows)
+    assert all(len(row.less) in (0, 1 if row.over is None else 2) for row in rows)
+
+
+def test_a_quick_run_watches_rows_with_a_target_and_others() -> None:
+    watched = {row.name for row in quick.QUICK}
+    assert {
+        "unary p50 at 1",
+        "unary rate at 256",
+        "streams",
+        "embedded CPU",
+        "fused hops",
+        "unary CPU at 256",
+    } <= watched
+    assert "unary rate, Ray Serve" not in watched
 
 
 # --- regressions
