@@ -163,7 +163,7 @@ WATCHED = (
     ),
     Row(
         name="streams CPU",
-        compared=f"CPU of a token through gateway, Kafka and worker, {READERS} readers, over that of a bare ASGI server",
+        compared=f"CPU of a token through gateway, Kafka and worker, {READERS} readers, over a bare ASGI server's",
         figure="cpu_s_per_token",
         measured=Pick("streams", "chains", {"readers": READERS}),
         over=Pick("streams", "asgi", {"readers": READERS}),

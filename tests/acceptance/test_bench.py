@@ -121,7 +121,7 @@ def children(command: Command) -> list[str]:
 def test_a_signal_prints_what_was_measured_so_far(start: Commands, number: signal.Signals) -> None:
     bench = start("bench", ABOVE, "--in-flight", "1,2", "--requests", "20", "--rate", "50", "--format", "json")
     assert bench.wait() == 2  # the two don't go together
-    bench = start("bench", ABOVE, "--in-flight", "1", "--rate", "200,300", "--seconds", "1")
+    bench = start("bench", ABOVE, "--in-flight", "1", "--rate", "200,300", "--seconds", "2")
     bench.stderr.until(lambda line: line.startswith("200 due a second: "), bench)
     hosted = children(bench)
     assert len(hosted) == 1
