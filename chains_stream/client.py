@@ -1,6 +1,7 @@
 """What scripts, tests and other services use: `connect` to a running Chain, or `run_chain` to host one here."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
@@ -10,7 +11,7 @@ from chains_stream.brokers import open_broker
 from chains_stream.calls import Call, Caller, RemoteTarget, remote_target
 from chains_stream.chain import Chain
 from chains_stream.chainlet import ChainletBase, signature
-from chains_stream.codec import Codec, codec_of
+from chains_stream.codec import Buffer, Codec, codec_of
 from chains_stream.control import Control
 from chains_stream.errors import BrokerError, ChainsUsageError, DeadlineExceededError
 from chains_stream.http_target import HttpTarget
@@ -21,6 +22,9 @@ from chains_stream.signature import Signature
 from chains_stream.store import Store, place_of
 from chains_stream.stub import Stub
 from chains_stream.worker import Host
+
+# The limit of a dependency keeps one Chainlet from flooding another; whoever calls from outside knows what it wants.
+UNHINDERED = RPCOptions(concurrency_limit=100_000)
 
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
@@ -45,6 +49,7 @@ class Handle:
         self._codec = codec
         self._streaming = signature.streaming
         self._name = signature.chainlet
+        self._unread: deque[Buffer] = deque()  # chunks that are here already
 
     async def result(self) -> Any:
         """Wait for the result; of a stream, for the list of its chunks that were not read yet.
@@ -58,9 +63,13 @@ class Handle:
     async def __aiter__(self) -> AsyncIterator[Any]:
         if not self._streaming:
             raise ChainsUsageError(f"{self._name}.run_remote is no stream: await handle.result()")
-        while (chunks := await self._bounded(self._call.next())) is not None:
-            for chunk in chunks:
-                yield self._codec.decode_result(chunk)
+        while True:
+            while self._unread:  # one by one: whoever stops may come back for the others
+                yield self._codec.decode_result(self._unread.popleft())
+            chunks = await self._bounded(self._call.next())
+            if chunks is None:
+                return
+            self._unread.extend(chunks)
 
     async def cancel(self) -> None:
         """Stop the request, wherever it is; `result` then raises CallCancelledError."""
@@ -146,7 +155,7 @@ async def connect(url: str, chainlet: type[_Callable[P, R_co]], **settings: Any)
     if url.startswith(("http://", "https://")):
         checked = Settings.of(**settings)
         async with HttpTarget(url, codec_of(signature(chain.entrypoint))) as target:
-            yield Connection(Stub(signature(chain.entrypoint), target, RPCOptions(), checked.deadline), None)
+            yield Connection(Stub(signature(chain.entrypoint), target, UNHINDERED, checked.deadline), None)
         return
     checked = Settings.of(broker=url, **settings)
     if checked.broker.startswith("memory:"):
@@ -211,7 +220,7 @@ async def _watch(host: Host, caller: Caller) -> None:
 async def _connection(chain: Chain, caller: Caller, settings: Settings) -> Connection[Any, Any]:
     found = signature(chain.entrypoint)
     target = await remote_target(chain, chain.entrypoint, caller, settings)
-    stub = Stub(found, target, RPCOptions(), settings.deadline)
+    stub = Stub(found, target, UNHINDERED, settings.deadline)
     return Connection(stub, Submitter(found, target, settings))
 
 

@@ -214,6 +214,14 @@ async def test_a_submitted_stream(relay: Connection[..., Any]) -> None:
     assert [chunk async for chunk in await relay.submit(2)] == ["0;", "1;"]
 
 
+async def test_a_reader_of_a_submitted_stream_may_stop_and_come_back(relay: Connection[..., Any]) -> None:
+    handle = await relay.submit(20)
+    async for chunk in handle:
+        assert chunk == "0;"
+        break
+    assert await handle.result() == [f"{number};" for number in range(1, 20)]
+
+
 async def test_a_submitted_call_can_be_cancelled(sample: Connection[..., Any]) -> None:
     handle = await sample.submit([Item("given up")], mode="hang")
     await Seen.until("given up began")
@@ -261,3 +269,22 @@ async def test_connect_calls_a_chain_hosted_elsewhere(settings: dict[str, Any]) 
             *(connection.run_remote([Item(str(n))]) for n in range(20) for connection in (first, second))
         )
     assert answers == [[Item(str(n), 2)] for n in range(20) for _ in range(2)]
+
+
+async def test_a_connection_has_more_calls_in_flight_than_a_dependency_may(settings: dict[str, Any]) -> None:
+    arrived: set[int] = set()
+    everybody = asyncio.Event()
+    count = 400
+
+    class Gather(chains.ChainletBase):
+        remote_config = chains.RemoteConfig(compute=chains.Compute(predict_concurrency=count))
+
+        async def run_remote(self, number: int) -> int:
+            arrived.add(number)
+            if len(arrived) == count:
+                everybody.set()
+            await everybody.wait()
+            return number
+
+    async with asyncio.timeout(60), chains.run_chain(Gather, **settings) as chain:
+        assert await asyncio.gather(*map(chain.run_remote, range(count))) == list(range(count))
