@@ -4,9 +4,12 @@ import asyncio
 from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from operator import attrgetter
 
 from chains_stream.broker import Record
 from chains_stream.errors import BrokerError
+
+_value = attrgetter("value")
 
 
 class Buffer:
@@ -47,8 +50,7 @@ class Buffer:
             queue = self._queues[partition] = deque()
         queue.extend(records)
         self._count += len(records)
-        for record in records:
-            self._size += len(record.value)
+        self._size += _size(records)
         self._wake()
 
     def passed(self) -> None:
@@ -132,11 +134,14 @@ class Buffer:
 
     def _removed(self, records: Collection[Record]) -> None:
         self._count -= len(records)
-        for record in records:
-            self._size -= len(record.value)
+        self._size -= _size(records)
         if not self.full:
             self._room.set()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _size(records: Collection[Record]) -> int:
+    return sum(map(len, map(_value, records)))

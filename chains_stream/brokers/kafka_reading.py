@@ -1,6 +1,7 @@
 """Reading from Kafka: records are moved out of aiokafka's buffers at once, into a buffer of ours.
 
-Facts about aiokafka that this rests on: a consumer fetches a partition again only when what it got of it is read.
+Facts about aiokafka that this rests on: a consumer fetches a partition again only when what it got of it is read, so it
+is read where the answer to a fetch is taken apart, some turns of the loop before `getmany` would give it.
 Exceptions in a rebalance listener are only logged, so they are kept here and raised by `fetch`. Errors of the group are
 given to whoever asks for records, and block the group until then. A consumer whose inner tasks ended goes on in
 silence, so they are watched, and a new one takes its place.
@@ -8,10 +9,13 @@ silence, so they are watched, and a new one takes its place.
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka import errors as kafka
+from aiokafka.consumer.fetcher import FetchResult
 from aiokafka.structs import OffsetAndMetadata
 
 from chains_stream.broker import Committed, PartitionsChanged, Record
@@ -60,6 +64,7 @@ class _Feed(ABC):
         self._watch: Watch | None = None
         self._watching: asyncio.Task[None] | None = None
         self._broken: Exception | None = None  # met outside of the task, for it to deal with
+        self._left = asyncio.Event()  # something was fetched, or met, that is for the task to deal with
         self._failures = 0
         self._reason = ""  # why it was opened anew, until it has its partitions
 
@@ -166,14 +171,53 @@ class _Feed(ABC):
                 await client.getmany(_NO_PARTITION)  # for the group's errors alone
                 await self._buffer.wait_for_room(POLL_SECONDS)
                 continue
-            fetched = await client.getmany(timeout_ms=int(POLL_SECONDS * 1000), max_records=self._buffer.room)
-            for place, records in fetched.items():
-                self._buffer.put(place.partition, list(map(_record, records)))
-            self._polled(client)
-            if fetched:
-                self._failures = 0
-            elif client._fetcher.error_future.done():  # noqa: SLF001 - it tells nobody that its task has ended
+            self._left.clear()
+            self._put(client, await client.getmany(max_records=self._buffer.room))
+            if client._fetcher.error_future.done():  # noqa: SLF001 - it tells nobody that its task has ended
                 raise kafka.KafkaError("the fetching task of aiokafka ended")
+            if not client._fetcher._records:  # noqa: SLF001 - else there was no room, or an error comes after the records
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_SECONDS):
+                        await self._left.wait()
+
+    def _put(self, client: AIOKafkaConsumer, fetched: Mapping[TopicPartition, Sequence[Record]]) -> None:
+        for place, records in fetched.items():
+            self._buffer.put(place.partition, records)
+            self._failures = 0
+        self._polled(client)
+
+    def _tap(self, client: AIOKafkaConsumer) -> None:
+        """Have a consumer that was started move what it fetches at once, where there is room, as records of ours."""
+        fetcher = client._fetcher  # noqa: SLF001 - it has no other way
+        fetch = fetcher._proc_fetch_request  # noqa: SLF001 - as above
+
+        async def fetch_and_move(*request: Any) -> bool:
+            if not await fetch(*request):
+                return False
+            await self._moved(client)
+            return True
+
+        fetcher._proc_fetch_request = fetch_and_move  # noqa: SLF001 - as above
+
+    async def _moved(self, client: AIOKafkaConsumer) -> None:
+        if client is not self._client:
+            return  # it is being replaced
+        fetcher = client._fetcher  # noqa: SLF001 - as above
+        results = fetcher._records.values()  # noqa: SLF001 - as above
+        whole = True
+        for result in results:
+            if type(result) is FetchResult:
+                result._partition_records._consumer_record = _record  # noqa: SLF001 - it would make one of its own first
+            else:
+                whole = False  # an error, that is raised for the task
+        if whole and not self._buffer.full and not client._subscription.reassignment_in_progress:  # noqa: SLF001 - as above
+            try:
+                # Without a timeout, and with an assignment, it does not wait: the assignment is the same to its end.
+                self._put(client, await fetcher.fetched_records((), max_records=self._buffer.room))
+            except Exception as error:  # noqa: BLE001 - it is raised in the task
+                self._broken = error
+        if results or self._broken is not None:
+            self._left.set()
 
     def _polled(self, client: AIOKafkaConsumer) -> None:  # noqa: B027 - a member's positions are its worker's
         """Note how far the consumer is, when all that it gave is in the buffer."""
@@ -227,6 +271,7 @@ class KafkaReader(_Feed):
         client = self._make()
         try:
             await client.start()
+            self._tap(client)
             # No await in between: without a position aiokafka goes looking for a committed one.
             client.assign([TopicPartition(self._topic, partition) for partition in self._fetched])
             for partition, offset in self._fetched.items():
@@ -389,6 +434,7 @@ class KafkaGroupConsumer(_Feed, ConsumerRebalanceListener):  # type: ignore[misc
         try:
             # Subscribed only then: `start` would wait, for as long as it takes, for partitions.
             await client.start()
+            self._tap(client)
             if self._instance_id is not None:
                 name_instance(client, self._instance_id, self._fenced)
             # A leader of the group that has not heard of the topic yet would deal out none of it, and be content.
@@ -438,13 +484,13 @@ def _watched_no_more(task: asyncio.Task[None]) -> None:
         log.error("watch.defect", exc_info=error)
 
 
-def _record(record: ConsumerRecord) -> Record:
+def _record(place: TopicPartition, record: Any) -> Record:
     return Record(
-        record.topic,
-        record.partition,
+        place.topic,
+        place.partition,
         record.offset,
         record.timestamp,
         record.key,
         record.value or b"",
-        record.headers,
+        tuple(record.headers),
     )
