@@ -6,21 +6,20 @@ each broker under way.
 
 import asyncio
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka import errors as kafka
 from aiokafka.admin import NewTopic
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
-from aiokafka.structs import RecordMetadata
 
 from chains_stream.broker import PartitionsChanged, TopicSpec
-from chains_stream.brokers.kafka_cluster import BEGIN, END, PAUSE, Cluster, said, stop
+from chains_stream.brokers.kafka_cluster import BEGIN, END, Cluster
 from chains_stream.brokers.kafka_reading import KafkaGroupConsumer, KafkaReader
+from chains_stream.brokers.kafka_sending import Sender
 from chains_stream.errors import BrokerError, RecordTooLargeError
-from chains_stream.log import get_logger
 from chains_stream.messages import Headers
 from chains_stream.settings import Settings
 
@@ -37,19 +36,6 @@ HEARTBEAT_MS = 1000  # a member learns by it that another one came or went, whic
 GROUP_METADATA_MS = 30_000  # until a group notices that its topic has other partitions than it dealt out
 GROUP_FETCH_WAIT_MS = 100  # a partition that was just drained waits out the running fetch
 NEVER_MS = 2**31 - 1
-FLUSH_SECONDS = 5.0  # for what is unsent when we close
-
-log = get_logger(__name__)
-
-# A batch that was given up leaves a gap in the numbers of an idempotent producer, and so does a leader that lost its
-# log's end: the broker refuses all that this producer sends after it.
-_GAPS = (
-    kafka.OutOfOrderSequenceNumber,
-    kafka.InvalidProducerEpoch,
-    kafka.ProducerFenced,
-    kafka.InvalidProducerIdMapping,
-    kafka.UnknownProducerId,
-)
 
 
 class KafkaBroker:
@@ -59,8 +45,8 @@ class KafkaBroker:
         self._settings = settings
         self._max_record_bytes = settings.max_record_bytes
         self._cluster = Cluster(servers, settings.kafka)
-        self._durable = _Sender(self._cluster, self._producer, acks="all", enable_idempotence=True)
-        self._fast = _Sender(self._cluster, self._producer, acks=1)
+        self._durable = Sender(self._cluster, self._producer, acks="all", enable_idempotence=True)
+        self._fast = Sender(self._cluster, self._producer, acks=1)
         self._feeds: WeakSet[KafkaGroupConsumer | KafkaReader] = WeakSet()
 
     @property
@@ -110,18 +96,17 @@ class KafkaBroker:
         if not 0 <= partition < self._cluster.counts.get(topic, 0):
             await self._cluster.require(topic, partition)
         sender = self._durable if durable else self._fast
+        stored = sender.put((topic, partition), key, value, headers)
+        if stored is not None:
+            return stored
         try:
-            producer = sender.producer or await sender.ready()
-            sent = await producer.send(topic, value, key=key, partition=partition, headers=list(headers))
+            return await sender.send(TopicPartition(topic, partition), key, value, headers)
         except kafka.UnknownTopicOrPartitionError as error:
             self._cluster.counts.pop(topic, None)
             reason = f"{self.url} told nothing of {topic}: it can't be reached, or the topic was deleted"
             raise BrokerError(reason) from error
-        except (kafka.KafkaError, AssertionError) as error:  # the latter for a partition that it has not heard of yet
+        except kafka.KafkaError as error:
             raise self._cluster.translated(error, "write", right="WRITE", what=topic) from error
-        stored: asyncio.Future[int] = sent.get_loop().create_future()
-        sent.add_done_callback(functools.partial(self._resolve, stored, topic, sender))
-        return stored
 
     async def consume(
         self, topic: str, group: str, *, on_assigned: PartitionsChanged, on_revoked: PartitionsChanged
@@ -211,95 +196,3 @@ class KafkaBroker:
         room = self._max_record_bytes + HEADER_ROOM
         bounds = {"max_batch_size": BATCH_BYTES, "max_request_size": room}
         return AIOKafkaProducer(linger_ms=0, **bounds, **options, **self._cluster.connection)
-
-    def _resolve(
-        self, stored: asyncio.Future[int], topic: str, sender: "_Sender", sent: asyncio.Future[RecordMetadata]
-    ) -> None:
-        if stored.done():
-            return
-        if sent.cancelled():
-            stored.set_exception(BrokerError(f"{self.url}: closed before the record was stored"))
-        elif (error := sent.exception()) is not None:
-            sender.failed(error)
-            stored.set_exception(self._cluster.translated(error, "write", right="WRITE", what=topic))
-        else:
-            stored.set_result(sent.result().offset)
-            return
-        stored.exception()  # nobody needs to await it: asyncio should not complain that nobody did
-
-
-class _Sender:
-    """A producer of aiokafka, replaced by a new one when it can send no more."""
-
-    def __init__(self, cluster: Cluster, make: Callable[..., AIOKafkaProducer], **options: Any) -> None:
-        self._cluster = cluster
-        self._make = functools.partial(make, **options)
-        self.producer: AIOKafkaProducer | None = None
-        self._replacing: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        self.producer = self._make()
-        await self.producer.start()
-
-    async def ready(self) -> AIOKafkaProducer:
-        """Wait for a producer that can send. Raises ProducerClosed."""
-        if self._replacing is not None:
-            await asyncio.wait([self._replacing])
-        if self.producer is None:
-            raise kafka.ProducerClosed
-        return self.producer
-
-    def failed(self, error: BaseException) -> None:
-        """Take note of an error in sending, and mend what made it."""
-        if self.producer is None or self._replacing is not None:
-            return
-        dead = self.producer._sender.sender_task.done()  # noqa: SLF001 - it tells nobody that it has ended
-        if dead or isinstance(error, _GAPS):
-            log.warning("producer.replaced", reason=said(error))
-            self._replacing = asyncio.create_task(self._replace(), name="replace producer")
-            self._replacing.add_done_callback(self._replaced)
-
-    async def close(self) -> None:
-        if self._replacing is not None:
-            self._replacing.cancel()
-            await asyncio.wait([self._replacing])
-        producer, self.producer = self.producer, None
-        if producer is not None:
-            await self._stop(producer)
-
-    async def _replace(self) -> None:
-        """All that the old producer still holds ends first: so records keep their order."""
-        old, self.producer = self.producer, None
-        assert old is not None, "it failed"
-        await self._stop(old)
-        while self.producer is None:
-            await self._cluster.find_a_server()
-            producer = self._make()
-            try:
-                await producer.start()
-            except (kafka.KafkaError, OSError) as error:
-                log.info("producer.waiting", reason=said(error))
-                await stop(producer, producer.client)
-                await asyncio.sleep(PAUSE)
-            except BaseException:
-                await stop(producer, producer.client)
-                raise
-            else:
-                self.producer = producer
-
-    def _replaced(self, task: asyncio.Task[None]) -> None:
-        self._replacing = None
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("producer.lost", exc_info=error)
-
-    async def _stop(self, producer: AIOKafkaProducer) -> None:
-        try:
-            async with asyncio.timeout(FLUSH_SECONDS):
-                await producer.flush()
-        except TimeoutError:
-            log.warning("producer.unsent", reason=f"the broker stored nothing more within {FLUSH_SECONDS:g} s")
-        finally:
-            # An idempotent producer gives no record up, and its `stop` would wait for a broker that is gone.
-            unsent = kafka.KafkaConnectionError("closed before the record was stored")
-            producer._message_accumulator.fail_all(unsent)  # noqa: SLF001 - it has no other way
-            await stop(producer, producer.client)

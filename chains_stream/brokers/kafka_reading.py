@@ -200,8 +200,9 @@ class _Feed(ABC):
         fetcher._proc_fetch_request = fetch_and_move  # noqa: SLF001 - as above
 
     async def _moved(self, client: AIOKafkaConsumer) -> None:
-        if client is not self._client:
-            return  # it is being replaced
+        replaced = client is not self._client
+        if replaced:
+            return
         fetcher = client._fetcher  # noqa: SLF001 - as above
         results = fetcher._records.values()  # noqa: SLF001 - as above
         whole = True

@@ -17,9 +17,8 @@ from aiokafka.protocol.types import Array, Int8, Int16, Int32, Schema, String
 from aiokafka.structs import TopicPartition
 
 from chains_stream.broker import Broker, Committed, TopicSpec
-from chains_stream.brokers import kafka as kafka_module
-from chains_stream.brokers import kafka_reading, open_broker
-from chains_stream.brokers.kafka import KafkaBroker
+from chains_stream.brokers import kafka_reading, kafka_sending, open_broker
+from chains_stream.brokers.kafka import GROUP_FETCH_BYTES, KafkaBroker
 from chains_stream.brokers.kafka_reading import BUFFER_BYTES, BUFFER_RECORDS, KafkaGroupConsumer
 from chains_stream.errors import BrokerAuthorizationError, BrokerError, ChainsUsageError
 from chains_stream.settings import Settings
@@ -96,7 +95,7 @@ async def test_a_restart_loses_nothing_that_was_stored(own: Node) -> None:
 
 async def test_closing_ends_while_the_broker_is_away(own: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """A record that could not be sent, a commit that could not be stored, a fetch under way: none holds up the end."""
-    monkeypatch.setattr(kafka_module, "FLUSH_SECONDS", 0.5)
+    monkeypatch.setattr(kafka_sending, "FLUSH_SECONDS", 0.5)
     monkeypatch.setattr(kafka_reading, "COMMIT_SECONDS", 1)
     topic = f"away.{uuid4().hex}"
     broker = open_broker(Settings.of(broker=own.url, kafka={"connect_timeout": 5}))
@@ -152,7 +151,7 @@ async def test_what_a_full_worker_has_fetched_is_bounded_in_bytes(kafka_url: str
             while not buffer.full:  # noqa: ASYNC110 - nobody but the buffer's own consumer is told
                 await asyncio.sleep(0.05)
         # One fetch may lie beyond the bound.
-        assert buffer._size <= BUFFER_BYTES + kafka_module.GROUP_FETCH_BYTES
+        assert buffer._size <= BUFFER_BYTES + GROUP_FETCH_BYTES
         assert len(await values(lambda: consumer.fetch(1), 60)) == 60
         await consumer.close()
 

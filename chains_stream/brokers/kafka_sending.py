@@ -1,0 +1,197 @@
+"""Writing to Kafka: records go straight into the batches that aiokafka sends, each with one future, the caller's.
+
+`AIOKafkaProducer.send` makes two futures of a record, and looks up for each what holds for a whole batch.
+"""
+
+import asyncio
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka import errors as kafka
+from aiokafka.producer.message_accumulator import MessageBatch
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+
+from chains_stream.brokers.kafka_cluster import PAUSE, Cluster, said, stop
+from chains_stream.errors import BrokerError
+from chains_stream.log import get_logger
+from chains_stream.messages import Headers
+
+FLUSH_SECONDS = 5.0  # for what is unsent when we close
+
+log = get_logger(__name__)
+
+# A batch that was given up leaves a gap in the numbers of an idempotent producer, and so does a leader that lost its
+# log's end: the broker refuses all that this producer sends after it.
+_GAPS = (
+    kafka.OutOfOrderSequenceNumber,
+    kafka.InvalidProducerEpoch,
+    kafka.ProducerFenced,
+    kafka.InvalidProducerIdMapping,
+    kafka.UnknownProducerId,
+)
+
+
+class _Batch(MessageBatch):  # type: ignore[misc] # aiokafka has no types
+    """Records of one partition that are sent together, and the futures of their offsets."""
+
+    def __init__(
+        self, place: TopicPartition, accumulator: Any, failed: Callable[[str, BaseException], BrokerError]
+    ) -> None:
+        super().__init__(place, accumulator.create_builder(), accumulator._batch_ttl, linger_time=0)  # noqa: SLF001 - it has no other way
+        self._failed = failed
+        self._create_future = asyncio.get_running_loop().create_future
+        self._stored: list[asyncio.Future[int]] = []
+
+    def put(self, key: bytes | None, value: bytes, headers: Headers) -> asyncio.Future[int] | None:
+        """Add a record; None if it is full, or was given up."""
+        if self.future.done():
+            return None
+        if self._builder.append(timestamp=None, key=key, value=value, headers=list(headers)) is None:
+            return None
+        stored: asyncio.Future[int] = self._create_future()
+        self._stored.append(stored)
+        return stored
+
+    def done(self, base_offset: int, timestamp: int | None = None, log_start_offset: int | None = None) -> None:
+        super().done(base_offset, timestamp, log_start_offset)
+        for offset, stored in enumerate(self._stored, base_offset):
+            if not stored.done():
+                stored.set_result(offset)
+
+    def failure(self, exception: BaseException) -> None:
+        super().failure(exception)
+        self.future.exception()  # nobody awaits it: asyncio should not complain that nobody did
+        for stored in self._stored:
+            if not stored.done():
+                stored.set_exception(self._failed(self.tp.topic, exception))
+                stored.exception()  # as above
+
+
+class Sender:
+    """A producer of aiokafka, replaced by a new one when it can send no more."""
+
+    def __init__(self, cluster: Cluster, make: Callable[..., AIOKafkaProducer], **options: Any) -> None:
+        self._cluster = cluster
+        self._make = functools.partial(make, **options)
+        self.producer: AIOKafkaProducer | None = None
+        self._replacing: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self.producer = self._make()
+        await self.producer.start()
+
+    def put(
+        self, place: tuple[str, int], key: bytes | None, value: bytes, headers: Headers
+    ) -> asyncio.Future[int] | None:
+        """Add a record to what waits to be sent to its topic and partition; None if nothing does, or it is full."""
+        if self.producer is None:
+            return None
+        waiting = self.producer._message_accumulator._batches.get(place)  # noqa: SLF001 - as above
+        return waiting[-1].put(key, value, headers) if waiting else None
+
+    async def send(
+        self, place: TopicPartition, key: bytes | None, value: bytes, headers: Headers
+    ) -> asyncio.Future[int]:
+        """Add a record to what is sent next, or wait for room. Raises KafkaError."""
+        while True:
+            producer = self.producer or await self._ready()
+            known = await producer.client._wait_on_metadata(place.topic)  # noqa: SLF001 - as above
+            replaced = producer is not self.producer
+            if replaced:
+                continue
+            if place.partition not in known:
+                raise kafka.KafkaError(f"the producer has not heard of partition {place.partition} yet")
+            batch = self._last_batch(producer, place, key, value, headers)
+            stored = batch.put(key, value, headers)
+            if stored is not None:
+                return stored
+            try:
+                async with asyncio.timeout(producer._request_timeout_ms / 1000):  # noqa: SLF001 - as `send` of aiokafka
+                    await batch.wait_drain()
+            except TimeoutError:
+                raise kafka.KafkaTimeoutError from None
+
+    def _last_batch(
+        self, producer: AIOKafkaProducer, place: TopicPartition, key: bytes | None, value: bytes, headers: Headers
+    ) -> _Batch:
+        accumulator = producer._message_accumulator  # noqa: SLF001 - as above
+        if accumulator._exception is not None:  # noqa: SLF001 - as above
+            raise copy.copy(accumulator._exception)  # noqa: SLF001 - as above
+        waiting = accumulator._batches.get(place)  # noqa: SLF001 - as above
+        if waiting:
+            last: _Batch = waiting[-1]
+            return last
+        # An empty batch takes a record of any size. One with records takes none of more than it has room for.
+        size = DefaultRecordBatchBuilder.estimate_size_in_bytes(key, value, list(headers))
+        if size > producer._max_request_size:  # noqa: SLF001 - as above
+            raise kafka.MessageSizeTooLargeError(f"it has {size} bytes with its key and headers")
+        batch = _Batch(place, accumulator, self._failed)
+        accumulator._batches[place].append(batch)  # noqa: SLF001 - as above
+        accumulator._wakeup(accumulator.waiter())  # noqa: SLF001 - as above
+        return batch
+
+    async def _ready(self) -> AIOKafkaProducer:
+        """Wait for a producer that can send. Raises ProducerClosed."""
+        if self._replacing is not None:
+            await asyncio.wait([self._replacing])
+        if self.producer is None:
+            raise kafka.ProducerClosed
+        return self.producer
+
+    def _failed(self, topic: str, error: BaseException) -> BrokerError:
+        """Take note of an error in sending, mend what made it, and say it in our words."""
+        if self.producer is not None and self._replacing is None:
+            dead = self.producer._sender.sender_task.done()  # noqa: SLF001 - it tells nobody that it has ended
+            if dead or isinstance(error, _GAPS):
+                log.warning("producer.replaced", reason=said(error))
+                self._replacing = asyncio.create_task(self._replace(), name="replace producer")
+                self._replacing.add_done_callback(self._replaced)
+        return self._cluster.translated(error, "write", right="WRITE", what=topic)
+
+    async def close(self) -> None:
+        if self._replacing is not None:
+            self._replacing.cancel()
+            await asyncio.wait([self._replacing])
+        producer, self.producer = self.producer, None
+        if producer is not None:
+            await self._stop(producer)
+
+    async def _replace(self) -> None:
+        """All that the old producer still holds ends first: so records keep their order."""
+        old, self.producer = self.producer, None
+        assert old is not None, "it failed"
+        await self._stop(old)
+        while self.producer is None:
+            await self._cluster.find_a_server()
+            producer = self._make()
+            try:
+                await producer.start()
+            except (kafka.KafkaError, OSError) as error:
+                log.info("producer.waiting", reason=said(error))
+                await stop(producer, producer.client)
+                await asyncio.sleep(PAUSE)
+            except BaseException:
+                await stop(producer, producer.client)
+                raise
+            else:
+                self.producer = producer
+
+    def _replaced(self, task: asyncio.Task[None]) -> None:
+        self._replacing = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("producer.lost", exc_info=error)
+
+    async def _stop(self, producer: AIOKafkaProducer) -> None:
+        try:
+            async with asyncio.timeout(FLUSH_SECONDS):
+                await producer.flush()
+        except TimeoutError:
+            log.warning("producer.unsent", reason=f"the broker stored nothing more within {FLUSH_SECONDS:g} s")
+        finally:
+            # An idempotent producer gives no record up, and its `stop` would wait for a broker that is gone.
+            unsent = kafka.KafkaConnectionError("closed before the record was stored")
+            producer._message_accumulator.fail_all(unsent)  # noqa: SLF001 - it has no other way
+            await stop(producer, producer.client)
