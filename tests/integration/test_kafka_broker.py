@@ -18,9 +18,9 @@ from aiokafka.structs import TopicPartition
 
 from chains_stream.broker import Broker, Committed, TopicSpec
 from chains_stream.brokers import kafka_reading, kafka_sending, open_broker
-from chains_stream.brokers.kafka import GROUP_FETCH_BYTES, KafkaBroker
+from chains_stream.brokers.kafka import BATCH_BYTES, GROUP_FETCH_BYTES, KafkaBroker
 from chains_stream.brokers.kafka_reading import BUFFER_BYTES, BUFFER_RECORDS, KafkaGroupConsumer
-from chains_stream.errors import BrokerAuthorizationError, BrokerError, ChainsUsageError
+from chains_stream.errors import BrokerAuthorizationError, BrokerError, ChainsUsageError, RecordTooLargeError
 from chains_stream.settings import Settings
 from tests.kafka import Node, node
 
@@ -172,6 +172,32 @@ async def test_what_a_full_worker_has_fetched_is_bounded_in_records(kafka_url: s
         assert len(await values(lambda: consumer.fetch(100), 10_000)) == 10_000
         assert consumer.lag() == {0: 0, 1: 0}
         await consumer.close()
+
+
+async def test_a_publisher_that_is_faster_than_kafka_waits_and_keeps_its_order(kafka_url: str) -> None:
+    topic = f"fast.{uuid4().hex}"
+    async with opened(kafka_url) as broker:
+        await broker.ensure_topics([TopicSpec(topic, 1, HOUR_MS)])
+        values = [b"%06d" % number + bytes(BATCH_BYTES // 8) for number in range(100)]  # a dozen batches
+        stored = [await broker.publish(topic, value, partition=0) for value in values]
+        assert sum(future.done() for future in stored) > len(stored) // 2
+        assert await asyncio.gather(*stored) == list(range(100))
+        reader = await broker.read(topic, {0: 0})
+        got: list[bytes] = []
+        async with asyncio.timeout(30):
+            while len(got) < len(values):
+                got += [record.value for record in await reader.fetch()]
+        assert got == values
+        await reader.close()
+
+
+async def test_headers_that_kafka_would_not_take_are_refused_at_once(kafka_url: str) -> None:
+    topic = f"headers.{uuid4().hex}"
+    async with opened(kafka_url) as broker:
+        await broker.ensure_topics([TopicSpec(topic, 1, HOUR_MS)])
+        with pytest.raises(RecordTooLargeError, match="1500"):
+            await broker.publish(topic, b"", partition=0, headers=(("large", bytes(1_500_000)),))
+        assert await (await broker.publish(topic, b"small", partition=0)) == 0
 
 
 async def test_a_producer_whose_numbers_have_a_gap_is_replaced(kafka_url: str) -> None:
