@@ -32,7 +32,8 @@ class FrameBatcher:
 
         The frames of one `durable` kind that one task sends to a partition keep their order. `claim` are headers that
         say where the value is: such a frame has a record of its own. The future gives the offset of the frame's record
-        once the broker has stored it; it may be shared, so wait for it with `asyncio.shield`. Raises BrokerError.
+        once the broker has stored it. Frames that are not durable may share it: it is not to be cancelled. Raises
+        BrokerError.
         """
         where = (topic, partition, durable)
         queue = self._queues.get(where)
@@ -54,13 +55,42 @@ class FrameBatcher:
 class _Batch:
     """The frames of one record to be."""
 
-    __slots__ = ("claim", "frames", "size", "stored")
+    __slots__ = ("claim", "frames", "futures", "size")
 
     def __init__(self, claim: Headers) -> None:
         self.frames: list[Frame] = []
         self.claim = claim
         self.size = 0
-        self.stored: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.futures: list[asyncio.Future[int]] = []
+
+    def add(self, frame: Frame, size: int, *, shared: bool) -> asyncio.Future[int]:
+        self.frames.append(frame)
+        self.size += size
+        if not (shared and self.futures):
+            self.futures.append(asyncio.get_running_loop().create_future())
+        return self.futures[-1]
+
+    def stored(self, stored: asyncio.Future[int]) -> None:
+        """Tell whoever waits what became of the record."""
+        if stored.cancelled():
+            self.fail(asyncio.CancelledError())
+        elif (error := stored.exception()) is not None:
+            self.fail(error)
+        else:
+            offset = stored.result()
+            for future in self.futures:
+                if not future.done():
+                    future.set_result(offset)
+
+    def fail(self, error: BaseException) -> None:
+        for future in self.futures:
+            if future.done():
+                continue
+            if isinstance(error, asyncio.CancelledError):
+                future.cancel()
+            else:
+                future.set_exception(error)
+                future.exception()  # nobody needs to wait for it: asyncio should not complain that nobody did
 
 
 class _Queue:
@@ -91,12 +121,11 @@ class _Queue:
         if batch is None or claim or batch.claim or batch.size + size > self._largest:
             batch = _Batch(claim)
             self._batches.append(batch)
-        batch.frames.append(frame)
-        batch.size += size
+        future = batch.add(frame, size, shared=not self._durable)
         self._size += size
         if self._last.done() and self._task is None:  # all else went while it waited for room
             self._go_on(self._last)
-        return batch.stored
+        return future
 
     async def _wait_for_room(self) -> None:
         room = asyncio.get_running_loop().create_future()
@@ -126,7 +155,6 @@ class _Queue:
             for room in self._waiting:
                 if not room.done():
                     room.set_result(None)
-            self._last = batch.stored
         self._task = None
         if self._last.done():
             self._go_on(self._last)
@@ -140,27 +168,9 @@ class _Queue:
                 self._topic, value, partition=self._partition, headers=batch.claim, durable=self._durable
             )
         except BaseException as error:  # whoever waits is told, and deals with it
-            _fail(batch.stored, error)
+            batch.fail(error)
             if not isinstance(error, Exception):
                 raise
         else:
-            stored.add_done_callback(partial(_pass_on, batch.stored))
-
-
-def _pass_on(shared: asyncio.Future[int], stored: asyncio.Future[int]) -> None:
-    if stored.cancelled():
-        shared.cancel()
-    elif (error := stored.exception()) is not None:
-        _fail(shared, error)
-    elif not shared.done():
-        shared.set_result(stored.result())
-
-
-def _fail(shared: asyncio.Future[int], error: BaseException) -> None:
-    if shared.done():
-        return
-    if isinstance(error, asyncio.CancelledError):
-        shared.cancel()
-    else:
-        shared.set_exception(error)
-        shared.exception()  # nobody needs to wait for it: asyncio should not complain that nobody did
+            self._last = stored
+            stored.add_done_callback(batch.stored)

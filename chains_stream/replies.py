@@ -179,8 +179,7 @@ class FrameReply:
 
     async def _send_durably(self, frame: Frame, size: int, claim: Headers = ()) -> int:
         """Send a frame, wait until it is stored, and give its record's offset."""
-        stored = await self._frames.send(self._topic, self._partition, frame, size, claim, durable=True)
-        return stored.result() if stored.done() else await asyncio.shield(stored)  # others may wait for it too
+        return await (await self._frames.send(self._topic, self._partition, frame, size, claim, durable=True))
 
 
 class BareReply:

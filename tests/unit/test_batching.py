@@ -175,20 +175,14 @@ async def test_all_that_share_a_record_learn_that_it_was_not_stored(broker: Slow
     assert sequences(broker) == [[0], [3]]
 
 
-async def test_one_that_waits_for_a_shared_record_may_be_cancelled_alone(broker: SlowBroker) -> None:
+async def test_one_that_waits_for_the_record_of_several_may_be_cancelled_alone(broker: SlowBroker) -> None:
     frames = FrameBatcher(broker)
-    await send(frames, 0)
-    shared = [await send(frames, sequence) for sequence in (1, 2)]
-
-    async def wait(future: asyncio.Future[int]) -> int:
-        return await asyncio.shield(future)
-
-    first, second = (asyncio.create_task(wait(future)) for future in shared)
-    await asyncio.sleep(0)
+    _, first, second = [await frames.send("replies", 0, chunk(number), 1, durable=True) for number in range(3)]
     first.cancel()
     await broker.store()
     await broker.store()
     assert await second == 2
+    assert sequences(broker) == [[0], [1, 2]]
 
 
 async def test_close_waits_for_all_that_was_sent(broker: SlowBroker) -> None:
