@@ -30,7 +30,18 @@ from chains_stream.errors import (
 )
 from chains_stream.fold import Fold, Step
 from chains_stream.log import get_logger
-from chains_stream.messages import Cancelled, Chunk, Done, Failed, Frame, Headers, Request, Started, decode_frames
+from chains_stream.messages import (
+    Cancelled,
+    Chunk,
+    Done,
+    Failed,
+    Frame,
+    Headers,
+    Request,
+    Started,
+    decode_frames,
+    new_id,
+)
 from chains_stream.metrics import IN_HAND
 from chains_stream.policy import Scope, backoff
 from chains_stream.settings import Settings
@@ -72,7 +83,7 @@ class Call:
     )
 
     def __init__(self, caller: "Caller", topic: str, scope: Scope, modules: tuple[str, ...]) -> None:
-        self.id = os.urandom(16)
+        self.id = new_id()
         self.topic = topic
         self.partition = 0
         self.sent_to: Report | None = None  # the worker that counts it as under way

@@ -4,6 +4,7 @@ Everything here is what another program may meet in a Kafka topic. New fields ge
 changes.
 """
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 
@@ -167,6 +168,24 @@ def encode_frames(frames: Sequence[Frame]) -> bytes:
 def decode_frames(value: bytes) -> list[Frame]:
     """Decode the value of a reply record; raise msgspec.DecodeError if it is none of ours."""
     return _decoder.decode(value)
+
+
+def new_id() -> bytes:
+    """Give 16 random bytes that can't be guessed: a correlation id.
+
+    The system is asked for many at once: it takes longer to ask it than all else that a call begins with.
+    """
+    try:
+        return _ids.pop()
+    except IndexError:
+        drawn = os.urandom(16 * _IDS_DRAWN)
+        _ids.extend([drawn[at : at + 16] for at in range(0, len(drawn), 16)])
+        return _ids.pop()
+
+
+_IDS_DRAWN = 256
+_ids: list[bytes] = []
+os.register_at_fork(after_in_child=_ids.clear)  # else both processes would give the same
 
 
 def now_ms() -> int:

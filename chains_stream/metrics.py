@@ -3,21 +3,61 @@
 `chainlet` is a Chainlet's name. Counters only grow, and begin at 0 with the process.
 """
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sized
+from itertools import accumulate
 from typing import Protocol
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 OUTCOMES = ("done", "failed", "cancelled", "expired", "dead_lettered")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
+
+class Timing:
+    """How often something took how long: what one child of `Timings` counts."""
+
+    __slots__ = ("counts", "seconds")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(_SECONDS) + 1)  # up to each of `_SECONDS`, and beyond
+        self.seconds = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect_left(_SECONDS, seconds)] += 1
+        self.seconds += seconds
+
+
+class Timings(Collector):
+    """A histogram that the event loop alone observes, with every request.
+
+    The library's takes two locks for each of two counters: a twelfth of what a call over the embedded broker takes.
+    """
+
+    def __init__(self, name: str, text: str, label: str) -> None:
+        self._name = name
+        self._text = text
+        self._label = label
+        self._children: dict[str, Timing] = {}
+        REGISTRY.register(self)
+
+    def labels(self, value: str) -> Timing:
+        return self._children.setdefault(value, Timing())
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        family = HistogramMetricFamily(self._name, self._text, labels=[self._label])
+        bounds = [*map(floatToGoString, _SECONDS), "+Inf"]
+        for value, timing in self._children.items():
+            family.add_metric([value], list(zip(bounds, accumulate(timing.counts), strict=True)), timing.seconds)
+        yield family
+
+
 # --- of workers
-QUEUE_WAIT = Histogram(
-    "chains_queue_wait_seconds", "From a request's record to its run.", ["chainlet"], buckets=_SECONDS
-)
-RUN_TIME = Histogram("chains_run_seconds", "How long run_remote ran.", ["chainlet"], buckets=_SECONDS)
+QUEUE_WAIT = Timings("chains_queue_wait_seconds", "From a request's record to its run.", "chainlet")
+RUN_TIME = Timings("chains_run_seconds", "How long run_remote ran.", "chainlet")
 FINISHED = Counter(
     "chains_requests",
     "Requests that ended: done, failed, cancelled, expired or dead_lettered.",
@@ -41,9 +81,7 @@ SHED = Counter(
 )
 HTTP_IN_FLIGHT = Gauge("chains_http_requests_in_flight", "HTTP requests that are being served.")
 HTTP_REQUESTS = Counter("chains_http_requests", "HTTP requests that ended.", ["route", "status"])
-HTTP_SECONDS = Histogram(
-    "chains_http_seconds", "From an HTTP request to the end of its answer.", ["route"], buckets=_SECONDS
-)
+HTTP_SECONDS = Timings("chains_http_seconds", "From an HTTP request to the end of its answer.", "route")
 
 
 class Working(Protocol):

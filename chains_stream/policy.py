@@ -7,7 +7,6 @@ serves.
 
 import asyncio
 import base64
-import os
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -27,7 +26,7 @@ from chains_stream.errors import (
     is_retryable,
 )
 from chains_stream.log import get_logger
-from chains_stream.messages import now_ms
+from chains_stream.messages import new_id, now_ms
 from chains_stream.options import RPCOptions
 from chains_stream.timeouts import Timeout
 
@@ -135,7 +134,7 @@ def current_request() -> CurrentRequest:
 
 def new_request_id() -> str:
     """Give an id that can't be guessed."""
-    return base64.urlsafe_b64encode(os.urandom(16))[:22].decode()
+    return base64.urlsafe_b64encode(new_id())[:22].decode()
 
 
 def scope_or_new(seconds: float) -> Scope:

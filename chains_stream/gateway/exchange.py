@@ -13,7 +13,7 @@ from functools import cache
 from http import HTTPStatus
 from typing import Protocol
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as ASGIScope
@@ -343,7 +343,7 @@ class Entry:
 
 
 @cache
-def _children(route: str, status: int) -> tuple[Counter, Histogram]:
+def _children(route: str, status: int) -> tuple[Counter, metrics.Timing]:
     """Give what counts the requests of a route that end so. There are few: routes of ours, and statuses of HTTP."""
     return metrics.HTTP_REQUESTS.labels(route, status), metrics.HTTP_SECONDS.labels(route)
 

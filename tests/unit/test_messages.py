@@ -1,5 +1,6 @@
 """The wire: what is written is what is read, and what a stranger writes is read or refused by name."""
 
+import os
 from contextlib import suppress
 
 import msgspec
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chains_stream import messages
 from chains_stream.errors import RemoteErrorDetail
 from chains_stream.messages import (
     CORRELATION_ID,
@@ -124,3 +126,21 @@ def test_a_malformed_header_is_named(name: str, value: bytes, said: str) -> None
 def test_foreign_bytes_are_decoded_or_refused(data: bytes) -> None:
     with suppress(msgspec.DecodeError):
         decode_frames(data)
+
+
+def test_ids_are_never_given_twice_nor_by_a_child_too() -> None:
+    given = {messages.new_id() for _ in range(1_000)}
+    assert len(given) == 1_000
+    assert {len(one) for one in given} == {16}
+    messages.new_id()  # some are drawn, and not given yet
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(write, messages.new_id())
+        os._exit(0)
+    os.waitpid(child, 0)
+    with os.fdopen(read, "rb") as pipe:
+        os.close(write)
+        theirs = pipe.read()
+    assert len(theirs) == 16
+    assert theirs not in given | {messages.new_id() for _ in range(1_000)}
