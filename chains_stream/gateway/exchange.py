@@ -54,7 +54,7 @@ class CutOffError(Exception):
 
 
 class Connection(Protocol):
-    """The connection that a request came by, as our own server puts it into the state of the ASGI scope."""
+    """The connection that a request came by, as our own server puts it into the ASGI scope."""
 
     def break_off(self, *, at_once: bool) -> None:
         """Close it in the middle of an answer, after what is buffered, or with that lost."""
@@ -271,7 +271,7 @@ class Exchange:
 
     @property
     def _connection(self) -> Connection | None:
-        connection: Connection | None = self._scope.get("state", {}).get(CONNECTION)
+        connection: Connection | None = self._scope.get(CONNECTION)
         return connection
 
     async def _cut_off(self, *, at_once: bool) -> None:

@@ -1,27 +1,22 @@
-"""The HTTP server: uvicorn in this process, on a socket of ours, started and stopped by whoever owns it."""
+"""The HTTP server: on a socket of ours, started and stopped by whoever owns it."""
 
 import asyncio
 import errno
-import math
 import socket
-import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
-import h11
-import msgspec
-import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chains_stream.errors import ChainsUsageError
-from chains_stream.gateway.exchange import CONNECTION, FAREWELL
-from chains_stream.gateway.problems import MEDIA_TYPE, Problem, title
-from chains_stream.policy import new_request_id
+from chains_stream.gateway.connection import Listener
+from chains_stream.gateway.exchange import FAREWELL
+from chains_stream.log import get_logger
 
 BACKLOG = 2048  # connections that wait to be accepted
 SLACK = 2 * FAREWELL + 1.0  # seconds after the grace period for the last answers to be cut short
+
+
+log = get_logger(__name__)
 
 
 class Server:
@@ -42,8 +37,8 @@ class Server:
         self._port = port
         self._grace_period = grace_period
         self._socket: socket.socket | None = None
-        self._uvicorn: _Uvicorn | None = None
-        self._serving: asyncio.Task[None] | None = None
+        self._listener: Listener | None = None
+        self._listening: asyncio.Server | None = None
         self._interrupt: Callable[[], None] = _nothing
 
     async def bind(self) -> str:
@@ -66,52 +61,36 @@ class Server:
 
         `interrupt` is called when the grace period is over: it has the requests that still run end at once.
         """
-        assert self._serving is None, "started once"
+        assert self._listening is None, "started once"
         await self.bind()
         assert self._socket is not None, "bound"
         if interrupt is not None:
             self._interrupt = interrupt
-        config = uvicorn.Config(
-            app,
-            http=_Connection,
-            ws="none",
-            lifespan="off",
-            interface="asgi3",
-            backlog=BACKLOG,
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=math.ceil(self._grace_period + SLACK),
-        )
-        self._uvicorn = _Uvicorn(config)
-        self._serving = asyncio.create_task(self._uvicorn.serve([self._socket]), name="http")
-        ready = asyncio.create_task(self._uvicorn.ready.wait(), name="http ready")
+        self._listener = Listener(app)
+        loop = asyncio.get_running_loop()
         try:
-            await asyncio.wait([self._serving, ready], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ready.cancel()
-            await asyncio.wait([ready])
-        if self._serving.done():
-            serving, self._serving = self._serving, None
-            try:
-                serving.result()
-            except OSError as error:
-                raise ChainsUsageError(self._explain(error)) from error
+            self._listening = await loop.create_server(self._listener.connect, sock=self._socket, backlog=BACKLOG)
+        except OSError as error:
+            raise ChainsUsageError(self._explain(error)) from error
         return self.url
 
     async def stop(self) -> None:
         """Stop accepting, let running requests finish within the grace period, end the others, and close."""
-        timer = asyncio.get_running_loop().call_later(self._grace_period, self._interrupt)
-        try:
-            if self._uvicorn is not None and self._serving is not None:
-                self._uvicorn.should_exit = True
-                await self._serving
-        finally:
-            timer.cancel()
-            if self._socket is not None:
-                self._socket.close()
+        if self._listening is not None and self._listener is not None:
+            self._listening.close()
+            for connection in tuple(self._listener.connections):
+                connection.shutdown()
+            timer = asyncio.get_running_loop().call_later(self._grace_period, self._interrupt)
+            try:
+                async with asyncio.timeout(self._grace_period + SLACK):
+                    await self._listener.idle()
+            except TimeoutError:
+                log.warning("http.unfinished", requests=len(self._listener.tasks))
+                await self._listener.abort()
+            finally:
+                timer.cancel()
+        if self._socket is not None:
+            self._socket.close()
 
     def _explain(self, error: OSError | UnicodeError) -> str:
         host, port = self._host, self._port
@@ -126,67 +105,6 @@ class Server:
                 return f"port {port} on {host} is not allowed to this user: choose one above 1023 with --port"
             case _:
                 return f"can't listen on port {port} of {host}: {error.strerror}"
-
-
-class _Uvicorn(uvicorn.Server):
-    """Uvicorn without signals, which belong to the command line, and with a way to wait until it serves."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.ready = asyncio.Event()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.ready.set()
-
-
-class _Connection(H11Protocol):
-    """A connection that its app can break off, and that answers malformed HTTP as we answer everything else."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's own
-        super().connection_made(transport)
-        self.app_state = {**self.app_state, CONNECTION: self}
-        # Writing pauses as soon as the socket is full: what is sent next, and the end of a request, wait until nothing
-        # is buffered here, so that a client which does not read costs no more than one piece of an answer.
-        transport.set_write_buffer_limits(high=0)
-
-    def break_off(self, *, at_once: bool) -> None:
-        # An answer in HTTP/1.0 ends where its connection does: only a reset tells that it is not the end.
-        if at_once or self.conn.their_http_version == b"1.0":
-            linger = struct.pack("ii", 1, 0)
-            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        if at_once:
-            self.transport.abort()
-        else:
-            self.transport.close()
-
-    @property
-    def buffers(self) -> bool:
-        return self.flow.write_paused
-
-    async def taken(self) -> None:
-        await self.flow.drain()
-
-    def send_400_response(self, msg: str) -> None:
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            self.transport.abort()  # in the middle of another answer
-            return
-        request_id = new_request_id()
-        problem = Problem(title=title(400), status=400, detail=msg, code="invalid-http", request_id=request_id)
-        body = msgspec.json.encode(problem)
-        headers: list[tuple[Any, Any]] = [
-            ("content-type", MEDIA_TYPE),
-            ("content-length", str(len(body))),
-            ("x-request-id", request_id),
-            ("connection", "close"),
-        ]
-        for event in (h11.Response(status_code=400, headers=headers), h11.Data(body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
 
 
 async def _bound(host: str, port: int) -> socket.socket:

@@ -197,12 +197,22 @@ async def test_an_unknown_route(greet: Served, path: str) -> None:
     assert "/docs" in problem_of(await greet.http.post(path, json={}), 404)["detail"]
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/run_remote"), ("OPTIONS", "/run_remote"), ("BREW", "/docs")])
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/run_remote"), ("OPTIONS", "/run_remote"), ("PROPFIND", "/docs")]
+)
 async def test_a_wrong_method(greet: Served, method: str, path: str) -> None:
     response = await greet.http.request(method, path)
     problem_of(response, 405)
     assert response.headers["allow"] == ("POST" if path == "/run_remote" else "GET, HEAD")
     assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+async def test_a_method_that_nobody_knows(greet: Served) -> None:
+    async with greet.connect() as client:
+        await client.send_raw(b"BREW /docs HTTP/1.1\r\nhost: t\r\n\r\n")
+        head, _, body = (await client.read_all()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 501 ")
+    assert json.loads(body)["code"] == "not-implemented"
 
 
 async def test_head(greet: Served) -> None:

@@ -1,0 +1,398 @@
+"""One HTTP/1 connection: httptools (Node's parser) reads it, and an ASGI app answers its requests.
+
+Strict where two readings of one request could differ (RFC 9112, section 11.2): one `host`, no transfer coding but
+`chunked`, no length beside it, no line that ends in a bare LF, no folded header. What a client can make us hold is
+bounded: a head, a body that is not read, requests sent ahead of their answers.
+"""
+
+import asyncio
+import re
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Coroutine
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Any, NoReturn, cast
+from urllib.parse import unquote
+
+import httptools
+import msgspec
+from starlette.types import ASGIApp
+
+from chains_stream.gateway.exchange import CONNECTION
+from chains_stream.gateway.problems import MEDIA_TYPE, Problem, title
+from chains_stream.gateway.request import CLOSE, Request, status_line
+from chains_stream.log import get_logger
+from chains_stream.policy import new_request_id
+
+MAX_HEAD = 64 << 10  # bytes of a request line and headers, and of trailers
+MAX_AHEAD = 16  # requests that a client may send before the first of them is answered; then the connection closes
+HIGH_WATER = 64 << 10  # bytes of a body that nobody has asked for yet, until no more are read
+KEEP_ALIVE = 5.0  # seconds that a connection may be idle after an answer
+
+_ASGI = {"version": "3.0", "spec_version": "2.3"}
+_MALFORMED = 400, "this is no valid HTTP"
+_TOO_LARGE = 431, f"a request line and headers are at most {MAX_HEAD} bytes"
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing drops what is buffered and tells the other side so
+_LOOKED_AT = frozenset((b"host", b"transfer-encoding", b"expect"))
+
+# What the parser does not know as a method, and yet is a request.
+_OTHER_METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ \S+ HTTP/1\.[01]\r\n")
+
+log = get_logger(__name__)
+
+
+class Listener:
+    """What the connections of one server share.
+
+    Attributes:
+        connections: that are open.
+        tasks: that run the app; they end by themselves when it has answered.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.loop = asyncio.get_running_loop()
+        self.connections: set[Connection] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._left = asyncio.Event()
+        self._second = 0
+        self._date = b""
+
+    def connect(self) -> "Connection":
+        return Connection(self)
+
+    def leave(self, connection: "Connection") -> None:
+        self.connections.discard(connection)
+        self._left.set()
+
+    def end(self, task: "asyncio.Task[None]") -> None:
+        self.tasks.discard(task)
+        self._left.set()
+
+    async def idle(self) -> None:
+        """Wait until every connection is closed and every request has ended."""
+        while self.connections or self.tasks:
+            self._left.clear()
+            await self._left.wait()
+
+    async def abort(self) -> None:
+        """Cancel what runs, and break all connections off."""
+        for task in self.tasks:
+            task.cancel()
+        for connection in tuple(self.connections):
+            connection.transport.abort()
+        await self.idle()
+
+    def date(self) -> bytes:
+        """Give the header that tells the time of an answer, formatted once a second."""
+        now = int(time.time())
+        if now != self._second:
+            self._second = now
+            self._date = b"date: %b\r\n" % formatdate(now, usegmt=True).encode()
+        return self._date
+
+
+class Connection(asyncio.Protocol):
+    """Reads requests, and has them answered one after another."""
+
+    __slots__ = (
+        "_addresses",
+        "_ahead",
+        "_current",
+        "_deaf",
+        "_expects",
+        "_headers",
+        "_hosts",
+        "_idle_since",
+        "_last",
+        "_listener",
+        "_open",
+        "_parser",
+        "_partial",
+        "_reading",
+        "_receiving",
+        "_refusal",
+        "_size",
+        "_timer",
+        "_url",
+        "_writable",
+        "transport",
+    )
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._parser: Any = httptools.HttpRequestParser(self)
+        # What follows a request that said `connection: close` is ignored, and no reason to leave it without an answer.
+        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.transport: asyncio.Transport
+        self._addresses: tuple[Any, Any] = None, None
+        self._current: Request | None = None  # is being answered
+        self._receiving: Request | None = None  # its body arrives
+        self._ahead: deque[Request] | None = None  # wait for their turn
+        self._last = False  # there is no other request after these
+        self._deaf = False  # nothing more is read
+        self._reading = True
+        self._writable: asyncio.Event | None = None  # there while the socket is full
+        self._idle_since: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._refusal = _MALFORMED
+        self._open = False  # in a head or in trailers, of which the parser may hold a part
+        self._partial = 0  # bytes of it in reads that did not complete it
+        self._size = self._hosts = 0
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._url = b""
+        self._expects = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self._listener.connections.add(self)
+        self._addresses = _address(transport, "sockname"), _address(transport, "peername")
+        # Writing pauses as soon as the socket is full: what is sent next, and the end of a request, wait until nothing
+        # is buffered here, so that a client which does not read costs no more than one piece of an answer.
+        self.transport.set_write_buffer_limits(high=0)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's
+        self._listener.leave(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        self.resume_writing()
+        if self._current is not None:
+            self._current.lose()
+        self._ahead = self._parser = None  # those were not begun
+
+    def pause_writing(self) -> None:
+        if self._writable is None:
+            self._writable = asyncio.Event()
+
+    def resume_writing(self) -> None:
+        if self._writable is not None:
+            self._writable.set()
+            self._writable = None
+
+    @property
+    def buffers(self) -> bool:
+        """Whether some of what was written is still here."""
+        return self._writable is not None
+
+    async def taken(self) -> None:
+        """Wait until nothing is."""
+        while self._writable is not None:
+            await self._writable.wait()
+
+    def pause_reading(self) -> None:
+        if self._reading and not self.transport.is_closing():
+            self._reading = False
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if not (self._reading or self._ahead or self.transport.is_closing()):
+            self._reading = True
+            self.transport.resume_reading()
+
+    def data_received(self, data: bytes) -> None:
+        self._idle_since = None
+        was_open = self._open
+        while data and not self._deaf:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:  # to nothing that is spoken here: it goes on as it was
+                data = data[upgrade.args[0] :]
+                continue
+            except httptools.HttpParserError as error:
+                self._refuse(error, data)
+                return
+            break
+        if was_open and self._open:
+            self._partial += len(data)
+            if self._partial > MAX_HEAD:
+                self._refusal = _TOO_LARGE
+                self._refuse(None, data)
+
+    # --- what the parser finds
+
+    def on_message_begin(self) -> None:
+        self._open = True
+        self._partial = self._size = self._hosts = 0
+        self._url = b""
+        self._expects = False
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        if self._receiving is not None:
+            return  # a trailer
+        name, value = name.lower(), value.rstrip(b" \t")
+        if name in _LOOKED_AT:
+            if name == b"host":
+                self._hosts += 1
+            elif name == b"expect":
+                self._expects = value.lower() == b"100-continue"
+            elif value.lower() != b"chunked" or self._parser.get_http_version() != "1.1":
+                self._fail(400, "the only transfer coding is `chunked`, in HTTP/1.1")
+        self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        version, headers = self._parser.get_http_version(), self._headers
+        if version not in ("1.1", "1.0"):
+            self._fail(400, "this server speaks HTTP/1.1 and HTTP/1.0")
+        if self._hosts != 1 and (self._hosts or version == "1.1"):
+            self._fail(400, "a request has one header `host`")
+        if self._ahead is not None and len(self._ahead) >= MAX_AHEAD:
+            self._fail(400, "too many requests were sent ahead")
+        self._open, self._headers = False, []
+        path, query = _split(self._url)
+        text = path.decode("ascii")
+        method = self._parser.get_method().decode("ascii")
+        keeps_alive = version == "1.1" and self._parser.should_keep_alive()
+        request = Request(self, method, version, expects=self._expects, keeps_alive=keeps_alive)
+        request.scope = {
+            "type": "http",
+            "asgi": _ASGI,
+            "http_version": version,
+            "server": self._addresses[0],
+            "client": self._addresses[1],
+            "scheme": "http",
+            "method": method,
+            "root_path": "",
+            "path": unquote(text) if "%" in text else text,
+            "raw_path": path,
+            "query_string": query,
+            "headers": headers,
+            CONNECTION: request,
+        }
+        self._receiving = request
+        if self._current is None:
+            self._begin(request)
+        else:
+            self._ahead = self._ahead or deque()
+            self._ahead.append(request)
+            self.pause_reading()
+
+    def on_chunk_header(self) -> None:
+        self._open = True  # the last one is followed by trailers
+        self._partial = 0
+
+    def on_body(self, body: bytes) -> None:
+        self._open = False
+        if self._receiving is not None and self._receiving.take(body) > HIGH_WATER:
+            self.pause_reading()
+
+    def on_message_complete(self) -> None:
+        self._open = False
+        if self._receiving is not None:
+            self._receiving.arrive()
+            self._receiving = None
+
+    def _count(self, size: int) -> None:
+        self._size += size
+        if self._size > MAX_HEAD:
+            self._fail(*_TOO_LARGE)
+
+    def _fail(self, status: int, text: str) -> NoReturn:
+        """Have the parser stop."""
+        self._refusal = status, text
+        raise ValueError(text)
+
+    def _refuse(self, error: httptools.HttpParserError | None, data: bytes) -> None:
+        """Read no more; answer that the request is none, if that can still be its answer."""
+        self._deaf = self._last = True
+        current, receiving = self._current, self._receiving
+        if current is not None and receiving is not current:
+            return  # it came behind requests that are answered first; then the connection is closed
+        if receiving is not None and receiving.started:
+            self.transport.abort()
+            return
+        status, text = self._refusal
+        if isinstance(error, httptools.HttpParserInvalidMethodError) and _OTHER_METHOD.match(data):
+            status, text = 501, "the method is not known here"
+        elif self._refusal is _MALFORMED:
+            text = f"{text}: {error}"
+        request_id = new_request_id()
+        code = "invalid-http" if status == HTTPStatus.BAD_REQUEST else title(status).lower().replace(" ", "-")
+        body = msgspec.json.encode(
+            Problem(title=title(status), status=status, detail=text, code=code, request_id=request_id)
+        )
+        head = f"content-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\nx-request-id: {request_id}\r\n"
+        lines = status_line(status) + self._listener.date() + head.encode() + CLOSE
+        self.transport.write(b"%b\r\n%b" % (lines, body))
+        self.transport.close()
+        log.info("http.refused", request_id=request_id, status=status, reason=text)
+
+    # --- answers
+
+    def _begin(self, request: Request) -> None:
+        self._current = request
+        scope, request.scope = request.scope, None
+        listener = self._listener
+        work = cast("Coroutine[Any, Any, None]", listener.app(scope or {}, request.receive, request.send))
+        task = listener.loop.create_task(work)
+        listener.tasks.add(task)
+        task.add_done_callback(request.finish)
+
+    def ended(self, task: "asyncio.Task[None]") -> None:
+        self._listener.end(task)
+
+    @property
+    def closes(self) -> bool:
+        """Whether the answer that is under way is the last."""
+        return self._last and not self._ahead
+
+    def date(self) -> bytes:
+        return self._listener.date()
+
+    def go_on(self, *, keeps_alive: bool) -> None:
+        """Take the next request, as the answer is complete."""
+        self._current = None
+        if not keeps_alive or self.closes:
+            self.transport.close()
+        elif self._ahead:
+            self._begin(self._ahead.popleft())
+        elif not self.transport.is_closing():
+            self.resume_reading()
+            self._idle_since = self._listener.loop.time()
+            if self._timer is None:
+                self._timer = self._listener.loop.call_later(KEEP_ALIVE, self._close_if_idle)
+
+    def _close_if_idle(self) -> None:
+        """Close if there was nothing for a while: one timer does for many requests."""
+        self._timer = None
+        if self._idle_since is None:
+            return  # something came since; the wait begins after its answer
+        left = self._idle_since + KEEP_ALIVE - self._listener.loop.time()
+        if left > 0:
+            self._timer = self._listener.loop.call_later(left, self._close_if_idle)
+        else:
+            self.transport.close()
+
+    def shutdown(self) -> None:
+        """Close once what is here is answered."""
+        self._last = True
+        if self._current is None:
+            self.transport.close()
+
+    def reset(self) -> None:
+        """Have the other side told of a failure when the connection is closed."""
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+
+
+def _split(url: bytes) -> tuple[bytes, bytes]:
+    """Give the path and the query of what was requested."""
+    if not url.startswith((b"/", b"*")):
+        try:
+            parsed = httptools.parse_url(url)
+        except httptools.HttpParserInvalidURLError:
+            return url, b""  # of CONNECT: a host and a port
+        return parsed.path or b"/", parsed.query or b""
+    path, _, query = url.partition(b"?")
+    return path, query
+
+
+def _address(transport: asyncio.BaseTransport, which: str) -> tuple[str, int] | None:
+    found = transport.get_extra_info(which)
+    return (str(found[0]), int(found[1])) if isinstance(found, tuple) else None
