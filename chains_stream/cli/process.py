@@ -80,7 +80,7 @@ def run(work: Callable[[Signals], Coroutine[Any, Any, None]]) -> None:
             await work(signals)
 
     threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix=_THREADS)
-    with asyncio.Runner() as runner:
+    with asyncio.Runner(loop_factory=_event_loop) as runner:
         runner.get_loop().set_default_executor(threads)
         try:
             runner.run(_uncancelled(main()))
@@ -90,6 +90,15 @@ def run(work: Callable[[Signals], Coroutine[Any, Any, None]]) -> None:
             raise
         if _busy(threads):
             _leave(0)
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Make the faster event loop, where there is one for this platform."""
+    try:
+        import uvloop  # late, as it is heavy, and not there on every platform
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
 
 
 async def _uncancelled(work: Coroutine[Any, Any, None]) -> None:
