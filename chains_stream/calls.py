@@ -67,6 +67,7 @@ class Call:
         "_granted",
         "_granted_size",
         "_modules",
+        "_nudged",
         "_taken",
         "_taken_size",
         "_value",
@@ -99,7 +100,7 @@ class Call:
         self._value: msgspec.Raw | str = NOTHING
         self._error: Exception | None = None
         self._waiters: list[asyncio.Future[None]] = []
-        self._awaits_stored = False
+        self._awaits_stored = self._nudged = False
         self._taken = self._taken_size = 0  # by the reader of the stream
         self._granted = self._granted_size = 0  # of these, what the worker was told
 
@@ -120,8 +121,11 @@ class Call:
         """
         if self._caller.wants_credit(self, self._taken - self._granted, self._taken_size - self._granted_size):
             self._grant()
+        self._nudged = False
         while True:
             while not self._chunks:
+                if self._nudged:
+                    return []
                 if self.ended:
                     if self._error is not None:
                         raise self._error
@@ -134,6 +138,11 @@ class Call:
             if self._chunks and self._chunks[0] is head:  # else another worker has begun it again meanwhile
                 self._chunks[0] = chunk
                 return self._take((1, 0))
+
+    def nudge(self) -> None:
+        """Have whoever waits for a chunk be given none."""
+        self._nudged = True
+        self._wake()
 
     def _take(self, limits: tuple[int, int]) -> list[msgspec.Raw]:
         """Take chunks from the head, one at least, until there are so many, or so many bytes."""

@@ -8,15 +8,20 @@ Nothing imports this module but the command line. What is logged never holds arg
 above, and fields named like secrets are masked at every level.
 """
 
+import functools
 import logging
 import math
 import re
 import sys
+import time
 import traceback
 from typing import Literal, TextIO
 
+import msgspec
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
+
+from chains_stream.log import PlainEvent
 
 Format = Literal["console", "json"]
 
@@ -97,7 +102,8 @@ def _formatter(log_format: Format, *, colors: bool, debug: bool) -> logging.Form
     if log_format == "console":
         console = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
         renderers = [_one_line, console]
-    return structlog.stdlib.ProcessorFormatter(
+    formatter = _JSONFormatter if log_format == "json" else structlog.stdlib.ProcessorFormatter
+    return formatter(
         foreign_pre_chain=[structlog.contextvars.merge_contextvars],
         processors=[
             structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -108,6 +114,23 @@ def _formatter(log_format: Format, *, colors: bool, debug: bool) -> logging.Form
             *renderers,
         ],
     )
+
+
+class _JSONFormatter(structlog.stdlib.ProcessorFormatter):
+    """Writes plain events without the processors, which take ten times as long."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if not isinstance(record.msg, PlainEvent):
+            return super().format(record)
+        seconds = int(record.created)
+        micros = int((record.created - seconds) * 1e6)
+        line = {"timestamp": f"{_second(seconds)}.{micros:06}Z", "level": "info", **record.msg, "logger": record.name}
+        return msgspec.json.encode(line).decode()
+
+
+@functools.lru_cache(maxsize=1)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def _origin(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

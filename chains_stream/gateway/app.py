@@ -11,10 +11,10 @@ from importlib import resources
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from chains_stream.broker import Broker
 from chains_stream.calls import Caller, remote_target
@@ -32,6 +32,7 @@ from chains_stream.settings import Settings
 READY_FOR = 1.0  # seconds that an answer of `/readyz` is kept
 READY_WITHIN = 2.0  # seconds that the broker has to answer: less than a probe's usual patience
 
+_RUN_REMOTE = "/run_remote"
 _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
@@ -46,7 +47,7 @@ class Gateway:
         hosted: the Chainlets that this process serves too; `/healthz` asks their `is_healthy`.
     """
 
-    app: Starlette
+    app: ASGIApp
 
     def __init__(
         self, chain: Chain, caller: Caller, broker: Broker, settings: Settings, hosted: Iterable[Callee] = ()
@@ -70,9 +71,9 @@ class Gateway:
         self._run_remote = RunRemote(codec, target, settings)
         topic = chain.topic(chain.entrypoint, settings.namespace)
         readiness = Readiness(self._broker, self._caller, topic, chainlet_name(chain.entrypoint))
-        self.app = _app(
+        app = _app(
             [
-                Route("/run_remote", self._run_remote, methods=["POST"]),
+                Route(_RUN_REMOTE, self._run_remote, methods=["POST"]),
                 Route("/healthz", self._healthz),
                 Route("/metrics", probes.metrics),
                 Route("/readyz", readiness.readyz),
@@ -80,6 +81,7 @@ class Gateway:
                 Route("/docs", _docs(), methods=["GET"]),
             ]
         )
+        self.app = Entry(app, _RUN_REMOTE, self._run_remote.serve)
 
     def interrupt(self) -> None:
         """Answer the requests that are still under way with 503. They are not cancelled: they run to their deadline."""
@@ -88,13 +90,6 @@ class Gateway:
 
     async def _healthz(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's
         return probes.health(await probes.trouble(self._broker, self._caller) or await self._checkup.complaint())
-
-
-async def create_app(chain: Chain, caller: Caller, broker: Broker, settings: Settings) -> Starlette:
-    """Give the app of a started `Gateway`."""
-    gateway = Gateway(chain, caller, broker, settings)
-    await gateway.start()
-    return gateway.app
 
 
 class Readiness:
@@ -136,11 +131,7 @@ class Readiness:
 
 
 def _app(routes: list[Route]) -> Starlette:
-    app = Starlette(
-        routes=routes,
-        middleware=[Middleware(Entry)],
-        exception_handlers={HTTPException: _on_http, Refusal: _on_refusal},
-    )
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _on_http, Refusal: _on_refusal})
     app.router.redirect_slashes = False  # one path, one route
     return app
 

@@ -5,16 +5,16 @@ end; a mistake of the gateway's own ends there.
 """
 
 import asyncio
+import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from functools import cache
 from http import HTTPStatus
-from typing import Protocol
+from types import TracebackType
+from typing import ClassVar, Protocol
 
 from prometheus_client import Counter
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as ASGIScope
 from structlog.contextvars import bind_contextvars, clear_contextvars
@@ -23,9 +23,10 @@ from chains_stream import metrics
 from chains_stream.errors import DeadlineExceededError
 from chains_stream.gateway import problems
 from chains_stream.gateway.problems import Problem, Refusal
-from chains_stream.log import get_logger
+from chains_stream.log import get_logger, log_plain
 from chains_stream.messages import now_ms
 from chains_stream.policy import Scope, new_request_id
+from chains_stream.timeouts import Timeout
 
 TIMEOUT_HEADER = "x-request-timeout"  # seconds that a client gives its request, at most what the gateway gives it
 AFFINITY_HEADER = "chains-affinity-key"  # text; requests of one key go to one worker for as long as it is there
@@ -37,12 +38,16 @@ PIECE = 64 << 10  # bytes of an answer that are handed to the connection at once
 TAKEN_WITHIN = 10.0  # seconds that a client has to take an answer that has no deadline: of an error, of a probe
 FAREWELL = 1.0  # seconds that a client has to take the end of an answer that was cut short
 
+_NOSNIFF = (b"x-content-type-options", b"nosniff")
 _EXCHANGE = "chains.exchange"  # in the ASGI scope of a request
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.{0,100})?")  # W3C Trace Context
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.{0,100})?")  # W3C Trace Context
 _MAX_TRACESTATE = 512  # characters
-_SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
+_SECONDS = re.compile(rb"\d{1,9}(\.\d{1,9})?")
+
+Header = tuple[bytes, bytes]
 
 log = get_logger(__name__)
+_requests = logging.getLogger(__name__)
 
 
 class ClientLeftError(Exception):
@@ -54,7 +59,16 @@ class CutOffError(Exception):
 
 
 class Connection(Protocol):
-    """The connection that a request came by, as our own server puts it into the ASGI scope."""
+    """What our own server can do beyond ASGI for the request in whose scope it is.
+
+    Attributes:
+        on_leave: called when the client leaves before the answer is complete.
+    """
+
+    on_leave: Callable[[], None] | None
+
+    def whole_body(self) -> bytes | None:
+        """Give the body if all of it is here, and none of it was received."""
 
     def break_off(self, *, at_once: bool) -> None:
         """Close it in the middle of an answer, after what is buffered, or with that lost."""
@@ -74,73 +88,88 @@ class Exchange:
     """One request and its answer.
 
     Attributes:
-        headers: of the request.
+        headers: of the request, by their names in lower case; of many of one name the first.
         request_id: goes with every answer, and through all hops of the Chain.
         status: of the answer; `CLIENT_CLOSED_REQUEST` once the client has left.
         error: the code of what went wrong, for the log.
         started: whether the status line has gone out.
         complete: whether all of the answer has; the connection may still buffer some of it.
         interrupted: whether the gateway stopped before the answer was complete.
+        route: the path of the route that was met, for the log: never what a stranger wrote into the URL.
     """
 
+    __slots__ = (
+        "_connection",
+        "_limit",
+        "_listener",
+        "_read",
+        "_reason",
+        "_receive",
+        "_scope",
+        "_send",
+        "complete",
+        "error",
+        "headers",
+        "interrupted",
+        "request_id",
+        "route",
+        "started",
+        "status",
+    )
+
     def __init__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
-        self.headers = Headers(scope=scope)
+        self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
         self.request_id = new_request_id()
         self.status = 0
         self.error: str | None = None
         self.started = False
         self.complete = False
         self.interrupted = False
+        self.route = "unknown"
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._limit: asyncio.Timeout | None = None
+        self._connection: Connection | None = scope.get(CONNECTION)
+        self._limit: Wanted | None = None
         self._reason: Exception | None = None
+        self._read = False  # all of the body
         self._listener: asyncio.Task[None] | None = None
 
     @property
-    def route(self) -> str:
-        """The path of the route that was met, for the log: never what a stranger wrote into the URL."""
-        return getattr(self._scope.get("route"), "path", "unknown")
+    def accept(self) -> bytes:
+        """What the client accepts, of however many headers."""
+        return b", ".join([value for name, value in self._scope["headers"] if name == b"accept"])
 
     @property
     def sending(self) -> bool:
         """Whether the client may still send so much of a body that an answer now has to end the connection."""
-        if self._listener is not None:
-            return False  # all of it has been read
-        length = int(self.headers.get("content-length", "0"))
-        return length > DISCARDED or "transfer-encoding" in self.headers or "expect" in self.headers
+        if self._read:
+            return False
+        headers = self.headers
+        return self._announced > DISCARDED or b"transfer-encoding" in headers or b"expect" in headers
+
+    @property
+    def _announced(self) -> int:
+        return int(self.headers.get(b"content-length", b"0"))  # the server has checked it
 
     def begin(self, deadline: float) -> Scope:
         """Begin a request to the Chain with `deadline` seconds, or fewer if the client says so. Raises Refusal."""
-        seconds = min(deadline, _timeout(self.headers.get(TIMEOUT_HEADER)) or deadline)
-        traceparent, tracestate = self.headers.get("traceparent", ""), self.headers.get("tracestate", "")
-        traced = _TRACEPARENT.fullmatch(traceparent) is not None
+        headers = self.headers
+        seconds = min(deadline, _timeout(headers.get(TIMEOUT_HEADER.encode())) or deadline)
+        traceparent, tracestate = headers.get(b"traceparent"), headers.get(b"tracestate", b"")
+        traced = traceparent is not None and _TRACEPARENT.fullmatch(traceparent) is not None
         return Scope(
             request_id=self.request_id,
             deadline_ms=now_ms() + int(seconds * 1000),
-            traceparent=traceparent.encode("latin-1") if traced else None,
-            tracestate=tracestate.encode("latin-1") if traced and 0 < len(tracestate) <= _MAX_TRACESTATE else None,
-            affinity=_affinity(self.headers.get(AFFINITY_HEADER)),
+            traceparent=traceparent if traced else None,
+            tracestate=tracestate if traced and 0 < len(tracestate) <= _MAX_TRACESTATE else None,
+            affinity=_affinity(headers.get(AFFINITY_HEADER.encode())),
         )
 
-    @asynccontextmanager
-    async def wanted(self, scope: Scope) -> AsyncIterator[None]:
-        """Run a block for as long as its outcome is wanted: until the deadline, or the client leaves, or we stop.
-
-        Raises ClientLeftError, DeadlineExceededError, Refusal, or what `interrupt` was given.
-        """
-        limit = asyncio.timeout(max(0.0, scope.remaining))
-        try:
-            async with limit:
-                self._limit = limit
-                yield
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            raise self._reason or self._late() from error
-        finally:
-            self._limit = None
+    def wanted(self, scope: Scope) -> "Wanted":
+        """Give a block that runs for as long as its outcome is wanted."""
+        self._limit = Wanted(self, max(0.0, scope.remaining))
+        return self._limit
 
     async def body(self, limit: int, hold: Callable[[int, int], None]) -> bytes:
         """Read the body, of at most `limit` bytes; from then on notice when the client leaves.
@@ -148,9 +177,14 @@ class Exchange:
         `hold` is told, before more is read, how many bytes are here and how many are announced beyond; it may raise to
         end the reading. Raises Refusal, ClientLeftError.
         """
+        whole = None if self._connection is None else self._connection.whole_body()
+        if whole is not None and len(whole) <= limit:
+            self._listen()
+            hold(len(whole), 0)
+            return whole
         clock = asyncio.get_running_loop().time
         end = clock() + BODY_SECONDS
-        announced = int(self.headers.get("content-length", "0"))  # the server has checked it
+        announced = self._announced if whole is None else len(whole)
         parts = list[bytes]()
         received = 0
         while max(announced, received) <= limit:
@@ -185,22 +219,26 @@ class Exchange:
     async def send(self, message: Message) -> None:
         """Send a message to the client, with what all answers have in common."""
         if message["type"] == "http.response.start":
-            common = [(b"x-request-id", self.request_id.encode()), (b"x-content-type-options", b"nosniff")]
-            await self._send({**message, "headers": [*message.get("headers", ()), *common]})
+            own = (b"x-request-id", self.request_id.encode())
+            await self._send({**message, "headers": [*message.get("headers", ()), own, _NOSNIFF]})
             self.started = True
             self.status = int(message["status"])
         else:
             await self._send(message)
             self.complete = not message.get("more_body", False)
 
-    async def start(self, status: int, headers: dict[str, str]) -> None:
+    async def start(self, status: int, *headers: Header) -> None:
         """Send the status line and the headers."""
-        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-        await self.send({"type": "http.response.start", "status": status, "headers": raw})
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, data: bytes) -> None:
         """Send a part of the body; waits while the client is slow to take what it was sent before."""
-        await self.send({"type": "http.response.body", "body": data, "more_body": True})
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    def forget_request(self) -> None:
+        """Let go of what was read of the request, for as long as the answer to it takes."""
+        self.headers = {}
+        self._scope["headers"] = []
 
     async def finish(self, data: bytes = b"") -> None:
         """Send the last part of the body, and wait until the client has taken all that is not in the socket."""
@@ -217,6 +255,11 @@ class Exchange:
         self.error = problem.code
         await problems.respond(problem, headers)(self._scope, self._receive, self.send)
         await self.settle()
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether the client has not taken all that it was sent."""
+        return self._connection is not None and self._connection.buffers
 
     async def settle(self) -> None:
         """See to it that the client takes what it was sent, however it was: if it does not, break off."""
@@ -243,47 +286,78 @@ class Exchange:
 
     async def close(self) -> None:
         """Stop listening to the client."""
+        if self._connection is not None:
+            self._connection.on_leave = None
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.wait([self._listener])
 
-    def _listen(self) -> asyncio.Task[None]:
-        """Have a task wait for the client to leave: polling for it would miss it while the answer is waited for."""
-        if self._listener is None:
+    def _listen(self) -> None:
+        """Notice from now on when the client leaves."""
+        self._read = True
+        if self._connection is not None:
+            self._connection.on_leave = self._leave
+        else:  # a task waits for it: polling would miss it while the answer is waited for
             self._listener = asyncio.create_task(self._until_left(), name="disconnect")
-        return self._listener
 
     async def _until_left(self) -> None:
+        await self._gone()
+        if not self.complete:  # with a complete answer the server has no more to tell us
+            self._leave()
+
+    async def _gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        if not self.complete:  # with a complete answer the server has no more to tell us
-            self._end(ClientLeftError())
 
-    def _late(self) -> Exception:
-        if self._listener is not None:
+    def _leave(self) -> None:
+        self._end(ClientLeftError())
+
+    def unwanted(self) -> Exception:
+        """Say why the block was ended that is `wanted`."""
+        if self._reason is not None:
+            return self._reason
+        if self._read:
             return DeadlineExceededError("the deadline of the request passed")
         return _too_slow("the body did not arrive before the deadline of the request")
 
     def _end(self, reason: Exception) -> None:
         if self._limit is not None and self._reason is None and not self._limit.expired():
             self._reason = reason
-            self._limit.reschedule(asyncio.get_running_loop().time())
-
-    @property
-    def _connection(self) -> Connection | None:
-        connection: Connection | None = self._scope.get(CONNECTION)
-        return connection
+            self._limit.expire()
 
     async def _cut_off(self, *, at_once: bool) -> None:
         connection = self._connection
         if connection is None:
             raise CutOffError
         connection.break_off(at_once=at_once)
-        # The listener sees it closed once the client has taken what was buffered; if it doesn't, that is lost.
-        _, waiting = await asyncio.wait([self._listen()], timeout=FAREWELL)
-        if waiting:
+        # It is closed once the client has taken what was buffered; if it doesn't, that is lost.
+        try:
+            async with asyncio.timeout(FAREWELL):
+                await self._gone()
+        except TimeoutError:
             connection.break_off(at_once=True)
-            await asyncio.wait(waiting)
+            await self._gone()
+
+
+class Wanted(Timeout):
+    """Ends a block at the deadline of its request, or when the client leaves, or when the gateway stops.
+
+    Raises ClientLeftError, DeadlineExceededError, Refusal, or what `Exchange.interrupt` was given.
+    """
+
+    __slots__ = ("_exchange",)
+
+    def __init__(self, exchange: Exchange, seconds: float) -> None:
+        super().__init__(seconds)
+        self._exchange = exchange
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            super().__exit__(kind, error, trace)
+        except TimeoutError as over:
+            raise self._exchange.unwanted() from over
 
 
 def exchange_of(scope: ASGIScope) -> Exchange:
@@ -294,45 +368,58 @@ def exchange_of(scope: ASGIScope) -> Exchange:
 
 
 class Entry:
-    """The outermost part of the app."""
+    """The outermost part of the app.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        app: takes all requests but those that go to `endpoint`.
+        path: that is posted to most often.
+        endpoint: answers such requests, with no routing in between.
+
+    Attributes:
+        under_way: requests in this process.
+    """
+
+    under_way: ClassVar[int] = 0
+
+    def __init__(self, app: ASGIApp, path: str, endpoint: Callable[[Exchange], Awaitable[None]]) -> None:
         self._app = app
+        self._path = path
+        self._endpoint = endpoint
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        metrics.HTTP_IN_FLIGHT.inc()
-        exchange = scope[_EXCHANGE] = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send)
+        Entry.under_way += 1
         clear_contextvars()
         bind_contextvars(request_id=exchange.request_id)
         try:
-            await self._app(scope, receive, exchange.send)
-            await exchange.settle()
+            if scope["path"] == self._path and scope["method"] == "POST":
+                exchange.route = self._path
+                await self._endpoint(exchange)
+            else:
+                await self._routed(exchange, scope, receive)
+            if exchange.unsettled:
+                await exchange.settle()
         except CutOffError:
             raise
         except Exception:
             log.exception("gateway.defect")
             await self._apologize(exchange)
         finally:
-            metrics.HTTP_IN_FLIGHT.dec()
-            seconds = time.perf_counter() - began
-            ended, took = _children(exchange.route, exchange.status)
-            ended.inc()
-            took.observe(seconds)
+            Entry.under_way -= 1
             await exchange.close()
-            fields = {} if exchange.error is None else {"error": exchange.error}
-            log.info(
-                "request",
-                method=scope["method"],
-                route=exchange.route,
-                status=exchange.status,
-                duration_ms=round(seconds * 1000, 1),
-                **fields,
-            )
-            del scope[_EXCHANGE]  # the two hold each other, and what the server has read of a body
+            _note(exchange, scope["method"], time.perf_counter() - began)
+
+    async def _routed(self, exchange: Exchange, scope: ASGIScope, receive: Receive) -> None:
+        scope[_EXCHANGE] = exchange
+        try:
+            await self._app(scope, receive, exchange.send)
+        finally:
+            exchange.route = getattr(scope.get("route"), "path", exchange.route)
+            del scope[_EXCHANGE]  # the two hold each other
 
     async def _apologize(self, exchange: Exchange) -> None:
         if not exchange.started:
@@ -340,6 +427,29 @@ class Entry:
         elif not exchange.complete:
             exchange.error = "internal"
             await exchange.end_early(None)
+
+
+metrics.HTTP_IN_FLIGHT.set_function(lambda: Entry.under_way)
+
+
+def _note(exchange: Exchange, method: str, seconds: float) -> None:
+    """Count a request that has ended, and log it."""
+    ended, took = _children(exchange.route, exchange.status)
+    ended.inc()
+    took.observe(seconds)
+    if not _requests.isEnabledFor(logging.INFO):
+        return
+    event = {
+        "event": "request",
+        "method": method,
+        "route": exchange.route,
+        "status": exchange.status,
+        "duration_ms": round(seconds * 1000, 1),
+        "request_id": exchange.request_id,
+    }
+    if exchange.error is not None:
+        event["error"] = exchange.error
+    log_plain(_requests, event)
 
 
 @cache
@@ -352,11 +462,8 @@ def _too_slow(text: str) -> Refusal:
     return Refusal(HTTPStatus.REQUEST_TIMEOUT, "body-too-slow", text, close=True)
 
 
-def _affinity(value: str | None) -> bytes | None:
-    if value is None:
-        return None
-    key = value.encode("latin-1")  # as it came
-    if not (0 < len(key) <= MAX_AFFINITY and _is_text(key)):
+def _affinity(key: bytes | None) -> bytes | None:
+    if key is not None and not (0 < len(key) <= MAX_AFFINITY and _is_text(key)):
         raise Refusal(
             HTTPStatus.BAD_REQUEST,
             "invalid-header",
@@ -373,7 +480,7 @@ def _is_text(value: bytes) -> bool:
     return True
 
 
-def _timeout(value: str | None) -> float | None:
+def _timeout(value: bytes | None) -> float | None:
     if value is None:
         return None
     seconds = float(value) if _SECONDS.fullmatch(value.strip()) else 0.0

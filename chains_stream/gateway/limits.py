@@ -1,16 +1,15 @@
 """What a gateway takes on at once. What goes beyond is turned away with 429, if it can before it is read."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Literal, Never
-
-from starlette.datastructures import Headers
 
 from chains_stream import metrics
 from chains_stream.errors import OverloadedError
 from chains_stream.gateway.problems import RETRY_AFTER
 from chains_stream.settings import Settings
 
-CREDENTIALS = ("authorization", "x-api-key")  # headers that say whose a request is; the first one there counts
+CREDENTIALS = (b"authorization", b"x-api-key")  # headers that say whose a request is; the first one there counts
 
 _Reason = Literal["requests", "key", "bytes"]
 _SHED = {reason: metrics.SHED.labels(reason) for reason in ("requests", "key", "bytes")}
@@ -36,7 +35,7 @@ class Limits:
         self._bytes = 0
         self._by_key: dict[bytes, int] = {}
 
-    def enter(self, headers: Headers) -> "Place":
+    def enter(self, headers: Mapping[bytes, bytes]) -> "Place":
         """Give a request its place; whoever asked leaves it. Raises OverloadedError."""
         if self._requests >= self._max_requests:
             _shed(
@@ -106,11 +105,11 @@ class Place:
         self._limits.leave(self._key)
 
 
-def _key(headers: Headers) -> bytes:
+def _key(headers: Mapping[bytes, bytes]) -> bytes:
     """Give a hash of the credential: nothing here keeps what could be used to call."""
     for name in CREDENTIALS:
         if (value := headers.get(name)) is not None:
-            return hashlib.sha256(value.encode("latin-1")).digest()
+            return hashlib.sha256(value).digest()
     return b""
 
 

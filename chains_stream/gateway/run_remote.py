@@ -1,14 +1,14 @@
 """``POST /run_remote``: arguments as a JSON object in, the result or the stream of the Chain's entrypoint out."""
 
 import asyncio
+from collections.abc import Mapping
 from http import HTTPStatus
 
 import msgspec
-from starlette.datastructures import Headers
 from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
-from chains_stream.calls import Call, RemoteTarget
+from chains_stream.calls import RemoteTarget
 from chains_stream.codec import Codec
 from chains_stream.errors import GatewayError, OverloadedError
 from chains_stream.gateway import problems
@@ -16,12 +16,15 @@ from chains_stream.gateway.exchange import PIECE, ClientLeftError, Exchange, exc
 from chains_stream.gateway.limits import Limits, Place
 from chains_stream.gateway.negotiation import choose
 from chains_stream.gateway.problems import Refusal
-from chains_stream.gateway.streaming import Form, Stream, form_of, media_types
+from chains_stream.gateway.streaming import Form, Pulse, Stream, form_of, media_types
 from chains_stream.policy import Scope
 from chains_stream.settings import Settings
 
 JSON = "application/json"
+CHOICES = 100  # different headers `accept` whose choice is remembered: clients of one kind send the same
+CHOICE_BYTES = 256
 
+_IS_JSON = (b"content-type", JSON.encode())
 _HINT = f"send the arguments as a JSON object with `content-type: {JSON}` (curl --json does)"
 
 
@@ -32,10 +35,12 @@ class RunRemote:
         self._codec = codec
         self._target = target
         self._settings = settings
-        self._streaming = codec.signature.streaming
         self._limits = Limits(settings)
         self._exchanges: set[Exchange] = set()
-        self.media_types = media_types(codec) if self._streaming else [JSON]
+        self._pulse = Pulse()
+        self._choices: dict[bytes, str] = {}
+        self.media_types = tuple(media_types(codec)) if codec.signature.streaming else (JSON,)
+        self._forms = {kind: form_of(kind, codec) for kind in self.media_types if codec.signature.streaming}
 
     def interrupt(self) -> None:
         """End the requests that are still under way, with an answer that says so."""
@@ -43,26 +48,22 @@ class RunRemote:
             exchange.interrupt(GatewayError("the gateway stopped before the answer was complete", status=503))
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - the exchange has both
-        exchange = exchange_of(scope)
+        await self.serve(exchange_of(scope))
+
+    async def serve(self, exchange: Exchange) -> None:
+        """Answer a request."""
         try:
             place = self._limits.enter(exchange.headers)
         except OverloadedError as error:
             await _fail(exchange, None, error)
             return
         self._exchanges.add(exchange)
-        try:
-            await self._answer(exchange, place)
-        finally:
-            self._exchanges.discard(exchange)
-            place.leave()
-
-    async def _answer(self, exchange: Exchange, place: Place) -> None:
         form: Form | None = None
         try:
-            form = self._form(exchange.headers)
+            form = self._form(exchange)
             request = exchange.begin(self._settings.deadline)
-            async with exchange.wanted(request):
-                await self._serve(exchange, place, request, form)
+            with exchange.wanted(request):
+                await self._run(exchange, place, request, form)
         except ClientLeftError:
             exchange.status = problems.CLIENT_CLOSED_REQUEST  # for the log alone
         except Refusal as refusal:
@@ -71,17 +72,24 @@ class RunRemote:
             if not problems.is_known(error):
                 raise
             await _fail(exchange, form, error)
+        finally:
+            self._exchanges.discard(exchange)
+            place.leave()
 
-    async def _serve(self, exchange: Exchange, place: Place, request: Scope, form: Form | None) -> None:
-        call = await self._open(exchange, place, request)
+    async def _run(self, exchange: Exchange, place: Place, request: Scope, form: Form | None) -> None:
+        _check_content(exchange.headers)
+        body = await exchange.body(self._settings.max_body_bytes, place.hold) or b"{}"
+        call = await self._target.open(self._codec.arguments_from_json(body), request, 1)
+        del body  # from here on the broker's own buffer bounds it
+        place.hold(0)
         try:
             if form is not None:
-                await Stream(exchange, call, form).run()
+                await Stream(exchange, call, form, self._pulse).run()
             else:
                 result = self._codec.result_to_json(await call.result())
                 if len(result) > PIECE:
                     place.hold_result(len(result))
-                await exchange.start(HTTPStatus.OK, {"content-type": JSON, "content-length": str(len(result))})
+                await exchange.start(HTTPStatus.OK, _IS_JSON, (b"content-length", b"%d" % len(result)))
                 await exchange.finish(result)
         except asyncio.CancelledError:
             # A gateway that ends cancels nothing: the request runs on to its deadline.
@@ -93,20 +101,17 @@ class RunRemote:
             raise
         call.close()
 
-    async def _open(self, exchange: Exchange, place: Place, request: Scope) -> Call:
-        """Read the request, and publish it."""
-        _check_content(exchange.headers)
-        arguments = self._codec.arguments_from_json(await self._body(exchange, place))
-        call = await self._target.open(arguments, request, 1)
-        place.hold(0)  # from here on the broker's own buffer bounds it
-        return call
-
-    async def _body(self, exchange: Exchange, place: Place) -> bytes:
-        return await exchange.body(self._settings.max_body_bytes, place.hold) or b"{}"
-
-    def _form(self, headers: Headers) -> Form | None:
+    def _form(self, exchange: Exchange) -> Form | None:
         """Choose how to write the stream; None for a unary result. Raises Refusal."""
-        accept = ", ".join(headers.getlist("accept")) or None
+        accept = exchange.accept
+        chosen = self._choices.get(accept)
+        if chosen is None:
+            chosen = self._choose(accept.decode("latin-1"))
+            if len(accept) <= CHOICE_BYTES and len(self._choices) < CHOICES:
+                self._choices[accept] = chosen
+        return self._forms.get(chosen)
+
+    def _choose(self, accept: str) -> str:
         chosen = choose(accept, self.media_types)
         if chosen is None and choose(accept, [JSON]):
             # `curl --json` and many libraries ask for it whatever they call; no stream can be had so, and the client
@@ -117,9 +122,9 @@ class RunRemote:
                 HTTPStatus.NOT_ACCEPTABLE,
                 "not-acceptable",
                 f"the answer can be had as {', '.join(self.media_types)}, and `accept` allows none of these",
-                offered=self.media_types,
+                offered=list(self.media_types),
             )
-        return form_of(chosen, self._codec) if self._streaming else None
+        return chosen
 
 
 async def _fail(exchange: Exchange, form: Form | None, error: Exception) -> None:
@@ -132,16 +137,18 @@ async def _fail(exchange: Exchange, form: Form | None, error: Exception) -> None
         await exchange.end_early(None if form is None else form.failure(msgspec.json.encode(problem)))
 
 
-def _check_content(headers: Headers) -> None:
+def _check_content(headers: Mapping[bytes, bytes]) -> None:
     """Refuse a body that is not JSON, before it is read."""
-    if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
+    coding, kind = headers.get(b"content-encoding", b"identity"), headers.get(b"content-type")
+    if kind == _IS_JSON[1] and coding == b"identity":
         return
-    coding = headers.get("content-encoding", "identity")
-    if coding != "identity":
-        raise _unsupported(f"the body is encoded as `{coding}`; send it as it is")
-    given = headers.get("content-type")
-    if given is None:
+    if headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers:
+        return
+    if coding != b"identity":
+        raise _unsupported(f"the body is encoded as `{coding.decode('latin-1')}`; send it as it is")
+    if kind is None:
         raise _unsupported(f"the body has no content type; {_HINT}")
+    given = kind.decode("latin-1")
     essence = given.partition(";")[0].strip().lower()
     if essence != JSON and not (essence.startswith("application/") and essence.endswith("+json")):
         raise _unsupported(f"the body is `{given}`; {_HINT}")

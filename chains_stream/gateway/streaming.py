@@ -1,18 +1,24 @@
 """A stream as HTTP: server-sent events, one JSON a line, or the chunks as they are.
 
-Chunks go to the socket as soon as they are there. While the socket is busy they gather in an `Outbox`, and go out
-together; when that is full nothing more is read, the caller returns no credit, and the stream stops at its source.
+Chunks go to the socket as soon as they are there. While the socket is busy they gather in the call, and go out
+together; when they fill its window the caller returns no credit, and the stream stops at its source.
 """
 
 import asyncio
+import time
+from collections.abc import Callable
+from http import HTTPStatus
 from typing import Annotated, Any, Protocol, get_args, get_origin
+
+import msgspec
 
 from chains_stream.calls import Call
 from chains_stream.codec import Buffer, Codec
-from chains_stream.gateway.exchange import Exchange
+from chains_stream.errors import InvalidResultError
+from chains_stream.gateway.exchange import PIECE, Exchange, Header
 
-OUTBOX_BYTES = 64 << 10  # of one stream that wait for its socket: about what fits into the socket's own buffer
 HEARTBEAT = 15.0  # seconds of silence until a comment keeps proxies from closing the connection
+LOOKS = 8  # in that time, at all streams
 RETRY_MS = 1000  # until a client of server-sent events connects again
 
 EVENTS = "text/event-stream"
@@ -27,7 +33,7 @@ _LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\
 class Form(Protocol):
     """How a stream is written. All but `failure` give what is sent at that point, which may be nothing."""
 
-    content_type: str
+    headers: tuple[Header, ...]
     head: bytes
     heartbeat: bytes
 
@@ -43,15 +49,15 @@ class Form(Protocol):
 class Events:
     """Server-sent events (WHATWG HTML, section 9.2): chunks are messages, then comes one of ``done`` and ``error``."""
 
-    content_type = EVENTS
     head = b"retry: %d\n\n" % RETRY_MS
     heartbeat = b":\n\n"
 
     def __init__(self, codec: Codec) -> None:
-        self._codec = codec
+        self.headers = _headers(EVENTS)
+        self._to_json = json_writer(codec)
 
     def chunk(self, sequence: int, value: Buffer) -> bytes:
-        return b"id: %d\ndata: %b\n\n" % (sequence, _one_line(self._codec.result_to_json(value)))
+        return b"id: %d\ndata: %b\n\n" % (sequence, _one_line(self._to_json(value)))
 
     def end(self, chunks: int) -> bytes:
         return b'event: done\ndata: {"chunks":%d}\n\n' % chunks
@@ -63,14 +69,14 @@ class Events:
 class Lines:
     """Newline-delimited JSON; a failure is a last line ``{"error": …}``."""
 
-    content_type = LINES
     head = heartbeat = b""
 
     def __init__(self, codec: Codec) -> None:
-        self._codec = codec
+        self.headers = _headers(LINES)
+        self._to_json = json_writer(codec)
 
     def chunk(self, sequence: int, value: Buffer) -> bytes:  # noqa: ARG002 - Form's
-        return b"%b\n" % _one_line(self._codec.result_to_json(value))
+        return b"%b\n" % _one_line(self._to_json(value))
 
     def end(self, chunks: int) -> bytes:  # noqa: ARG002 - Form's
         return b""
@@ -85,11 +91,11 @@ class Raw:
     head = heartbeat = b""
 
     def __init__(self, codec: Codec, media_type: str) -> None:
-        self.content_type = f"{TEXT}; charset=utf-8" if media_type == TEXT else media_type
-        self._codec = codec
+        self.headers = _headers(f"{TEXT}; charset=utf-8" if media_type == TEXT else media_type)
+        self._decode = codec.decode_result
 
     def chunk(self, sequence: int, value: Buffer) -> bytes:  # noqa: ARG002 - Form's
-        chunk = self._codec.decode_result(value)
+        chunk = self._decode(value)
         return chunk.encode() if isinstance(chunk, str) else bytes(chunk)
 
     def end(self, chunks: int) -> bytes:  # noqa: ARG002 - Form's
@@ -97,6 +103,33 @@ class Raw:
 
     def failure(self, problem: bytes) -> None:  # noqa: ARG002 - Form's
         return None
+
+
+def json_writer(codec: Codec) -> Callable[[Buffer], bytes]:
+    """Give what validates a chunk that is msgpack and writes it as JSON, the quick way for text.
+
+    Raises InvalidResultError.
+    """
+    if _raw_type(codec.signature.result) != TEXT:
+        return codec.result_to_json
+    decode = msgspec.msgpack.Decoder(codec.signature.result).decode
+    encode = msgspec.json.Encoder().encode
+
+    def write(value: Buffer) -> bytes:
+        try:
+            return encode(decode(value))
+        except Exception:  # noqa: BLE001 - the slow way says what is wrong
+            return codec.result_to_json(value)
+
+    return write
+
+
+def _headers(content_type: str) -> tuple[Header, ...]:
+    return (
+        (b"content-type", content_type.encode()),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),  # keeps nginx from holding chunks back
+    )
 
 
 def media_types(codec: Codec) -> list[str]:
@@ -112,114 +145,103 @@ def form_of(media_type: str, codec: Codec) -> Form:
     return Lines(codec) if media_type == LINES else Raw(codec, media_type)
 
 
-class Outbox:
-    """What one stream has to send: bounded, and taken as a whole."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._ended = False
-        self._filled = asyncio.Event()
-        self._emptied = asyncio.Event()
-
-    async def put(self, part: bytes) -> None:
-        """Add a part; waits while there is more than the limit."""
-        while self._size >= self._limit:
-            self._emptied.clear()
-            await self._emptied.wait()
-        self._parts.append(part)
-        self._size += len(part)
-        self._filled.set()
-
-    def end(self) -> None:
-        self._ended = True
-        self._filled.set()
-
-    def nudge(self) -> None:
-        """Have `take` return with nothing."""
-        self._filled.set()
-
-    async def take(self) -> bytes | None:
-        """Wait for something, and give all there is. None at the end, and nothing after a nudge."""
-        if not self._parts and not self._ended:
-            self._filled.clear()
-            await self._filled.wait()
-        if not self._parts:
-            return None if self._ended else b""
-        taken = b"".join(self._parts)
-        self._parts.clear()
-        self._size = 0
-        self._emptied.set()
-        return taken
-
-
 class Stream:
     """One stream on its way from a call to a client."""
 
-    def __init__(self, exchange: Exchange, call: Call, form: Form) -> None:
+    __slots__ = ("_call", "_exchange", "_form", "_pulse", "_sequence", "_waits", "_written")
+
+    def __init__(self, exchange: Exchange, call: Call, form: Form, pulse: "Pulse") -> None:
         self._exchange = exchange
         self._call = call
         self._form = form
-        self._outbox = Outbox(OUTBOX_BYTES)
-        self._chunks = 0
-        self._clock = asyncio.get_running_loop().time
-        self._written = 0.0
-        self._heart: asyncio.TimerHandle | None = None
+        self._pulse = pulse
+        self._sequence = 0  # of the next chunk
+        self._written = 0.0  # when something last was
+        self._waits = False  # for chunks
 
     async def run(self) -> None:
         """Answer with the stream. What fails before the first chunk is raised before the answer has begun."""
-        form, exchange = self._form, self._exchange
-        first = await self._next()
-        await exchange.start(
-            200,
-            # The last one keeps nginx from holding chunks back.
-            {"content-type": form.content_type, "cache-control": "no-cache", "x-accel-buffering": "no"},
-        )
-        if first is None:
-            await exchange.finish(form.head + form.end(0))
-            return
-        await self._write(form.head + first)
-        if form.heartbeat:
-            self._beat()
-        reading = asyncio.create_task(self._read(), name="read stream")
+        call, form = self._call, self._form
         try:
-            while (data := await self._outbox.take()) is not None:
-                await self._write(data or form.heartbeat)
+            while (chunks := await call.next()) is not None:
+                self._waits = False
+                await self._pass_on(chunks)
+                self._waits = True
         finally:
-            reading.cancel()
-            await asyncio.wait([reading])
-            if self._heart is not None:
-                self._heart.cancel()
-        reading.result()  # raises what ended the stream, if it was no end
-        await exchange.finish(form.end(self._chunks))
+            self._pulse.streams.discard(self)
+        data = form.end(self._sequence)
+        if not self._exchange.started:
+            await self._start()
+            data = form.head + data
+        await self._exchange.finish(data)
 
-    async def _read(self) -> None:
+    def beat(self, now: float, silence: float) -> None:
+        """Have something written if nothing was for so many seconds."""
+        if self._waits and now - self._written >= silence:
+            self._call.nudge()
+
+    async def _pass_on(self, chunks: list[msgspec.Raw]) -> None:
+        """Write chunks, those that are there at once together; none are a heartbeat."""
+        form, sequence = self._form, self._sequence
+        parts: list[bytes] = []
+        size = 0
         try:
-            while (data := await self._next()) is not None:
-                await self._outbox.put(data)
+            for chunk in chunks:
+                part = form.chunk(sequence, chunk)
+                sequence += 1
+                parts.append(part)
+                size += len(part)
+                if size >= PIECE:
+                    await self._write(b"".join(parts))
+                    parts.clear()
+                    size = 0
+        except InvalidResultError:
+            if parts:  # those before it are good
+                await self._write(b"".join(parts))
+            raise
         finally:
-            self._outbox.end()
-
-    async def _next(self) -> bytes | None:
-        chunks = await self._call.next()
-        if chunks is None:
-            return None
-        first = self._chunks
-        self._chunks += len(chunks)
-        return b"".join([self._form.chunk(first + at, chunk) for at, chunk in enumerate(chunks)])
+            self._sequence = sequence
+        if parts or not chunks:
+            await self._write(b"".join(parts) or form.heartbeat)
 
     async def _write(self, data: bytes) -> None:
+        if not self._exchange.started:
+            await self._start()
+            data = self._form.head + data
+            if self._form.heartbeat:
+                self._pulse.add(self)
         await self._exchange.write(data)
-        self._written = self._clock()
+        self._written = time.monotonic()
 
-    def _beat(self) -> None:
-        """Have a heartbeat sent if it is due, and look again when the next one may be."""
-        silent = self._clock() - self._written
-        if silent >= HEARTBEAT:
-            self._outbox.nudge()
-            silent = 0.0
-        self._heart = asyncio.get_running_loop().call_later(HEARTBEAT - silent, self._beat)
+    async def _start(self) -> None:
+        await self._exchange.start(HTTPStatus.OK, *self._form.headers)
+        self._exchange.forget_request()
+
+
+class Pulse:
+    """Keeps silent streams alive: one timer looks at all of them, for as long as there are any."""
+
+    def __init__(self) -> None:
+        self.streams: set[Stream] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, stream: Stream) -> None:
+        self.streams.add(stream)
+        if self._timer is None:
+            self._wait()
+
+    def _wait(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(HEARTBEAT / LOOKS, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        if not self.streams:
+            return
+        now = time.monotonic()
+        for stream in self.streams:
+            stream.beat(now, HEARTBEAT * (1 - 1 / LOOKS))
+        self._wait()
 
 
 def _raw_type(kind: Any) -> str | None:

@@ -380,9 +380,9 @@ class Recorder:
         self.seen: list[bytes | None] = []
         self._open = served.caller.open
 
-    async def open(self, topic: str, arguments: bytes, scope: Any, *rest: Any) -> Any:
+    async def open(self, topic: str, arguments: bytes, scope: Any, *rest: Any, **options: Any) -> Any:
         self.seen.append(scope.affinity)
-        return await self._open(topic, arguments, scope, *rest)
+        return await self._open(topic, arguments, scope, *rest, **options)
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,14 @@
 import tracemalloc
 
 import pytest
-from starlette.datastructures import Headers
 
 from chains_stream.errors import OverloadedError
 from chains_stream.gateway.limits import Limits
 from chains_stream.settings import Settings
 
 
-def headers(key: str) -> Headers:
-    return Headers({"authorization": f"Bearer {key}"})
+def headers(key: str) -> dict[bytes, bytes]:
+    return {b"authorization": f"Bearer {key}".encode()}
 
 
 def test_keys_are_forgotten_with_their_requests() -> None:
