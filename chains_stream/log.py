@@ -29,6 +29,8 @@ def log_plain(logger: logging.Logger, event: dict[str, Any]) -> None:
     For what is logged with every request: it takes a fifth of the time of a logger's `info`, which merges contexts and
     looks for the caller.
     """
+    if not logger.isEnabledFor(logging.INFO):
+        return
     record = logging.LogRecord(logger.name, logging.INFO, "", 0, PlainEvent(event), None, None)
     vars(record).update(_logger=logger, _name="info")
     logger.handle(record)

@@ -437,8 +437,6 @@ def _note(exchange: Exchange, method: str, seconds: float) -> None:
     ended, took = _children(exchange.route, exchange.status)
     ended.inc()
     took.observe(seconds)
-    if not _requests.isEnabledFor(logging.INFO):
-        return
     event = {
         "event": "request",
         "method": method,

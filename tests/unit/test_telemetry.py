@@ -14,7 +14,7 @@ import pytest
 import structlog
 
 from chains_stream import telemetry
-from chains_stream.log import get_logger
+from chains_stream.log import get_logger, log_plain
 
 Configure = Callable[..., io.StringIO]
 
@@ -79,6 +79,32 @@ def test_an_event_is_one_line_on_the_console(configure: Configure) -> None:
     assert re.match(r"\d{4}-\d\d-\d\dT\S+Z \[info +\] worker\.started +\[chains_stream\.worker\] ", line)
     assert "request_id=r1" in line
     assert "\x1b" not in line
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+@pytest.mark.parametrize("error", [None, "not-found", "two words", "a\nb\x1b[31m", "Zoë", "", 'quoted "x"'])
+def test_what_is_logged_with_every_request_looks_like_all_else(
+    configure: Configure, log_format: telemetry.Format, error: str | None
+) -> None:
+    stream = configure(log_format)
+    fields = {"method": "POST", "route": "/run_remote", "status": 200, "duration_ms": 1.5, "request_id": "x-_9"}
+    if error is not None:
+        fields["error"] = error
+    get_logger("chains_stream.x").info("request", **fields)
+    log_plain(logging.getLogger("chains_stream.x"), {"event": "request", **fields})
+    usual, plain = stream.getvalue().splitlines()
+    time, _, rest = plain.partition("Z")
+    assert re.fullmatch(r'(\{"timestamp":")?\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}', time)
+    if log_format == "console":
+        assert rest == usual.partition("Z")[2]
+    else:
+        assert [{**json.loads(line), "timestamp": ""} for line in (plain,)] == [{**json.loads(usual), "timestamp": ""}]
+
+
+def test_what_is_logged_with_every_request_obeys_the_level(configure: Configure) -> None:
+    stream = configure("json", "warning")
+    log_plain(logging.getLogger("chains_stream.x"), {"event": "request"})
+    assert not stream.getvalue()
 
 
 def test_the_standard_library_s_loggers_pass_through_the_same_renderer(configure: Configure) -> None:
