@@ -31,12 +31,14 @@ MAX_HEAD = 64 << 10  # bytes of a request line and headers, and of trailers
 MAX_AHEAD = 16  # requests that a client may send before the first of them is answered; then the connection closes
 HIGH_WATER = 64 << 10  # bytes of a body that nobody has asked for yet, until no more are read
 KEEP_ALIVE = 5.0  # seconds that a connection may be idle after an answer
+HEAD_SECONDS = 30.0  # that a head may take to arrive, the first one after the connection was made
+SWEEP = 1.0  # seconds between two looks at who has been idle for too long
 
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
 _MALFORMED = 400, "this is no valid HTTP"
 _TOO_LARGE = 431, f"a request line and headers are at most {MAX_HEAD} bytes"
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing drops what is buffered and tells the other side so
-_LOOKED_AT = frozenset((b"host", b"transfer-encoding", b"expect"))
+_LOOKED_AT = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
 
 # What the parser does not know as a method, and yet is a request.
 _OTHER_METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ \S+ HTTP/1\.[01]\r\n")
@@ -50,6 +52,7 @@ class Listener:
     Attributes:
         connections: that are open.
         tasks: that run the app; they end by themselves when it has answered.
+        stopping: whether no more connections are taken.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -57,12 +60,19 @@ class Listener:
         self.loop = asyncio.get_running_loop()
         self.connections: set[Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
+        self.stopping = False
+        self._timer: asyncio.TimerHandle | None = None
         self._left = asyncio.Event()
         self._second = 0
         self._date = b""
 
     def connect(self) -> "Connection":
         return Connection(self)
+
+    def join(self, connection: "Connection") -> None:
+        self.connections.add(connection)
+        if self._timer is None:
+            self._timer = self.loop.call_later(SWEEP, self._sweep)
 
     def leave(self, connection: "Connection") -> None:
         self.connections.discard(connection)
@@ -71,6 +81,19 @@ class Listener:
     def end(self, task: "asyncio.Task[None]") -> None:
         self.tasks.discard(task)
         self._left.set()
+
+    def _sweep(self) -> None:
+        """Close connections that are idle: one timer does for all."""
+        self._timer = self.loop.call_later(SWEEP, self._sweep) if self.connections else None
+        now = self.loop.time()
+        for connection in tuple(self.connections):
+            connection.close_if_idle(now)
+
+    def shutdown(self) -> None:
+        """Have every connection close once what it brought is answered."""
+        self.stopping = True
+        for connection in tuple(self.connections):
+            connection.shutdown()
 
     async def idle(self) -> None:
         """Wait until every connection is closed and every request has ended."""
@@ -104,20 +127,23 @@ class Connection(asyncio.Protocol):
         "_current",
         "_deaf",
         "_expects",
+        "_framing",
         "_headers",
         "_hosts",
-        "_idle_since",
         "_last",
         "_listener",
+        "_muted",
         "_open",
         "_parser",
         "_partial",
         "_reading",
         "_receiving",
         "_refusal",
+        "_since",
         "_size",
-        "_timer",
+        "_unread",
         "_url",
+        "_used",
         "_writable",
         "transport",
     )
@@ -136,28 +162,29 @@ class Connection(asyncio.Protocol):
         self._deaf = False  # nothing more is read
         self._reading = True
         self._writable: asyncio.Event | None = None  # there while the socket is full
-        self._idle_since: float | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._since = listener.loop.time()  # when the last answer was complete
+        self._used = False
         self._refusal = _MALFORMED
         self._open = False  # in a head or in trailers, of which the parser may hold a part
         self._partial = 0  # bytes of it in reads that did not complete it
         self._size = self._hosts = 0
         self._headers: list[tuple[bytes, bytes]] = []
-        self._url = b""
+        self._url = self._framing = b""
         self._expects = False
+        self._unread = self._muted = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self._listener.connections.add(self)
+        self._listener.join(self)
         self._addresses = _address(transport, "sockname"), _address(transport, "peername")
         # Writing pauses as soon as the socket is full: what is sent next, and the end of a request, wait until nothing
         # is buffered here, so that a client which does not read costs no more than one piece of an answer.
         self.transport.set_write_buffer_limits(high=0)
+        if self._listener.stopping:  # it was accepted just before
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's
         self._listener.leave(self)
-        if self._timer is not None:
-            self._timer.cancel()
         self.resume_writing()
         if self._current is not None:
             self._current.lose()
@@ -193,13 +220,14 @@ class Connection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
-        self._idle_since = None
         was_open = self._open
         while data and not self._deaf:
             try:
                 self._parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:  # to nothing that is spoken here: it goes on as it was
                 data = data[upgrade.args[0] :]
+                if self._unread:
+                    self._read_on()
                 continue
             except httptools.HttpParserError as error:
                 self._refuse(error, data)
@@ -213,13 +241,27 @@ class Connection(asyncio.Protocol):
 
     # --- what the parser finds
 
+    def _read_on(self) -> None:
+        """Have a parser read the body of a request that asked for an upgrade: theirs takes such requests to have none.
+
+        Without this a body would be read as the next request.
+        """
+        self._muted = True
+        self._parser = httptools.HttpRequestParser(self)
+        self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % self._framing)
+        self._unread = self._muted = False
+
     def on_message_begin(self) -> None:
+        if self._muted:
+            return
         self._open = True
         self._partial = self._size = self._hosts = 0
-        self._url = b""
+        self._url = self._framing = b""
         self._expects = False
 
     def on_url(self, url: bytes) -> None:
+        if self._muted:
+            return
         self._count(len(url))
         self._url += url
 
@@ -233,11 +275,17 @@ class Connection(asyncio.Protocol):
                 self._hosts += 1
             elif name == b"expect":
                 self._expects = value.lower() == b"100-continue"
+            elif name == b"content-length":
+                self._framing = b"" if value.strip(b"0") == b"" else b"content-length: " + value
             elif value.lower() != b"chunked" or self._parser.get_http_version() != "1.1":
                 self._fail(400, "the only transfer coding is `chunked`, in HTTP/1.1")
+            else:
+                self._framing = b"transfer-encoding: chunked"
         self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        if self._muted:
+            return
         version, headers = self._parser.get_http_version(), self._headers
         if version not in ("1.1", "1.0"):
             self._fail(400, "this server speaks HTTP/1.1 and HTTP/1.0")
@@ -267,6 +315,7 @@ class Connection(asyncio.Protocol):
             CONNECTION: request,
         }
         self._receiving = request
+        self._unread = bool(self._framing) and self._parser.should_upgrade()
         if self._current is None:
             self._begin(request)
         else:
@@ -285,7 +334,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._open = False
-        if self._receiving is not None:
+        if self._receiving is not None and not self._unread:
             self._receiving.arrive()
             self._receiving = None
 
@@ -355,19 +404,13 @@ class Connection(asyncio.Protocol):
             self._begin(self._ahead.popleft())
         elif not self.transport.is_closing():
             self.resume_reading()
-            self._idle_since = self._listener.loop.time()
-            if self._timer is None:
-                self._timer = self._listener.loop.call_later(KEEP_ALIVE, self._close_if_idle)
+            self._used = True
+            self._since = self._listener.loop.time()
 
-    def _close_if_idle(self) -> None:
-        """Close if there was nothing for a while: one timer does for many requests."""
-        self._timer = None
-        if self._idle_since is None:
-            return  # something came since; the wait begins after its answer
-        left = self._idle_since + KEEP_ALIVE - self._listener.loop.time()
-        if left > 0:
-            self._timer = self._listener.loop.call_later(left, self._close_if_idle)
-        else:
+    def close_if_idle(self, now: float) -> None:
+        """Close if no request came for a while, or not all of one."""
+        waits_for_more = self._open or self._receiving is not None or not self._used
+        if self._current is None and now - self._since >= (HEAD_SECONDS if waits_for_more else KEEP_ALIVE):
             self.transport.close()
 
     def shutdown(self) -> None:
