@@ -238,7 +238,8 @@ class Exchange:
     def forget_request(self) -> None:
         """Let go of what was read of the request, for as long as the answer to it takes."""
         self.headers = {}
-        self._scope["headers"] = []
+        if self._connection is not None:  # another server may still look at it
+            self._scope.clear()
 
     async def finish(self, data: bytes = b"") -> None:
         """Send the last part of the body, and wait until the client has taken all that is not in the socket."""
@@ -390,13 +391,13 @@ class Entry:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began = time.perf_counter()
+        began, method = time.perf_counter(), scope["method"]
         exchange = Exchange(scope, receive, send)
         Entry.under_way += 1
         clear_contextvars()
         bind_contextvars(request_id=exchange.request_id)
         try:
-            if scope["path"] == self._path and scope["method"] == "POST":
+            if scope["path"] == self._path and method == "POST":
                 exchange.route = self._path
                 await self._endpoint(exchange)
             else:
@@ -411,7 +412,7 @@ class Entry:
         finally:
             Entry.under_way -= 1
             await exchange.close()
-            _note(exchange, scope["method"], time.perf_counter() - began)
+            _note(exchange, method, time.perf_counter() - began)
 
     async def _routed(self, exchange: Exchange, scope: ASGIScope, receive: Receive) -> None:
         scope[_EXCHANGE] = exchange

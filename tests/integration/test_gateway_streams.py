@@ -2,17 +2,22 @@
 
 import asyncio
 import base64
+import gc
 import json
 import logging
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from typing import Any, NamedTuple
 
 import httpx
 import msgspec
 import pytest
 
+from chains_stream.calls import Call
 from chains_stream.control import Cancel, Message
 from chains_stream.gateway import streaming
+from chains_stream.messages import Chunk, Done
 from tests.sample import Counting, Leaf, Relay, Seen
 from tests.serving import (
     Pause,
@@ -215,6 +220,106 @@ async def test_a_comment_keeps_a_silent_stream_open(pause: Served, monkeypatch: 
     text = _unchunked(text.partition(b"\r\n\r\n")[2])
     events = events_of(text.decode())
     assert [event.data for event in events] == ["first\n", "last\n", {"chunks": 2}]
+
+
+class Fed:
+    """Answers with a call that a test feeds, as if a worker did."""
+
+    def __init__(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: asyncio.Queue[Call] = asyncio.Queue()
+        self._open = served.caller.open
+        monkeypatch.setattr(served.caller, "open", self.open)
+
+    async def open(self, *arguments: Any, **options: Any) -> Call:
+        call = await self._open(*arguments, **options)
+        self.calls.put_nowait(call)
+        return call
+
+
+def feed(call: Call, values: list[Any], first: int = 0, *, end: bool = True) -> None:
+    """Feed chunks to a call, all at once."""
+    for sequence, value in enumerate(values, first):
+        call.feed(Chunk(call.id, 1, sequence, msgspec.Raw(msgspec.msgpack.encode(value))))
+    if end:
+        call.feed(Done(call.id, 1, first + len(values), msgspec.Raw(b"\xc0")))
+
+
+@pytest.mark.parametrize(
+    ("accept", "part"),
+    [("text/plain", b"first\nnext\nlast\n"), (LINES, b'"first\\n"\n"next\\n"\n"last\\n"\n'), (EVENTS, b"id: 0\n")],
+)
+async def test_chunks_that_are_there_at_once_are_one_write(
+    accept: str, part: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(Say, workers=False) as served, served.connect() as client:
+        fed = Fed(served, monkeypatch)
+        await client.send({"texts": []}, f"accept: {accept}", "connection: close")
+        feed(await fed.calls.get(), ["first\n", "next\n", "last\n"])
+        body = (await client.read_all()).partition(b"\r\n\r\n")[2]
+    size, _, rest = body.partition(b"\r\n")
+    piece = rest[: int(size, 16)]
+    assert part in piece
+    assert piece.count(b"first") == piece.count(b"next") == piece.count(b"last") == 1
+
+
+@pytest.mark.parametrize("accept", ["text/plain", EVENTS, LINES])
+async def test_what_comes_before_a_wrong_chunk_is_written(accept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(Say, workers=False) as served, served.connect() as client:
+        fed = Fed(served, monkeypatch)
+        await client.send({"texts": []}, f"accept: {accept}", "connection: close")
+        feed(await fed.calls.get(), ["good", 7, "behind"])
+        answer = await client.read_all()
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"good" in answer
+    assert b"behind" not in answer
+    assert (b"invalid-result" in answer) is (accept != "text/plain")
+    assert answer.endswith(b"0\r\n\r\n") is (accept != "text/plain")  # raw ends in a break
+
+
+async def test_a_wrong_first_chunk_has_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(Say, workers=False) as served, served.connect() as client:
+        fed = Fed(served, monkeypatch)
+        await client.send({"texts": []}, f"accept: {EVENTS}", "connection: close")
+        feed(await fed.calls.get(), [7, "behind"])
+        assert (await client.read_all()).startswith(b"HTTP/1.1 500 ")
+
+
+async def test_a_large_bunch_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{number}:" + "x" * 1_000 for number in range(500)]
+    async with serving(Say, workers=False) as served:
+        fed = Fed(served, monkeypatch)
+        answer = asyncio.ensure_future(served.call(EVENTS, texts=[]))
+        feed(await fed.calls.get(), texts)
+        events = events_of((await answer).text)
+    assert [event.data for event in events[:-1]] == texts
+    assert [event.id for event in events[:-1]] == [str(number) for number in range(500)]
+
+
+async def test_an_idle_stream_costs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 200
+    async with AsyncExitStack() as stack:
+        served = await stack.enter_async_context(serving(Say, workers=False))
+        fed = Fed(served, monkeypatch)
+
+        async def open_one() -> None:
+            client = await stack.enter_async_context(served.connect())
+            headers = [f"x-header-{number}: {'x' * 100}" for number in range(20)]
+            await client.send({"texts": []}, f"accept: {EVENTS}", *headers)
+            feed(await fed.calls.get(), ["first"], end=False)
+            await client.read_until(b"first")
+
+        for _ in range(20):
+            await open_one()
+        tracemalloc.start()
+        try:
+            for _ in range(count):
+                await open_one()
+            gc.collect()
+            snapshot = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, "*/chains_stream/*")])
+        finally:
+            tracemalloc.stop()
+    # With what the embedded broker keeps of a request.
+    assert sum(trace.size for trace in snapshot.traces) / count < 9_000
 
 
 # --- failures
