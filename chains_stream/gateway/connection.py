@@ -188,7 +188,7 @@ class Connection(asyncio.Protocol):
         self.resume_writing()
         if self._current is not None:
             self._current.lose()
-        self._ahead = self._parser = None  # those were not begun
+        self._current = self._receiving = self._ahead = self._parser = None
 
     def pause_writing(self) -> None:
         if self._writable is None:

@@ -313,6 +313,10 @@ class Exchange:
     def _leave(self) -> None:
         self._end(ClientLeftError())
 
+    def settled(self) -> None:
+        """Let go of the block that was `wanted`, as it ends: nothing else ends it any more."""
+        self._limit = None
+
     def unwanted(self) -> Exception:
         """Say why the block was ended that is `wanted`."""
         if self._reason is not None:
@@ -355,6 +359,7 @@ class Wanted(Timeout):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._exchange.settled()
         try:
             super().__exit__(kind, error, trace)
         except TimeoutError as over:

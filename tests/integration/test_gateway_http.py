@@ -1,5 +1,6 @@
 """HTTP itself: what is a request and what is none, how much of one is taken, and how answers are framed."""
 
+import gc
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
@@ -10,9 +11,12 @@ from starlette.types import Receive, Scope, Send
 
 from chains_stream.gateway import connection
 from chains_stream.gateway.connection import MAX_AHEAD, MAX_HEAD
+from chains_stream.gateway.exchange import Exchange
+from chains_stream.gateway.request import Request
 from chains_stream.gateway.server import Server
+from chains_stream.gateway.streaming import Stream
 from tests.sample import Seen
-from tests.serving import Greet, RawClient, Served, Slow, serving
+from tests.serving import Greet, RawClient, Say, Served, Slow, serving
 
 JSON = "content-type: application/json"
 
@@ -236,6 +240,29 @@ async def test_an_idle_connection_is_closed_and_one_in_use_is_not(monkeypatch: p
         assert await idle.read_all() == b""
         Seen.note("go")
         assert b'"long"' in await busy.read_answer()
+
+
+async def test_a_request_leaves_nothing_for_the_garbage_collector() -> None:
+    """With thousands of them a second the collector would run all the time."""
+    async with serving(Say) as served:
+        for accept in ("text/plain", "text/event-stream"):
+            for texts in (["a"], ["a", 1]):  # well, and badly
+                await served.call(accept, texts=texts)
+        gc.collect()
+        gc.disable()
+        try:
+            for accept in ("text/plain", "text/event-stream"):
+                for texts in (["a"], ["a", 1]):
+                    await served.call(accept, texts=texts)
+                async with served.connect() as client:
+                    await client.send({"texts": ["a"]}, f"accept: {accept}", "connection: close")
+                    await client.read_all()
+            left = [
+                type(found).__name__ for found in gc.get_objects() if isinstance(found, Exchange | Request | Stream)
+            ]
+        finally:
+            gc.enable()
+    assert not left
 
 
 # --- how answers are framed
