@@ -14,7 +14,7 @@ import msgspec
 from chains_stream.cli.plot import Axis, Line, draw
 from chains_stream.load import Percentiles, Result
 
-PACKAGES = ("chains-stream", "aiokafka", "msgspec", "starlette", "uvicorn")
+PACKAGES = ("chains-stream", "aiokafka", "msgspec", "starlette", "httptools", "uvloop")
 BUSY = 0.7  # cores: a client this busy adds to what it measures
 
 
