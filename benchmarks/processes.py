@@ -1,17 +1,33 @@
-"""What benchmarks start: a Kafka, and the `chains` command; and the line that says where they ran."""
+"""What benchmarks start: a Kafka, the `chains` command, the rivals; and the line that says where they ran."""
 
 import os
 import platform
 import re
+import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
-KAFKA = Path(__file__).resolve().parents[1] / "deploy" / "kafka" / "kafka"
+import msgspec
+
+ROOT = Path(__file__).resolve().parents[1]
+KAFKA = ROOT / "deploy" / "kafka" / "kafka"
 CHAINS = Path(sys.executable).with_name("chains")
+READY = "is ready"  # what all of them print when they are
+START_SECONDS = 90.0
+ANSWER_SECONDS = 120.0
+END_SECONDS = 20.0
+
+
+class ProgramFailedError(Exception):
+    """A program ended, or gave no answer in time; its last words are in the message."""
 
 
 def machine() -> str:
@@ -49,16 +65,90 @@ class Serving:
         return int(found[1]) * 1024
 
 
+class Driver(Serving):
+    """A program that measures what it is told to on its stdin (`driving.obey`)."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str, log: IO[bytes]) -> None:
+        super().__init__(process.pid, url)
+        self._process = process
+        self._log = log
+
+    def ask(self, order: msgspec.Struct, limit: float = ANSWER_SECONDS) -> dict[str, float]:
+        """Have a measurement made, and give its figures."""
+        assert self._process.stdin is not None, "a pipe"
+        self._process.stdin.write(msgspec.json.encode(order).decode() + "\n")
+        self._process.stdin.flush()
+        return msgspec.json.decode(_line(self._process, self._log, limit), type=dict[str, float])
+
+
 @contextmanager
 def chains(*arguments: str) -> Iterator[Serving]:
     """A `chains` command that serves, once it is ready."""
-    command = [str(CHAINS), *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
+    with _started([str(CHAINS), *arguments], {}) as serving:
+        yield serving
+
+
+@contextmanager
+def program(module: str, *arguments: str, variables: Mapping[str, str] | None = None) -> Iterator[Driver]:
+    """A module of ours, run as a program, once it is ready."""
+    with _started([sys.executable, "-m", module, *arguments], variables or {}) as started:
+        yield started
+
+
+@contextmanager
+def _started(command: Sequence[str], variables: Mapping[str, str]) -> Iterator[Driver]:
+    """A process in a group of its own, which ends with it, so that what it started itself is ended too."""
+    with TemporaryFile() as log:
+        driven = False
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | variables,
+            start_new_session=True,
+        )
         try:
-            line = process.stdout.readline()
-            if "is ready" not in line:
-                raise SystemExit(f"{command} ended, or said {line!r}")
-            yield Serving(process.pid, line.split()[-1])
+            while READY not in (line := _line(process, log, START_SECONDS)):
+                pass
+            driven = line.startswith("Driver")
+            yield Driver(process, line.split()[-1], log)
         finally:
-            process.terminate()
+            _end(process, driven=driven)
+
+
+def _line(process: subprocess.Popen[str], log: IO[bytes], limit: float) -> str:
+    """Wait for a line; a process that gives none in time is killed. Raises ProgramFailedError."""
+    assert process.stdout is not None, "a pipe"
+    timer = threading.Timer(limit, process.kill)
+    timer.start()
+    try:
+        line = process.stdout.readline()
+    finally:
+        timer.cancel()
+    if not line:
+        code = process.wait()
+        log.seek(0)
+        said = log.read().decode(errors="replace")[-4000:]
+        raise ProgramFailedError(f"{shlex.join(map(str, process.args))} ended with {code}:\n{said}")  # type: ignore[arg-type] # a sequence, as we gave it
+    return line
+
+
+def _end(process: subprocess.Popen[str], *, driven: bool) -> None:
+    """End a process, by force if it does not go by itself, and what is left of its group."""
+    assert process.stdin is not None, "a pipe"
+    assert process.stdout is not None, "a pipe"
+    with suppress(BrokenPipeError):
+        process.stdin.close()
+    if not driven:  # a driver ends when there are no more orders
+        process.terminate()
+    try:
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.stdout.close()

@@ -1,0 +1,105 @@
+"""Ray Serve: handle calls, a composition of two deployments, and streams over HTTP.
+
+    python -m benchmarks.rivals.ray_serve
+
+A small cluster on loopback: no dashboard, no telemetry, its files in a temporary folder. This process is the driver
+inside the cluster that makes the handle calls; its deployments take a fraction of a core each. `max_ongoing_requests` is
+raised, so that 256 in flight are never refused or queued.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
+
+import ray  # noqa: E402 - it reads the environment
+from ray import serve  # noqa: E402
+from ray.serve.handle import DeploymentHandle  # noqa: E402
+from starlette.requests import Request  # noqa: E402
+from starlette.responses import Response, StreamingResponse  # noqa: E402
+
+from benchmarks import driving  # noqa: E402
+from benchmarks.rivals import loop, tokens  # noqa: E402
+
+SHARE = {"num_cpus": 0.1}
+ONGOING = 2048
+
+
+@serve.deployment(ray_actor_options=SHARE, max_ongoing_requests=ONGOING)
+class Echo:
+    async def run_remote(self, text: str) -> str:
+        return text
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+
+@serve.deployment(ray_actor_options=SHARE, max_ongoing_requests=ONGOING)
+class Front:
+    """Takes HTTP: hands a text on to the second deployment, or streams what that one streams."""
+
+    def __init__(self, echo: DeploymentHandle, streamer: DeploymentHandle) -> None:
+        self._echo = echo
+        self._streamer = streamer.options(stream=True)
+
+    async def __call__(self, request: Request) -> Response:
+        body = await request.json()
+        if request.url.path == "/stream":
+            return StreamingResponse(self._pieces(body["count"]), media_type="text/event-stream")
+        return Response(await self._echo.run_remote.remote(body["text"]), media_type="text/plain")
+
+    async def _pieces(self, count: int) -> AsyncIterator[bytes]:
+        async for piece in self._streamer.run_remote.remote(count):
+            yield piece
+
+
+@serve.deployment(ray_actor_options=SHARE, max_ongoing_requests=ONGOING)
+class Streamer:
+    async def run_remote(self, count: int) -> AsyncIterator[bytes]:
+        for piece in tokens.events(count):
+            yield piece
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+async def drive(echo: DeploymentHandle, url: str) -> None:
+    async def call(text: str) -> str:
+        answer: str = await echo.run_remote.remote(text)
+        return answer
+
+    await driving.drive(call, driving.text_payload, url)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # short: sockets lie in it
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=128 << 20,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+        )
+        try:
+            port = free_port()
+            serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})
+            echo = serve.run(Echo.bind(), name="echo", route_prefix=None)
+            serve.run(Front.bind(Echo.bind(), Streamer.bind()), name="front", route_prefix="/")
+            loop.run(drive(echo, f"http://127.0.0.1:{port}"))
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

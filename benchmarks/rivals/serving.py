@@ -1,0 +1,43 @@
+"""Serves a rival's ASGI app as well as uvicorn can: uvloop, httptools, no access log, a free port of loopback."""
+
+import asyncio
+import socket
+
+import uvicorn
+
+from benchmarks.rivals import loop
+
+BACKLOG = 2048
+
+
+class Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, url: str) -> None:
+        super().__init__(config)
+        self._url = url
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(f"Server is ready on {self._url}", flush=True)
+
+
+def serve(app: object) -> None:
+    """Serve until it is told to end."""
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type] # of any of uvicorn's interfaces
+        http="httptools",
+        loop="none",  # that of `run`
+        ws="none",
+        backlog=BACKLOG,
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=1,
+    )
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+    async def run() -> None:
+        await asyncio.gather(Server(config, url).serve([listening]))
+
+    loop.run(run())
