@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
+from benchmarks.measurement import figures_of
 from chains_stream.load import Result, calls, closed_loop, open_loop
 
 T = TypeVar("T")
@@ -65,22 +66,6 @@ def cpu_seconds(pids: Sequence[int]) -> float:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         used += int(fields[11]) + int(fields[12])  # utime and stime: proc(5) counts from 1, and two are cut off here
     return used / _TICKS
-
-
-def figures_of(result: Result) -> dict[str, float]:
-    """Give what a loop measured as figures."""
-    found: dict[str, float] = {"rate_per_s": result.rate_per_s, "client_cpu": result.client_cpu}
-    if result.offered_per_s is not None:
-        found |= {"offered_per_s": result.offered_per_s, "overflow": result.overflow, "unfinished": result.unfinished}
-    named = {"": result.latency, "service_": result.service}
-    named |= {"ttft_": result.first_token, "itl_": result.inter_token}
-    for name, samples in named.items():
-        if samples is not None:
-            found |= {f"{name}p50_s": samples.p50, f"{name}p90_s": samples.p90, f"{name}p99_s": samples.p99}
-            found |= {f"{name}p999_s": samples.p999, f"{name}max_s": samples.max}
-    if result.tokens:
-        found["tokens_per_s"] = result.tokens_per_s
-    return found
 
 
 def require_faultless(result: Result) -> None:

@@ -37,12 +37,15 @@ def machine() -> str:
 
 
 @contextmanager
-def kafka(url: str | None) -> Iterator[str]:
-    """The Kafka of that URL, or one of our own."""
+def kafka(url: str | None, *properties: str) -> Iterator[str]:
+    """The Kafka of that URL, or one of our own with these properties, written ``key=value``."""
     if url is not None:
         yield url
         return
-    started = subprocess.run([KAFKA, "start", "--port", "0"], stdout=subprocess.PIPE, text=True, check=True)
+    configured = [argument for entry in properties for argument in ("--config", entry)]
+    started = subprocess.run(
+        [KAFKA, "start", "--port", "0", *configured], stdout=subprocess.PIPE, text=True, check=True
+    )
     found = started.stdout.split()[-1]
     try:
         yield found

@@ -12,9 +12,13 @@ from benchmarks.rivals import loop
 from chains_stream.chain import Chain
 
 
-async def call(entrypoint: type[Any], url: str, namespace: str) -> None:
+async def call(entrypoint: type[Any], url: str, namespace: str, *, submit: bool) -> None:
     async with chains.connect(url, entrypoint, namespace=namespace) as chain:
-        await driving.drive(chain.run_remote, driving.text_payload)
+
+        async def submitted(text: str) -> Any:
+            return await (await chain.submit(text)).result()
+
+        await driving.drive(submitted if submit else chain.run_remote, driving.text_payload)
 
 
 def main() -> None:
@@ -22,8 +26,9 @@ def main() -> None:
     parser.add_argument("chain", help="FILE:NAME")
     parser.add_argument("url")
     parser.add_argument("namespace")
+    parser.add_argument("--submit", action="store_true", help="wait until a request is stored, then for its result")
     given = parser.parse_args()
-    loop.run(call(Chain.load(given.chain).entrypoint, given.url, given.namespace))
+    loop.run(call(Chain.load(given.chain).entrypoint, given.url, given.namespace, submit=given.submit))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 from benchmarks.rivals import serving, tokens
 
 Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 
 START = {
     "type": "http.response.start",
@@ -20,28 +22,27 @@ START = {
 }
 
 
-async def app(
-    scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
-) -> None:
-    assert scope["type"] == "http", scope
+async def body_of(receive: Receive) -> bytes:
     body, more = b"", True
     while more:
         message = await receive()
         body += message.get("body", b"")
         more = message.get("more_body", False)
+    return body
+
+
+async def app(scope: Message, receive: Receive, send: Send) -> None:
+    if scope["type"] != "http":
+        return  # no lifespan
+    count = json.loads(await body_of(receive))["count"]
     await send(START)
-    for piece in tokens.events(json.loads(body)["count"]):
+    for piece in tokens.events(count):
         await send({"type": "http.response.body", "body": piece, "more_body": True})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def main() -> None:
-    serving.serve(_without_lifespan)
-
-
-async def _without_lifespan(scope: Message, receive: Any, send: Any) -> None:
-    if scope["type"] == "http":
-        await app(scope, receive, send)
+    serving.serve(app)
 
 
 if __name__ == "__main__":

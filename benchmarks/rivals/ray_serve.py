@@ -3,11 +3,10 @@
     python -m benchmarks.rivals.ray_serve
 
 A small cluster on loopback: no dashboard, no telemetry, its files in a temporary folder. This process is the driver
-inside the cluster that makes the handle calls; its deployments take a fraction of a core each. `max_ongoing_requests` is
-raised, so that 256 in flight are never refused or queued.
+inside the cluster that makes the handle calls; its deployments take a fraction of a core each. `max_ongoing_requests`
+is raised, so that 256 in flight are never refused or queued.
 """
 
-import asyncio
 import logging
 import os
 import socket
@@ -16,14 +15,14 @@ from collections.abc import AsyncIterator
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
 
-import ray  # noqa: E402 - it reads the environment
-from ray import serve  # noqa: E402
-from ray.serve.handle import DeploymentHandle  # noqa: E402
-from starlette.requests import Request  # noqa: E402
-from starlette.responses import Response, StreamingResponse  # noqa: E402
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
 
-from benchmarks import driving  # noqa: E402
-from benchmarks.rivals import loop, tokens  # noqa: E402
+from benchmarks import driving
+from benchmarks.rivals import loop, tokens
 
 SHARE = {"num_cpus": 0.1}
 ONGOING = 2048

@@ -1,6 +1,5 @@
 """Serves a rival's ASGI app as well as uvicorn can: uvloop, httptools, no access log, a free port of loopback."""
 
-import asyncio
 import socket
 
 import uvicorn
@@ -21,7 +20,12 @@ class Server(uvicorn.Server):
 
 
 def serve(app: object) -> None:
-    """Serve until it is told to end."""
+    """Serve until the process is told to end."""
+    loop.run(serving(app))
+
+
+async def serving(app: object) -> None:
+    """Serve, in a loop that runs, until the process is told to end."""
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("127.0.0.1", 0))
@@ -35,9 +39,4 @@ def serve(app: object) -> None:
         log_level="warning",
         timeout_graceful_shutdown=1,
     )
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-
-    async def run() -> None:
-        await asyncio.gather(Server(config, url).serve([listening]))
-
-    loop.run(run())
+    await Server(config, f"http://127.0.0.1:{listening.getsockname()[1]}").serve([listening])

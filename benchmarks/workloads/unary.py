@@ -1,0 +1,84 @@
+"""Calls of an echo: caller, Kafka, callee. Closed loops, and open ones at rising rates until one is not kept up with."""
+
+from contextlib import ExitStack
+from typing import NamedTuple
+
+from benchmarks import processes
+from benchmarks.bench import Bench, in_turn, pids_of_group
+from benchmarks.driving import Step
+from chains_stream.load import SUSTAINED
+
+SMALL, LARGE = 1_000, 10_000  # bytes
+IN_FLIGHT = (1, 16, 64, 256)
+QUICK_IN_FLIGHT = (1, 256)
+RATES = (250, 500, 1000, 1500, 2000, 3000, 4000, 6000, 8000, 12000, 16000, 24000)
+OPEN_IN_FLIGHT = 4096
+OPEN_SYSTEMS = ("floor", "chains")
+
+
+class System(NamedTuple):
+    """Who answers, and how often that is measured."""
+
+    name: str
+    caller: processes.Driver
+    pids: list[int]
+    repeats: int
+    large: bool  # payloads too
+
+
+def measure(bench: Bench) -> None:
+    with ExitStack() as stack:
+        systems = [floor(bench, stack), chains(bench, stack)]
+        for system in systems:  # the broker's own compiler has seen such load by then
+            system.caller.ask(Step(in_flight=256, seconds=0.5 if bench.quick else 3.0, pids=system.pids))
+        if not bench.quick:
+            systems += [ray(bench, stack), faststream(bench, stack)]
+        for repeat in range(bench.repeats):
+            for size in (SMALL,) if bench.quick else (SMALL, LARGE):
+                for in_flight in QUICK_IN_FLIGHT if bench.quick else IN_FLIGHT:
+                    for system in in_turn(systems, repeat):
+                        if repeat < system.repeats and (size == SMALL or system.large):
+                            closed(bench, system, repeat, size, in_flight)
+            if not bench.quick and repeat < bench.at_most(3):
+                for system in systems:
+                    if system.name in OPEN_SYSTEMS:
+                        to_the_knee(bench, system, repeat)
+
+
+def closed(bench: Bench, system: System, repeat: int, size: int, in_flight: int) -> None:
+    figures = system.caller.ask(Step(in_flight=in_flight, size=size, pids=system.pids))
+    bench.note("unary", system.name, repeat, {"bytes": size, "in_flight": in_flight}, figures)
+
+
+def to_the_knee(bench: Bench, system: System, repeat: int) -> None:
+    for rate in RATES:
+        step = Step(in_flight=OPEN_IN_FLIGHT, size=SMALL, rate=rate, seconds=1.5, seed=repeat, pids=system.pids)
+        figures = system.caller.ask(step)
+        bench.note("unary", system.name, repeat, {"loop": "open", "bytes": SMALL, "rate_per_s": rate}, figures)
+        if figures["rate_per_s"] < SUSTAINED * figures["offered_per_s"]:
+            return
+
+
+def floor(bench: Bench, stack: ExitStack) -> System:
+    given = (bench.address, bench.name())
+    echo = stack.enter_context(processes.program("benchmarks.rivals.floor", "echo", *given))
+    caller = stack.enter_context(processes.program("benchmarks.rivals.floor", "caller", *given))
+    return System("floor", caller, [echo.pid], bench.repeats, large=True)
+
+
+def chains(bench: Bench, stack: ExitStack) -> System:
+    served = stack.enter_context(bench.chain("echo.py:Echo"))
+    return System("chains", stack.enter_context(bench.caller(served)), served.pids, bench.repeats, large=True)
+
+
+def ray(bench: Bench, stack: ExitStack) -> System:
+    driver = stack.enter_context(processes.program("benchmarks.rivals.ray_serve"))
+    others = [pid for pid in pids_of_group(driver.pid) if pid != driver.pid]
+    return System("ray", driver, others, bench.repeats, large=False)
+
+
+def faststream(bench: Bench, stack: ExitStack) -> System:
+    given = (bench.address, bench.name())
+    echo = stack.enter_context(processes.program("benchmarks.rivals.faststream_pair", "echo", *given))
+    caller = stack.enter_context(processes.program("benchmarks.rivals.faststream_pair", "caller", *given))
+    return System("faststream", caller, [echo.pid], bench.at_most(2), large=True)
