@@ -7,7 +7,7 @@ HTTP's framing off them only when they are complete, to check them.
 import asyncio
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 from urllib.parse import urlsplit
 
 from benchmarks.driving import WrongAnswerError
@@ -98,8 +98,7 @@ class Connection(asyncio.Protocol):
     # --- asyncio's
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport), "a stream"
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is of no class of asyncio
 
     def data_received(self, data: bytes) -> None:
         self._received += data
