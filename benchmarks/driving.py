@@ -15,7 +15,6 @@ from typing import TypeVar
 
 import msgspec
 
-from benchmarks.measurement import figures_of
 from chains_stream.load import Result, calls, closed_loop, open_loop
 
 T = TypeVar("T")
@@ -68,6 +67,20 @@ def cpu_seconds(pids: Sequence[int]) -> float:
     return used / _TICKS
 
 
+def figures_of(result: Result) -> dict[str, float]:
+    """Give what a loop measured as figures; what it has no samples of is left out."""
+    found: dict[str, float] = {"rate_per_s": result.rate_per_s, "client_cpu": result.client_cpu}
+    if result.offered_per_s is not None:
+        found |= {"offered_per_s": result.offered_per_s, "overflow": result.overflow, "unfinished": result.unfinished}
+    if result.tokens:
+        found["tokens_per_s"] = result.tokens_per_s
+    named = {"": result.latency, "service_": result.service, "ttft_": result.first_token, "itl_": result.inter_token}
+    for name, samples in named.items():
+        if samples is not None:
+            found |= {f"{name}{share}_s": getattr(samples, share) for share in ("p50", "p90", "p99", "p999", "max")}
+    return found
+
+
 def require_faultless(result: Result) -> None:
     """Raise WrongAnswerError for anything but right answers. An open loop beyond the knee may leave some unanswered."""
     if result.failed or not (result.faultless or result.loop == "open"):
@@ -85,7 +98,7 @@ async def measure(call: Callable[[T], Awaitable[T]], payload: Callable[[int, int
 
     act = calls(once)
     if step.warm_up:
-        require_faultless(await closed_loop(act, in_flight=min(step.in_flight, 64), seconds=step.warm_up))
+        require_faultless(await closed_loop(act, in_flight=step.in_flight, seconds=step.warm_up))
     busy = time.process_time() + cpu_seconds(step.pids)
     if step.rate is not None:
         result = await open_loop(

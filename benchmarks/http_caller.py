@@ -18,7 +18,6 @@ import msgspec
 from benchmarks import driving, pacing
 from benchmarks.driving import WrongAnswerError
 from benchmarks.http_client import Connection
-from benchmarks.measurement import figures_of
 from benchmarks.rivals import loop, tokens
 from chains_stream.load import closed_loop, streams
 
@@ -33,7 +32,7 @@ ANSWERS: dict[str, Callable[[str], bytes]] = {
 
 
 class StreamStep(msgspec.Struct, kw_only=True):
-    """So many readers, each of which reads streams of `count` tokens one after the other."""
+    """So many readers, each of whom reads streams of `count` tokens one after the other."""
 
     readers: int
     count: int = 200
@@ -97,12 +96,12 @@ async def measure_streams(pool: Pool, path: str, url: str) -> None:
 
         act = streams(read)
         if step.warm_up:
-            await closed_loop(act, in_flight=min(step.readers, 64), seconds=step.warm_up)
+            await closed_loop(act, in_flight=step.readers, seconds=step.warm_up)
         busy = driving.cpu_seconds(step.pids)
         result = await closed_loop(act, in_flight=step.readers, seconds=step.seconds)
         driving.require_faultless(result)
         busy = driving.cpu_seconds(step.pids) - busy
-        return figures_of(result) | {"cpu_s_per_token": busy / (result.completed * step.count)}
+        return driving.figures_of(result) | {"cpu_s_per_token": busy / (result.completed * step.count)}
 
     await driving.obey(do, StreamStep)
 

@@ -39,26 +39,25 @@ class Echo:
 
 @serve.deployment(ray_actor_options=SHARE, max_ongoing_requests=ONGOING)
 class Front:
-    """Takes HTTP: hands a text on to the second deployment, or streams what that one streams."""
+    """Takes HTTP, and hands a text on to the second deployment."""
 
-    def __init__(self, echo: DeploymentHandle, streamer: DeploymentHandle) -> None:
+    def __init__(self, echo: DeploymentHandle) -> None:
         self._echo = echo
-        self._streamer = streamer.options(stream=True)
 
     async def __call__(self, request: Request) -> Response:
         body = await request.json()
-        if request.url.path == "/stream":
-            return StreamingResponse(self._pieces(body["count"]), media_type="text/event-stream")
         return Response(await self._echo.run_remote.remote(body["text"]), media_type="text/plain")
-
-    async def _pieces(self, count: int) -> AsyncIterator[bytes]:
-        async for piece in self._streamer.run_remote.remote(count):
-            yield piece
 
 
 @serve.deployment(ray_actor_options=SHARE, max_ongoing_requests=ONGOING)
 class Streamer:
-    async def run_remote(self, count: int) -> AsyncIterator[bytes]:
+    """Takes HTTP, and streams: Ray's proxy is all that stands before it."""
+
+    async def __call__(self, request: Request) -> StreamingResponse:
+        body = await request.json()
+        return StreamingResponse(self._pieces(body["count"]), media_type="text/event-stream")
+
+    async def _pieces(self, count: int) -> AsyncIterator[bytes]:
         for piece in tokens.events(count):
             yield piece
 
@@ -93,7 +92,8 @@ def main() -> None:
             port = free_port()
             serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})
             echo = serve.run(Echo.bind(), name="echo", route_prefix=None)
-            serve.run(Front.bind(Echo.bind(), Streamer.bind()), name="front", route_prefix="/")
+            serve.run(Front.bind(Echo.bind()), name="front", route_prefix="/run_remote")
+            serve.run(Streamer.bind(), name="streamer", route_prefix="/stream")
             loop.run(drive(echo, f"http://127.0.0.1:{port}"))
         finally:
             serve.shutdown()
