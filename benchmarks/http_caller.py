@@ -56,8 +56,11 @@ class Pool:
         self._free: list[Connection] = []
 
     async def take(self) -> Connection:
-        if self._free:
-            return self._free.pop()
+        while self._free:
+            connection = self._free.pop()
+            if connection.usable:
+                return connection
+            connection.close()
         return await self._stack.enter_async_context(Connection(self._url))
 
     def give_back(self, connection: Connection) -> None:

@@ -5,6 +5,7 @@ HTTP's framing off them only when they are complete, to check them.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Self, cast
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 
 from benchmarks.driving import WrongAnswerError
 
+STALE = 2.0  # seconds of rest after which a connection is not used again: servers close theirs after five
 END = b"0\r\n\r\n"  # of a body in chunks; no chunk of ours ends so
 
 
@@ -27,6 +29,12 @@ class Connection(asyncio.Protocol):
         self._began = 0  # where the body does
         self._arrived: asyncio.Future[None] | None = None
         self._lost = False
+        self._used = time.monotonic()
+
+    @property
+    def usable(self) -> bool:
+        """Tell whether another request may be sent on it."""
+        return not self._lost and time.monotonic() - self._used < STALE
 
     async def __aenter__(self) -> Self:
         await asyncio.get_running_loop().create_connection(lambda: self, self._host, self._port)
@@ -35,6 +43,9 @@ class Connection(asyncio.Protocol):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._transport.abort()
 
     async def post(self, path: str, body: bytes) -> bytes:
@@ -101,6 +112,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is of no class of asyncio
 
     def data_received(self, data: bytes) -> None:
+        self._used = time.monotonic()
         self._received += data
         self._wake()
 

@@ -37,6 +37,7 @@ async def serving(app: object) -> None:
         backlog=BACKLOG,
         access_log=False,
         log_level="warning",
+        timeout_keep_alive=60,  # aiohttp uses a connection again after up to 15 s
         timeout_graceful_shutdown=1,
     )
     await Server(config, f"http://127.0.0.1:{listening.getsockname()[1]}").serve([listening])
