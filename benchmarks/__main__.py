@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import processes
+from benchmarks import processes, quick, report
 from benchmarks.bench import Bench, Workload, say
 from benchmarks.workloads import composed, embedded, serving, streaming, unary
 
@@ -48,13 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(WORKLOADS), metavar="NAME", help=", ".join(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=5, help="(5); rivals without a target are measured less often")
     parser.add_argument("--kafka", metavar="URL", help="kafka://host:port; one of our own is started if none is named")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"({RESULTS})")
+    parser.add_argument("--results", type=Path, metavar="DIR", help=f"({RESULTS}; of a quick run none, unless named)")
+    parser.add_argument("--accept", action="store_true", help="of a quick run: commit to its ratios")
     given = parser.parse_args(arguments)
     names = given.only or (QUICK if given.quick else list(WORKLOADS))
     with processes.kafka(given.kafka, *RETENTION) as url:
         bench = Bench(url, given.repeats, quick=given.quick)
         measure(bench, names)
-    return 0
+    folder = given.results or (None if given.quick else RESULTS)
+    if folder is not None:
+        print(report.targets(report.write(bench.measurements, folder).rows))
+        say(f"wrote {folder}/report.md")
+    return quick.check(bench.measurements, accept=given.accept) if given.quick else 0
 
 
 if __name__ == "__main__":

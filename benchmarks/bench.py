@@ -57,7 +57,7 @@ class Bench:
         """Serve a Chain by workers of it all, or by one for each of the Chainlets named."""
         namespace = self.name()
         common = (f"benchmarks/chains/{chain}", "--broker", self.url, "--namespace", namespace, "--log-level", "error")
-        named = [("--chainlet", name) for name in served] or [()] * workers
+        named: list[tuple[str, ...]] = [("--chainlet", name) for name in served] or [()] * workers
         with ExitStack() as stack:
             yield Served(common, [stack.enter_context(processes.chains("worker", *common, *one)) for one in named])
 

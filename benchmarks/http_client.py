@@ -73,7 +73,8 @@ class Connection(asyncio.Protocol):
 
     def body(self) -> bytes:
         """Give the body of the stream that has arrived, without HTTP's chunks."""
-        parts, at = [], self._began
+        parts: list[bytearray] = []
+        at = self._began
         while True:
             line = self._received.index(b"\r\n", at)
             size = int(self._received[at:line], 16)

@@ -13,6 +13,7 @@ from chains_stream.chain import Chain
 
 
 async def call(entrypoint: type[Any], url: str, namespace: str, *, submit: bool) -> None:
+    chain: Any  # whichever it is
     async with chains.connect(url, entrypoint, namespace=namespace) as chain:
 
         async def submitted(text: str) -> Any:

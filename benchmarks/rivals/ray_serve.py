@@ -24,20 +24,14 @@ from starlette.responses import Response, StreamingResponse
 from benchmarks import driving
 from benchmarks.rivals import loop, tokens
 
-SHARE = {"num_cpus": 0.1}
-ONGOING = 2048
+deployed = serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=2048)
 
 
-@serve.deployment(ray_actor_options=SHARE, max_ongoing_requests=ONGOING)
 class Echo:
     async def run_remote(self, text: str) -> str:
         return text
 
-    async def pid(self) -> int:
-        return os.getpid()
 
-
-@serve.deployment(ray_actor_options=SHARE, max_ongoing_requests=ONGOING)
 class Front:
     """Takes HTTP, and hands a text on to the second deployment."""
 
@@ -49,7 +43,6 @@ class Front:
         return Response(await self._echo.run_remote.remote(body["text"]), media_type="text/plain")
 
 
-@serve.deployment(ray_actor_options=SHARE, max_ongoing_requests=ONGOING)
 class Streamer:
     """Takes HTTP, and streams: Ray's proxy is all that stands before it."""
 
@@ -91,9 +84,9 @@ def main() -> None:
         try:
             port = free_port()
             serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})
-            echo = serve.run(Echo.bind(), name="echo", route_prefix=None)
-            serve.run(Front.bind(Echo.bind()), name="front", route_prefix="/run_remote")
-            serve.run(Streamer.bind(), name="streamer", route_prefix="/stream")
+            echo = serve.run(deployed(Echo).bind(), name="echo", route_prefix=None)
+            serve.run(deployed(Front).bind(deployed(Echo).bind()), name="front", route_prefix="/run_remote")
+            serve.run(deployed(Streamer).bind(), name="streamer", route_prefix="/stream")
             loop.run(drive(echo, f"http://127.0.0.1:{port}"))
         finally:
             serve.shutdown()

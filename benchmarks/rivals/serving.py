@@ -1,4 +1,4 @@
-"""Serves a rival's ASGI app as well as uvicorn can: uvloop, httptools, no access log, a free port of loopback."""
+"""Serves a rival's ASGI app as well as uvicorn can: uvloop and httptools, no access log, a free port of loopback."""
 
 import socket
 
@@ -31,7 +31,7 @@ async def serving(app: object) -> None:
     listening.bind(("127.0.0.1", 0))
     config = uvicorn.Config(
         app,  # type: ignore[arg-type] # of any of uvicorn's interfaces
-        http="httptools",
+        http="auto",  # httptools where it is installed, as it is for the benchmarks
         loop="none",  # that of `run`
         ws="none",
         backlog=BACKLOG,

@@ -1,6 +1,7 @@
-"""Calls of an echo: caller, Kafka, callee. Closed loops, and open ones at rising rates until one is not kept up with."""
+"""Calls of an echo: caller, Kafka, callee. Closed loops; open ones at rising rates, up to the knee."""
 
 from contextlib import ExitStack
+from itertools import product
 from typing import NamedTuple
 
 from benchmarks import processes
@@ -13,7 +14,6 @@ IN_FLIGHT = (1, 16, 64, 256)
 QUICK_IN_FLIGHT = (1, 256)
 RATES = (250, 500, 1000, 1500, 2000, 3000, 4000, 6000, 8000, 12000, 16000, 24000)
 OPEN_IN_FLIGHT = 4096
-OPEN_SYSTEMS = ("floor", "chains")
 
 
 class System(NamedTuple):
@@ -33,16 +33,16 @@ def measure(bench: Bench) -> None:
             system.caller.ask(Step(in_flight=256, seconds=0.5 if bench.quick else 3.0, pids=system.pids))
         if not bench.quick:
             systems += [ray(bench, stack), faststream(bench, stack)]
+        loads = product((SMALL,), QUICK_IN_FLIGHT) if bench.quick else product((SMALL, LARGE), IN_FLIGHT)
+        steps = list(loads)
         for repeat in range(bench.repeats):
-            for size in (SMALL,) if bench.quick else (SMALL, LARGE):
-                for in_flight in QUICK_IN_FLIGHT if bench.quick else IN_FLIGHT:
-                    for system in in_turn(systems, repeat):
-                        if repeat < system.repeats and (size == SMALL or system.large):
-                            closed(bench, system, repeat, size, in_flight)
+            for size, in_flight in steps:
+                for system in in_turn(systems, repeat):
+                    if repeat < system.repeats and (size == SMALL or system.large):
+                        closed(bench, system, repeat, size, in_flight)
             if not bench.quick and repeat < bench.at_most(3):
-                for system in systems:
-                    if system.name in OPEN_SYSTEMS:
-                        to_the_knee(bench, system, repeat)
+                for system in systems[:2]:
+                    to_the_knee(bench, system, repeat)
 
 
 def closed(bench: Bench, system: System, repeat: int, size: int, in_flight: int) -> None:
