@@ -22,12 +22,14 @@ class Bench:
         url: of the Kafka that ours and the rivals share.
         repeats: how often a target's systems are measured; others may be measured less often.
         quick: measure no more than the rows of a quick run take.
+        seconds: how long one measurement takes.
     """
 
-    def __init__(self, url: str, repeats: int, *, quick: bool) -> None:
+    def __init__(self, url: str, repeats: int, *, quick: bool, seconds: float | None = None) -> None:
         self.url = url
         self.repeats = repeats
         self.quick = quick
+        self.seconds = seconds or (1.5 if quick else 2.0)
         self.measurements: list[Measurement] = []
         self._names = count()
         self._run = uuid4().hex[:6]

@@ -51,7 +51,7 @@ def compare(bench: Bench, workload: str, systems: Sequence[System], in_flight: S
         for number in in_flight:
             for name, parameters, caller, pids, often in in_turn(systems, repeat):
                 if repeat < often:
-                    figures = caller.ask(Step(in_flight=number, size=1_024, pids=pids))
+                    figures = caller.ask(Step(in_flight=number, seconds=bench.seconds, size=1_024, pids=pids))
                     bench.note(workload, name, repeat, {**parameters, "in_flight": number}, figures)
 
 

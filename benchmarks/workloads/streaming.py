@@ -54,7 +54,7 @@ def fast(bench: Bench) -> None:
                 for system in in_turn(systems, repeat):
                     often = system.repeats if readers == TARGET_READERS else min(system.repeats, 3)
                     if repeat < often and not (system.name == "ray" and readers > MOST_OF_RAY):
-                        step = StreamStep(readers=readers, seconds=2.0, pids=system.pids)
+                        step = StreamStep(readers=readers, seconds=bench.seconds, pids=system.pids)
                         bench.note("streams", system.name, repeat, {"readers": readers}, system.client.ask(step))
 
 

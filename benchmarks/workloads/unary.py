@@ -46,7 +46,7 @@ def measure(bench: Bench) -> None:
 
 
 def closed(bench: Bench, system: System, repeat: int, size: int, in_flight: int) -> None:
-    figures = system.caller.ask(Step(in_flight=in_flight, size=size, pids=system.pids))
+    figures = system.caller.ask(Step(in_flight=in_flight, seconds=bench.seconds, size=size, pids=system.pids))
     bench.note("unary", system.name, repeat, {"bytes": size, "in_flight": in_flight}, figures)
 
 
