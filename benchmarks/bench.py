@@ -132,11 +132,14 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def pids_of_group(leader: int) -> list[int]:
-    """Give the processes of a group."""
-    listing = subprocess.run(["ps", "-eo", "pid=,pgid="], stdout=subprocess.PIPE, text=True, check=True).stdout
-    both = [line.split() for line in listing.splitlines()]
-    return [int(pid) for pid, group in both if int(group) == leader]
+def family_of(pid: int) -> list[int]:
+    """Give a process and all that descend from it."""
+    listing = subprocess.run(["ps", "-eo", "pid=,ppid="], stdout=subprocess.PIPE, text=True, check=True).stdout
+    parents = {int(one): int(parent) for one, parent in map(str.split, listing.splitlines())}
+    found = [pid]
+    for one in found:  # it grows meanwhile
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
 
 
 Workload = Callable[[Bench], None]

@@ -8,7 +8,6 @@ python -m benchmarks.http_caller held URL --path /run_remote
 
 import argparse
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -21,6 +20,7 @@ from benchmarks.http_client import Connection
 from benchmarks.rivals import loop, tokens
 from chains_stream.load import closed_loop, streams
 
+WARM_UP_COUNT = 10  # tokens of a stream before those that are measured
 TOKEN = b'\ndata: "'  # begins each; the end of a stream has an object there
 
 # What a server makes of a text in its answer.
@@ -81,25 +81,24 @@ async def measure_calls(pool: Pool, path: str, answer: Callable[[str], bytes], u
 
 async def measure_streams(pool: Pool, path: str, url: str) -> None:
     async def do(step: StreamStep) -> dict[str, float]:
-        expected = b"".join(tokens.events(step.count))
-        request = json.dumps({"count": step.count}).encode()
-
-        async def read() -> AsyncIterator[int]:
+        async def read(count: int) -> AsyncIterator[int]:
             connection = await pool.take()
-            left = step.count
+            left = count
+            request = b'{"count":%d}' % count
             async for piece in connection.stream(path, request):
                 if arrived := min(left, piece.count(TOKEN)):
                     left -= arrived
                     yield arrived
             if left:  # a piece ended in the middle of what begins a token
                 yield left
-            if connection.body() != expected:
+            if connection.body() != b"".join(tokens.events(count)):
                 raise WrongAnswerError(f"{url}{path}: {connection.body()[:200]!r} ...")
             pool.give_back(connection)
 
-        act = streams(read)
         if step.warm_up:
-            await closed_loop(act, in_flight=step.readers, seconds=step.warm_up)
+            short = streams(lambda: read(WARM_UP_COUNT))
+            driving.require_faultless(await closed_loop(short, in_flight=step.readers, seconds=step.warm_up))
+        act = streams(lambda: read(step.count))
         busy = driving.cpu_seconds(step.pids)
         result = await closed_loop(act, in_flight=step.readers, seconds=step.seconds)
         driving.require_faultless(result)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from benchmarks import processes
-from benchmarks.bench import Bench, in_turn, pids_of_group
+from benchmarks.bench import Bench, family_of, in_turn
 from benchmarks.driving import Step
 
 System = tuple[str, dict[str, str | int | float], processes.Driver, list[int], int]  # the last is how often
@@ -76,4 +76,4 @@ def fastapi(stack: ExitStack, count: int, repeats: int) -> System:
 
 def ray(stack: ExitStack, repeats: int) -> System:
     served = stack.enter_context(processes.program("benchmarks.rivals.ray_serve"))
-    return "ray", {}, http_caller(stack, served.url, "text"), pids_of_group(served.pid), repeats
+    return "ray", {}, http_caller(stack, served.url, "text"), family_of(served.pid), repeats

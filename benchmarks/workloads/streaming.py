@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from benchmarks import processes
-from benchmarks.bench import Bench, in_turn, pids_of_group
+from benchmarks.bench import Bench, family_of, in_turn
 from benchmarks.http_caller import StreamStep
 from benchmarks.pacing import Engine, PacedStep
 from benchmarks.workloads.composed import fastapi_services
@@ -47,12 +47,12 @@ def fast(bench: Bench) -> None:
             cluster = stack.enter_context(processes.program("benchmarks.rivals.ray_serve"))
             systems += [
                 System("fastapi", client(stack, services[0].url, "/stream"), pids, bench.at_most(2)),
-                System("ray", client(stack, cluster.url, "/stream"), pids_of_group(cluster.pid), bench.at_most(2)),
+                System("ray", client(stack, cluster.url, "/stream"), family_of(cluster.pid), bench.at_most(2)),
             ]
         for repeat in range(bench.repeats):
             for readers in QUICK_READERS if bench.quick else READERS:
                 for system in in_turn(systems, repeat):
-                    often = system.repeats if readers == TARGET_READERS else min(system.repeats, 3)
+                    often = system.repeats if readers == TARGET_READERS else min(system.repeats, 2)
                     if repeat < often and not (system.name == "ray" and readers > MOST_OF_RAY):
                         step = StreamStep(readers=readers, seconds=bench.seconds, pids=system.pids)
                         bench.note("streams", system.name, repeat, {"readers": readers}, system.client.ask(step))

@@ -5,7 +5,7 @@ from itertools import product
 from typing import NamedTuple
 
 from benchmarks import processes
-from benchmarks.bench import Bench, in_turn, pids_of_group
+from benchmarks.bench import Bench, family_of, in_turn
 from benchmarks.driving import Step
 from chains_stream.load import SUSTAINED
 
@@ -23,7 +23,7 @@ class System(NamedTuple):
     caller: processes.Driver
     pids: list[int]
     repeats: int
-    large: bool  # payloads too
+    large: int  # how often with large payloads, at most
 
 
 def measure(bench: Bench) -> None:
@@ -38,9 +38,9 @@ def measure(bench: Bench) -> None:
         for repeat in range(bench.repeats):
             for size, in_flight in steps:
                 for system in in_turn(systems, repeat):
-                    if repeat < system.repeats and (size == SMALL or system.large):
+                    if repeat < (system.repeats if size == SMALL else min(system.repeats, system.large)):
                         closed(bench, system, repeat, size, in_flight)
-            if not bench.quick and repeat < bench.at_most(3):
+            if not bench.quick and repeat < bench.at_most(2):
                 for system in systems[:2]:
                     to_the_knee(bench, system, repeat)
 
@@ -63,22 +63,21 @@ def floor(bench: Bench, stack: ExitStack) -> System:
     given = (bench.address, bench.name())
     echo = stack.enter_context(processes.program("benchmarks.rivals.floor", "echo", *given))
     caller = stack.enter_context(processes.program("benchmarks.rivals.floor", "caller", *given))
-    return System("floor", caller, [echo.pid], bench.repeats, large=True)
+    return System("floor", caller, [echo.pid], bench.repeats, large=3)
 
 
 def chains(bench: Bench, stack: ExitStack) -> System:
     served = stack.enter_context(bench.chain("echo.py:Echo"))
-    return System("chains", stack.enter_context(bench.caller(served)), served.pids, bench.repeats, large=True)
+    return System("chains", stack.enter_context(bench.caller(served)), served.pids, bench.repeats, large=3)
 
 
 def ray(bench: Bench, stack: ExitStack) -> System:
     driver = stack.enter_context(processes.program("benchmarks.rivals.ray_serve"))
-    others = [pid for pid in pids_of_group(driver.pid) if pid != driver.pid]
-    return System("ray", driver, others, bench.repeats, large=False)
+    return System("ray", driver, family_of(driver.pid)[1:], bench.repeats, large=0)
 
 
 def faststream(bench: Bench, stack: ExitStack) -> System:
     given = (bench.address, bench.name())
     echo = stack.enter_context(processes.program("benchmarks.rivals.faststream_pair", "echo", *given))
     caller = stack.enter_context(processes.program("benchmarks.rivals.faststream_pair", "caller", *given))
-    return System("faststream", caller, [echo.pid], bench.at_most(2), large=True)
+    return System("faststream", caller, [echo.pid], bench.at_most(2), large=1)
