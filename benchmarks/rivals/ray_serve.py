@@ -9,9 +9,13 @@ is raised, so that 256 in flight are never refused or queued.
 
 import logging
 import os
+import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -27,6 +31,8 @@ from starlette.responses import Response, StreamingResponse
 
 from benchmarks import driving
 from benchmarks.rivals import loop, tokens
+
+REMOVE_SECONDS = 10.0
 
 deployed = serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=2048)
 
@@ -74,8 +80,21 @@ async def drive(echo: DeploymentHandle, url: str) -> None:
     await driving.drive(call, driving.text_payload, url)
 
 
+@contextmanager
+def temporary_folder() -> Iterator[str]:
+    """A folder that is gone afterwards: Ray's processes write to it until they have ended, and tell nobody when."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: sockets lie in it
+    try:
+        yield folder
+    finally:
+        deadline = time.monotonic() + REMOVE_SECONDS
+        while Path(folder).exists() and time.monotonic() < deadline:
+            shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.05)
+
+
 def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # short: sockets lie in it
+    with temporary_folder() as folder:
         ray.init(
             num_cpus=2,
             include_dashboard=False,
@@ -93,7 +112,6 @@ def main() -> None:
             serve.run(deployed(Streamer).bind(), name="streamer", route_prefix="/stream")
             loop.run(drive(echo, f"http://127.0.0.1:{port}"))
         finally:
-            serve.shutdown()
             ray.shutdown()
 
 
