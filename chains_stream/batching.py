@@ -142,6 +142,8 @@ class _Queue:
             await asyncio.wait([self._last] if self._task is None else [self._task])
 
     def _go_on(self, _stored: asyncio.Future[int]) -> None:
+        if self._task is not None or not self._last.done():
+            return  # `add` was quicker than the event loop: two at once would mix up the order
         if self._batches:
             self._task = asyncio.get_running_loop().create_task(self._publish(), name="frames")
         elif not self._waiting:  # else what comes after would overtake what waits

@@ -22,6 +22,8 @@ class SlowBroker(MemoryBroker):
         self.records: list[tuple[list[Frame], Headers]] = []
         self.waiting: list[asyncio.Future[int]] = []
         self.refuses: BrokerError | None = None
+        self.full = False  # its send buffer is
+        self.publishing = self.publishing_at_once = 0
 
     async def publish(
         self,
@@ -35,6 +37,11 @@ class SlowBroker(MemoryBroker):
     ) -> asyncio.Future[int]:
         if self.refuses is not None:
             raise self.refuses
+        self.publishing += 1
+        self.publishing_at_once = max(self.publishing_at_once, self.publishing)
+        while self.full:  # noqa: ASYNC110 - as long as the test says
+            await asyncio.sleep(0)
+        self.publishing -= 1
         await super().publish(topic, value, partition=partition, key=key, headers=headers, durable=durable)
         self.records.append((decode_frames(value), headers))
         self.waiting.append(asyncio.get_running_loop().create_future())
@@ -142,6 +149,22 @@ async def test_who_waits_for_room_is_not_overtaken_by_its_own_next(broker: SlowB
     while broker.waiting:
         await broker.store()
     assert [*chain.from_iterable(sequences(broker))] == [0, 1, 2, 3]
+
+
+async def test_what_comes_in_the_turn_in_which_a_record_is_stored_keeps_its_place(broker: SlowBroker) -> None:
+    frames = FrameBatcher(broker)
+    await send(frames, 0)
+    await send(frames, 1)
+    broker.full = True
+    broker.waiting.pop().set_result(1)  # the batcher is told with the next turn
+    await send(frames, 2, claim=((DATAREF, b"file:///x"),))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    broker.full = False
+    while len(broker.records) < 3:
+        await broker.store()
+    assert sequences(broker) == [[0], [1], [2]]
+    assert broker.publishing_at_once == 1
 
 
 async def test_one_that_gives_up_waiting_holds_up_nobody(broker: SlowBroker) -> None:
