@@ -137,15 +137,18 @@ ROWS = (
         unit="MB",
         quick=True,
     ),
-    Row(
-        name="idle stream",
-        compared="RSS that an idle stream adds, to gateway and worker together",
-        figure="bytes_per_stream",
-        measured=Pick("memory", "chains", {"process": "stream"}),
-        target=10e3,
-        direction="at_most",
-        unit="KB",
-        quick=True,
+    *(
+        Row(
+            name=f"idle stream, {process}",
+            compared=f"RSS that a stream adds to the {process} while it waits",
+            figure=f"{process}_bytes_per_stream",
+            measured=Pick("memory", "chains", {"process": "stream"}),
+            target=10e3,
+            direction="at_most",
+            unit="KB",
+            quick=True,
+        )
+        for process in ("gateway", "worker")
     ),
 )
 

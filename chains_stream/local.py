@@ -32,7 +32,7 @@ LOCAL_DEADLINE = 600.0  # seconds, of a request made in `run_local`
 
 
 class Callee:
-    """An instance of a Chainlet, ready to be called with decoded arguments; its results are encoded."""
+    """An instance of a Chainlet, ready to be called with decoded arguments."""
 
     def __init__(self, cls: type[ChainletBase], instance: ChainletBase) -> None:
         self.name = chainlet_name(cls)
@@ -49,7 +49,10 @@ class Callee:
         self._method = types.MethodType(getattr(type(instance), METHOD), instance)
 
     async def call(self, arguments: Mapping[str, Any]) -> bytes:
-        """Run a unary `run_remote`; a sync one in a thread. Raises what it raises, and InvalidResultError."""
+        """Run a unary `run_remote`, a sync one in a thread, and encode its result.
+
+        Raises what it raises, and InvalidResultError.
+        """
         if self.signature.is_async:
             result = await self._method(**arguments)
         else:
@@ -71,12 +74,10 @@ class Callee:
         """Let the threads end. One that runs is left to itself."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def stream(self, arguments: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
-        """Run a streaming `run_remote`, closing its generator whatever happens."""
-        items = self._method(**arguments)
-        async with aclosing(items):
-            async for item in items:
-                yield self.codec.encode_result(item)
+    def stream(self, arguments: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
+        """Begin a streaming `run_remote`. Its items are not encoded yet; close it, whatever happens."""
+        items: AsyncGenerator[Any, None] = self._method(**arguments)
+        return items
 
 
 class LocalTarget:
@@ -96,18 +97,19 @@ class LocalTarget:
 
     async def stream(self, arguments: bytes, scope: Scope, attempt: int) -> AsyncGenerator[tuple[Buffer], None]:  # noqa: ARG002 - Target's
         scope = scope.of_a_call()
+        encode = self._callee.codec.encode_result
         decoded = self._callee.codec.decode_arguments(arguments)
-        async with self._callee.slots.here(), aclosing(self._callee.stream(decoded)) as chunks:
+        async with self._callee.slots.here(), aclosing(self._callee.stream(decoded)) as items:
             while True:
                 # Set anew for each step: between two of them the reader runs, in the same context.
                 token = current.set(scope)
                 try:
-                    chunk = await anext(chunks)
+                    item = await anext(items)
                 except StopAsyncIteration:
                     return
                 finally:
                     current.reset(token)
-                yield (chunk,)
+                yield (encode(item),)
 
 
 class LocalRun:

@@ -96,7 +96,7 @@ class FrameReply:
         self._sent = self._sent_size = 0
         self._taken = self._taken_size = 0
         self._credited: asyncio.Event | None = None  # while the reader lags behind
-        self._unstored: set[asyncio.Future[int]] = set()  # records with chunks
+        self._unstored: set[asyncio.Future[int]] | None = None  # records with chunks, once there are some
         self._lost: StreamInterruptedError | None = None
         self._store = store
         self._largest = largest
@@ -128,7 +128,10 @@ class FrameReply:
         self._sent_size += len(value)
         if stored.done():
             self._stored(stored)
-        elif stored not in self._unstored:
+            return
+        if self._unstored is None:
+            self._unstored = set()
+        if stored not in self._unstored:
             self._unstored.add(stored)
             stored.add_done_callback(self._stored)
 
@@ -159,7 +162,10 @@ class FrameReply:
         await self._end(Cancelled(self._id, self._attempt, self._sent), 0)
 
     def _stored(self, stored: asyncio.Future[int]) -> None:
-        self._unstored.discard(stored)
+        if self._unstored is not None:
+            self._unstored.discard(stored)
+            if not self._unstored:
+                self._unstored = None  # most of a stream's life it waits for its next chunk
         if stored.cancelled() or stored.exception() is not None:
             self._lost = StreamInterruptedError("a chunk could not be stored by the broker", chunks=self._sent)
 
@@ -169,7 +175,7 @@ class FrameReply:
 
     async def _end(self, frame: Frame, size: int, claim: Headers = ()) -> None:
         # Chunks go out by another producer than the end does: it may follow only when all of them are stored.
-        if unstored := tuple(self._unstored):
+        if unstored := tuple(self._unstored or ()):
             await asyncio.wait(unstored)
             for stored in unstored:
                 self._stored(stored)

@@ -344,10 +344,10 @@ class Job:
         assert reply is not None, "read before it is run"
         if self._service.resumable and self.redelivered and await self._resume(reply, scope):
             return Outcome(answered=True)
-        sent = 0
-        async with aclosing(self._callee.stream(arguments)) as chunks:
-            async for chunk in chunks:
-                await reply.chunk(chunk)
+        sent, encode = 0, self._callee.codec.encode_result
+        async with aclosing(self._callee.stream(arguments)) as items:
+            async for item in items:
+                await reply.chunk(encode(item))
                 sent += 1
                 if sent % CHUNKS_A_TURN == 0:
                     await asyncio.sleep(0)
