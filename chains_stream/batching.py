@@ -7,15 +7,16 @@ finds nothing on its way goes at once, and so do all on the embedded broker, whe
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from functools import partial
+from typing import NamedTuple
 
 from chains_stream.broker import Broker
+from chains_stream.errors import BrokerError
 from chains_stream.messages import Frame, Headers, encode_frames
 
 FRAME_ROOM = 64  # bytes that a frame takes beside its value
 RECORD_BYTES = 64 << 10  # from which on a record takes no more frames
 WAITING_BYTES = 1 << 20  # of a partition that gather, until whoever sends more waits
+CLOSE_SECONDS = 5.0  # for what has gathered, when the process ends
 
 
 class FrameBatcher:
@@ -23,7 +24,7 @@ class FrameBatcher:
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
-        self._queues: dict[tuple[str, int, bool], _Queue] = {}  # of the partitions to which something is on its way
+        self._queues: dict[_Where, _Queue] = {}  # of the partitions to which something is on its way
 
     async def send(
         self, topic: str, partition: int, frame: Frame, size: int, claim: Headers = (), *, durable: bool
@@ -32,10 +33,10 @@ class FrameBatcher:
 
         The frames of one `durable` kind that one task sends to a partition keep their order. `claim` are headers that
         say where the value is: such a frame has a record of its own. The future gives the offset of the frame's record
-        once the broker has stored it. Frames that are not durable may share it: it is not to be cancelled. Raises
-        BrokerError.
+        once the broker has stored it, or raises BrokerError. Frames that are not durable may share it: it is not to be
+        cancelled. Raises BrokerError.
         """
-        where = (topic, partition, durable)
+        where = _Where(topic, partition, durable)
         queue = self._queues.get(where)
         if queue is not None:
             return await queue.add(frame, size + FRAME_ROOM, claim)
@@ -43,16 +44,26 @@ class FrameBatcher:
             topic, encode_frames((frame,)), partition=partition, headers=claim, durable=durable
         )
         if not stored.done() and where not in self._queues:
-            self._queues[where] = _Queue(self._broker, where, stored, partial(self._queues.pop, where, None))
+            self._queues[where] = _Queue(self._broker, where, stored, self._queues)
         return stored
 
     async def close(self) -> None:
-        """Wait until all that was sent has gone to the broker."""
-        while self._queues:
-            await asyncio.gather(*[queue.emptied() for queue in tuple(self._queues.values())])
+        """Send what has gathered; what the broker does not take within `CLOSE_SECONDS` fails."""
+        if self._queues:
+            _, late = await asyncio.wait([queue.task for queue in self._queues.values()], timeout=CLOSE_SECONDS)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)
 
 
-class _Batch:
+class _Where(NamedTuple):
+    topic: str
+    partition: int
+    durable: bool
+
+
+class _Gathered:
     """The frames of one record to be."""
 
     __slots__ = ("claim", "frames", "futures", "size")
@@ -73,7 +84,7 @@ class _Batch:
     def stored(self, stored: asyncio.Future[int]) -> None:
         """Tell whoever waits what became of the record."""
         if stored.cancelled():
-            self.fail(asyncio.CancelledError())
+            self.fail(BrokerError("the broker was closed before the answer was stored"))
         elif (error := stored.exception()) is not None:
             self.fail(error)
         else:
@@ -84,95 +95,90 @@ class _Batch:
 
     def fail(self, error: BaseException) -> None:
         for future in self.futures:
-            if future.done():
-                continue
-            if isinstance(error, asyncio.CancelledError):
-                future.cancel()
-            else:
+            if not future.done():
                 future.set_exception(error)
                 future.exception()  # nobody needs to wait for it: asyncio should not complain that nobody did
 
 
 class _Queue:
-    """What gathers for one partition while `on_its_way` is. `done` is called when there is nothing more."""
+    """What gathers for one partition while a record is on its way there. It removes itself when there is nothing more.
+
+    One task publishes, so that nothing is overtaken: `add` only appends.
+    """
 
     def __init__(
-        self,
-        broker: Broker,
-        where: tuple[str, int, bool],
-        on_its_way: asyncio.Future[int],
-        done: Callable[[], object],
+        self, broker: Broker, where: _Where, stored: asyncio.Future[int], queues: "dict[_Where, _Queue]"
     ) -> None:
         self._broker = broker
-        self._topic, self._partition, self._durable = where
-        self._done = done
-        self._batches: deque[_Batch] = deque()
+        self._where = where
+        self._queues = queues
+        self._records: deque[_Gathered] = deque()
         self._size = 0
         self._largest = min(RECORD_BYTES, broker.max_record_bytes)
-        self._waiting: list[asyncio.Future[None]] = []  # for room
-        self._task: asyncio.Task[None] | None = None
-        self._last = on_its_way
-        on_its_way.add_done_callback(self._go_on)
+        self._line = asyncio.Lock()  # the first of those that wait for room has it
+        self._waiting = 0
+        self._room = asyncio.Event()
+        self._changed = asyncio.Event()  # the record on its way is stored, or one that waited for room comes or gave up
+        self.task = asyncio.create_task(self._run(stored), name=f"frames {where.topic}/{where.partition}")
 
     async def add(self, frame: Frame, size: int, claim: Headers) -> asyncio.Future[int]:
-        while self._size and self._size + size > WAITING_BYTES:
-            await self._wait_for_room()
-        batch = self._batches[-1] if self._batches else None
-        if batch is None or claim or batch.claim or batch.size + size > self._largest:
-            batch = _Batch(claim)
-            self._batches.append(batch)
-        future = batch.add(frame, size, shared=not self._durable)
+        if self._waiting or self._full(size):
+            self._waiting += 1
+            try:
+                async with self._line:
+                    while self._full(size):
+                        self._room.clear()
+                        await self._room.wait()
+            finally:
+                self._waiting -= 1
+                self._changed.set()  # whether it comes now, or has given up: the task looks again
+        last = self._records[-1] if self._records else None
+        if last is None or claim or last.claim or last.size + size > self._largest:
+            last = _Gathered(claim)
+            self._records.append(last)
         self._size += size
-        if self._last.done() and self._task is None:  # all else went while it waited for room
-            self._go_on(self._last)
-        return future
+        return last.add(frame, size, shared=not self._where.durable)
 
-    async def _wait_for_room(self) -> None:
-        room = asyncio.get_running_loop().create_future()
-        self._waiting.append(room)
+    def _full(self, size: int) -> bool:
+        return self._size > 0 and self._size + size > WAITING_BYTES
+
+    async def _run(self, on_its_way: asyncio.Future[int]) -> None:
         try:
-            await room
+            on_its_way.add_done_callback(self._wake)
+            while True:
+                if not on_its_way.done():
+                    await self._changed.wait()
+                    self._changed.clear()
+                elif self._records:
+                    while self._records:
+                        on_its_way = await self._publish(self._records.popleft()) or on_its_way
+                    on_its_way.add_done_callback(self._wake)
+                elif self._waiting:  # those that come next must not be overtaken by who finds no queue
+                    await self._changed.wait()
+                    self._changed.clear()
+                else:
+                    return
         finally:
-            self._waiting.remove(room)
-            if room.cancelled() and self._last.done() and self._task is None:
-                self._go_on(self._last)
+            del self._queues[self._where]
+            for gathered in self._records:
+                gathered.fail(BrokerError("closed before the answer was sent"))
 
-    async def emptied(self) -> None:
-        while self._batches or self._task is not None or not self._last.done():
-            await asyncio.wait([self._last] if self._task is None else [self._task])
+    def _wake(self, _stored: asyncio.Future[int]) -> None:
+        self._changed.set()
 
-    def _go_on(self, _stored: asyncio.Future[int]) -> None:
-        if self._task is not None or not self._last.done():
-            return  # `add` was quicker than the event loop: two at once would mix up the order
-        if self._batches:
-            self._task = asyncio.get_running_loop().create_task(self._publish(), name="frames")
-        elif not self._waiting:  # else what comes after would overtake what waits
-            self._done()
-
-    async def _publish(self) -> None:
-        while self._batches:
-            batch = self._batches.popleft()
-            self._size -= batch.size
-            await self._publish_one(batch)
-            for room in self._waiting:
-                if not room.done():
-                    room.set_result(None)
-        self._task = None
-        if self._last.done():
-            self._go_on(self._last)
-        else:
-            self._last.add_done_callback(self._go_on)
-
-    async def _publish_one(self, batch: _Batch) -> None:
-        value = encode_frames(batch.frames)
+    async def _publish(self, gathered: _Gathered) -> asyncio.Future[int] | None:
+        """Publish a record, and give the future of its offset; None if it could not be: whoever waits is told."""
+        topic, partition, durable = self._where
+        self._size -= gathered.size
+        self._room.set()
         try:
-            stored = await self._broker.publish(
-                self._topic, value, partition=self._partition, headers=batch.claim, durable=self._durable
-            )
-        except BaseException as error:  # whoever waits is told, and deals with it
-            batch.fail(error)
-            if not isinstance(error, Exception):
-                raise
-        else:
-            self._last = stored
-            stored.add_done_callback(batch.stored)
+            value, headers = encode_frames(gathered.frames), gathered.claim
+            stored = await self._broker.publish(topic, value, partition=partition, headers=headers, durable=durable)
+        except Exception as error:  # noqa: BLE001 - the jobs that wait deal with it
+            gathered.fail(error)
+            return None
+        except BaseException:
+            gathered.fail(BrokerError("closed before the answer was sent"))
+            raise
+        stored.add_done_callback(gathered.stored)
+        return stored

@@ -140,7 +140,7 @@ class Call:
                 return self._take((1, 0))
 
     def nudge(self) -> None:
-        """Have whoever waits for a chunk be given none."""
+        """Have whoever waits for a chunk now be given none."""
         self._nudged = True
         self._wake()
 

@@ -30,6 +30,7 @@ REPLY_OFFSET = "chains-reply-offset"  # 8 bytes, big-endian: no answer lies befo
 DATAREF = "ce_dataref"  # UTF-8 (CloudEvents' claim check): where the value lies that was too large for its record
 ERROR = "chains-error"  # on a reply without frames: the failure as JSON
 
+ID_BYTES = 16  # of a correlation id of ours; a stranger that wants no frames may use any
 MSGPACK = "application/msgpack"
 JSON = "application/json"
 
@@ -94,6 +95,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         One without a value is as if it were not there.
         """
         found = dict(headers)
+        frames = found.get(FRAMES) == b"1"
+        if frames and len(found.get(CORRELATION_ID) or b"") != ID_BYTES:
+            msg = f"the header {CORRELATION_ID} of a request for frames must be {ID_BYTES} bytes long"
+            raise ValueError(msg)
         content_type = found.get(CONTENT_TYPE)
         window = found.get(WINDOW)
         return cls(
@@ -105,7 +110,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             request_id=_text(found, REQUEST_ID) or "",
             attempt=_number(found, ATTEMPT, 4) or 1,
             content_type=MSGPACK if content_type is None else _media_type(found),
-            frames=found.get(FRAMES) == b"1",
+            frames=frames,
             window=None if window is None else _window(found),
             traceparent=found.get(TRACEPARENT),
             tracestate=found.get(TRACESTATE),
@@ -171,15 +176,15 @@ def decode_frames(value: bytes) -> list[Frame]:
 
 
 def new_id() -> bytes:
-    """Give 16 random bytes that can't be guessed: a correlation id.
+    """Give `ID_BYTES` random bytes that can't be guessed: a correlation id.
 
     The system is asked for many at once: it takes longer to ask it than all else that a call begins with.
     """
     try:
         return _ids.pop()
     except IndexError:
-        drawn = os.urandom(16 * _IDS_DRAWN)
-        _ids.extend([drawn[at : at + 16] for at in range(0, len(drawn), 16)])
+        drawn = os.urandom(ID_BYTES * _IDS_DRAWN)
+        _ids.extend([drawn[at : at + ID_BYTES] for at in range(0, len(drawn), ID_BYTES)])
         return _ids.pop()
 
 

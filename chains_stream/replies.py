@@ -154,7 +154,7 @@ class FrameReply:
         else:
             await self._send_durably(frame, len(raw), claim)
 
-    async def failed(self, error: BaseException, chainlet: str) -> None:
+    async def failed(self, error: BaseException, chainlet: str | None) -> None:
         detail = fitting(to_detail(error, chainlet), self._largest)
         await self._end(Failed(self._id, self._attempt, detail, self._sent), len(msgspec.msgpack.encode(detail)))
 
@@ -180,8 +180,9 @@ class FrameReply:
             for stored in unstored:
                 self._stored(stored)
         if self._lost is not None and isinstance(frame, Done):
-            frame, size, claim = Failed(self._id, self._attempt, to_detail(self._lost), self._sent), 1024, ()
-        await self._send_durably(frame, size, claim)
+            await self.failed(self._lost, None)
+        else:
+            await self._send_durably(frame, size, claim)
 
     async def _send_durably(self, frame: Frame, size: int, claim: Headers = ()) -> int:
         """Send a frame, wait until it is stored, and give its record's offset."""

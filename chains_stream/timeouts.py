@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 FAR = 2.0  # seconds from which on no timer is set
+FOREVER = 1e9  # seconds, which is what an infinite bound comes to
 
 
 class Timeout:
@@ -17,7 +18,7 @@ class Timeout:
 
     Args:
         seconds: from the beginning of the block on. With none left it ends where it first waits.
-        task: that runs the block, if it is known: to look it up costs as much as the rest.
+        task: the one that runs the block, if it is known: to look it up costs as much as the rest.
     """
 
     __slots__ = ("_cancelling", "_expired", "_far", "_loop", "_seconds", "_task", "_timer", "_when")
@@ -36,7 +37,7 @@ class Timeout:
         self._task = task
         self._cancelling = task.cancelling()
         self._loop = task.get_loop()
-        self._when = self._loop.time() + self._seconds
+        self._when = self._loop.time() + min(self._seconds, FOREVER)
         if self._seconds > FAR:
             self._far = _far_of(self._loop)
             self._far.add(self, self._when)

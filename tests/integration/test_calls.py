@@ -271,6 +271,16 @@ async def test_connect_calls_a_chain_hosted_elsewhere(settings: dict[str, Any]) 
     assert answers == [[Item(str(n), 2)] for n in range(20) for _ in range(2)]
 
 
+async def test_chunks_of_many_streams_keep_their_order(settings: dict[str, Any]) -> None:
+    async with asyncio.timeout(60), chains.run_chain(Counting, **settings | {"reply_partitions": 1}) as counting:
+
+        async def read(count: int) -> list[int]:
+            return [number async for number in counting.run_remote(count)]
+
+        counts = range(60, 160)
+        assert await asyncio.gather(*map(read, counts)) == [list(range(count)) for count in counts]
+
+
 async def test_a_connection_has_more_calls_in_flight_than_a_dependency_may(settings: dict[str, Any]) -> None:
     arrived: set[int] = set()
     everybody = asyncio.Event()

@@ -6,6 +6,7 @@ from itertools import chain
 import msgspec
 import pytest
 
+from chains_stream import batching
 from chains_stream.batching import RECORD_BYTES, WAITING_BYTES, FrameBatcher
 from chains_stream.broker import TopicSpec
 from chains_stream.brokers.memory import MemoryBroker
@@ -180,6 +181,69 @@ async def test_one_that_gives_up_waiting_holds_up_nobody(broker: SlowBroker) -> 
     async with asyncio.timeout(5):
         await frames.close()
     assert sequences(broker) == [[0], [1]]
+
+
+async def test_one_that_gives_up_with_room_given_holds_up_nobody(broker: SlowBroker) -> None:
+    frames = FrameBatcher(broker)
+    await send(frames, 0)
+    await send(frames, 1, 900_000)
+    waiting = [asyncio.create_task(send(frames, number, 200_000)) for number in (2, 3)]
+    await asyncio.sleep(0)
+    broker.refuses = BrokerError("away")
+    broker.waiting.pop().set_result(1)
+    for _ in range(20):  # at each point between the room's being given and its being taken
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+    await asyncio.wait(waiting)
+    assert waiting[1].done()
+    async with asyncio.timeout(5):
+        await frames.close()
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_waiter_that_is_passed_the_line_is_not_forgotten(broker: SlowBroker, turns: int) -> None:
+    frames = FrameBatcher(broker)
+    await send(frames, 0)
+    await send(frames, 1, 900_000)
+    waiting = [asyncio.create_task(send(frames, number, 200_000)) for number in (2, 3, 4)]
+    await asyncio.sleep(0)
+    broker.waiting.pop().set_result(1)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    waiting[0].cancel()
+    async with asyncio.timeout(5):
+        while not all(task.done() for task in waiting) or broker.waiting:
+            await broker.store()
+        await frames.close()
+    sent = [number for number, task in zip((2, 3, 4), waiting, strict=True) if not task.cancelled()]
+    assert [*chain.from_iterable(sequences(broker))] == [0, 1, *sent]
+
+
+async def test_what_cannot_be_encoded_fails_alone(broker: SlowBroker) -> None:
+    frames = FrameBatcher(broker)
+    await send(frames, 0)
+    wrong = Chunk(b"0" * 16, 1, 2**70, msgspec.Raw(b"\xc0"))
+    failed = await frames.send("replies", 0, wrong, 1, ((DATAREF, b"x"),), durable=False)
+    later = await send(frames, 1)
+    while broker.waiting:
+        await broker.store()
+    with pytest.raises(OverflowError):
+        await failed
+    assert later.done()
+    assert sequences(broker) == [[0], [1]]
+
+
+async def test_close_waits_only_so_long_for_a_broker_that_is_away(
+    broker: SlowBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "CLOSE_SECONDS", 0.1)
+    frames = FrameBatcher(broker)
+    await send(frames, 0)
+    gathered = await send(frames, 1)
+    async with asyncio.timeout(5):
+        await frames.close()
+    with pytest.raises(BrokerError, match="closed"):
+        await gathered
 
 
 async def test_all_that_share_a_record_learn_that_it_was_not_stored(broker: SlowBroker) -> None:
