@@ -4,6 +4,7 @@ Everything here is what another program may meet in a Kafka topic. New fields ge
 changes.
 """
 
+import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     tracestate: bytes | None = None
 
     def to_headers(self) -> Headers:
-        headers = [(CORRELATION_ID, self.correlation_id), *self._reply_headers()]
+        headers = [
+            (CORRELATION_ID, self.correlation_id),
+            *_reply_headers(self.reply_topic, self.reply_partition, self.frames),
+        ]
         if self.deadline_ms is not None:
             headers.append((DEADLINE, self.deadline_ms.to_bytes(8, "big")))
         if self.request_id:
@@ -67,26 +71,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             headers.append((ATTEMPT, self.attempt.to_bytes(4, "big")))
         if self.content_type != MSGPACK:
             headers.append((CONTENT_TYPE, self.content_type.encode()))
+        if self.reply_offset is not None:
+            headers.append((REPLY_OFFSET, self.reply_offset.to_bytes(8, "big")))
+        if self.window is not None:
+            chunks, size = self.window
+            headers.append((WINDOW, chunks.to_bytes(4, "big") + size.to_bytes(4, "big")))
         if self.traceparent is not None:
             headers.append((TRACEPARENT, self.traceparent))
         if self.tracestate is not None:
             headers.append((TRACESTATE, self.tracestate))
         return tuple(headers)
-
-    def _reply_headers(self) -> list[tuple[str, bytes]]:
-        headers = []
-        if self.reply_topic is not None:
-            headers.append((REPLY_TOPIC, self.reply_topic.encode()))
-        if self.reply_partition is not None:
-            headers.append((REPLY_PARTITION, self.reply_partition.to_bytes(4, "big")))
-        if self.reply_offset is not None:
-            headers.append((REPLY_OFFSET, self.reply_offset.to_bytes(8, "big")))
-        if self.frames:
-            headers.append((FRAMES, b"1"))
-        if self.window is not None:
-            chunks, size = self.window
-            headers.append((WINDOW, chunks.to_bytes(4, "big") + size.to_bytes(4, "big")))
-        return headers
 
     @classmethod
     def from_headers(cls, headers: Sequence[tuple[str, bytes | None]]) -> "Request":
@@ -99,22 +93,33 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         if frames and len(found.get(CORRELATION_ID) or b"") != ID_BYTES:
             msg = f"the header {CORRELATION_ID} of a request for frames must be {ID_BYTES} bytes long"
             raise ValueError(msg)
-        content_type = found.get(CONTENT_TYPE)
-        window = found.get(WINDOW)
+        content_type, window = found.get(CONTENT_TYPE), found.get(WINDOW)
+        offset, attempt = found.get(REPLY_OFFSET), found.get(ATTEMPT)
         return cls(
             correlation_id=found.get(CORRELATION_ID) or b"",
             reply_topic=_text(found, REPLY_TOPIC),
             reply_partition=_number(found, REPLY_PARTITION, 4),
-            reply_offset=_number(found, REPLY_OFFSET, 8),
+            reply_offset=None if offset is None else _number(found, REPLY_OFFSET, 8),
             deadline_ms=_number(found, DEADLINE, 8),
             request_id=_text(found, REQUEST_ID) or "",
-            attempt=_number(found, ATTEMPT, 4) or 1,
+            attempt=1 if attempt is None else _number(found, ATTEMPT, 4) or 1,
             content_type=MSGPACK if content_type is None else _media_type(found),
             frames=frames,
             window=None if window is None else _window(found),
             traceparent=found.get(TRACEPARENT),
             tracestate=found.get(TRACESTATE),
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _reply_headers(topic: str | None, partition: int | None, frames: bool) -> tuple[tuple[str, bytes], ...]:  # noqa: FBT001 - a field
+    """Give the headers that are the same for all requests of one caller."""
+    named = (
+        (REPLY_TOPIC, None if topic is None else topic.encode()),
+        (REPLY_PARTITION, None if partition is None else partition.to_bytes(4, "big")),
+        (FRAMES, b"1" if frames else None),
+    )
+    return tuple([(name, value) for name, value in named if value is not None])
 
 
 class Started(msgspec.Struct, tag=0, array_like=True, frozen=True):

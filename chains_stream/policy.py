@@ -233,10 +233,10 @@ class _Bound(Timeout):
     def __init__(self, options: RPCOptions, scope: Scope, name: str) -> None:
         self._options = options
         self._name = name
-        self._remaining = scope.remaining
-        if self._remaining <= 0:
+        remaining = self._remaining = scope.remaining
+        if remaining <= 0:
             raise self._late()
-        super().__init__(min(options.timeout_sec, self._remaining))
+        super().__init__(min(options.timeout_sec, remaining))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 FAR = 2.0  # seconds from which on no timer is set
+KEPT = 4  # sets that may be empty: a set that was large stays so
 FOREVER = 1e9  # seconds, which is what an infinite bound comes to
 
 
@@ -99,7 +100,7 @@ class _Far:
         second = int(when)
         found = self._seconds[second]
         found.discard(timeout)
-        if not found:
+        if not found and len(self._seconds) > KEPT:
             del self._seconds[second]  # the timer may come for nothing, once
 
     def _set(self, second: int) -> None:

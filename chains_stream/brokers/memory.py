@@ -346,6 +346,7 @@ class MemoryBroker:
 
     def __init__(self, settings: Settings) -> None:
         self._topics: dict[str, Topic] = {}
+        self._logs: dict[tuple[str, int], Partition] = {}  # of all topics
         self._max_record_bytes = settings.max_record_bytes
 
     @property
@@ -365,7 +366,8 @@ class MemoryBroker:
     async def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
         for spec in topics:
             if spec.name not in self._topics:
-                self._topics[spec.name] = Topic(spec)
+                made = self._topics[spec.name] = Topic(spec)
+                self._logs |= {(spec.name, log.number): log for log in made.partitions}
 
     async def partitions(self, topic: str) -> int:
         return len(self._topic(topic).partitions)
@@ -384,14 +386,14 @@ class MemoryBroker:
             raise RecordTooLargeError(
                 f"a record of {len(value)} bytes for {topic} is over the limit of {self._max_record_bytes}"
             )
-        log = self._partition(topic, partition)
+        log = self._logs.get((topic, partition)) or self._partition(topic, partition)
         if not log.admits(len(value)):
             if log.ring:
                 await log.let_readers_catch_up()
                 log.make_room(len(value))
             else:
                 await log.wait_for_room(len(value))
-        stored = asyncio.get_running_loop().create_future()
+        stored: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         stored.set_result(log.append(key, value, headers))
         return stored
 
