@@ -200,6 +200,11 @@ class Connection(asyncio.Protocol):
             self._writable = None
 
     @property
+    def _waiting_ahead(self) -> int:
+        """Bytes of bodies whose requests wait for their turn."""
+        return sum([request.waiting for request in self._ahead]) if self._ahead else 0
+
+    @property
     def buffers(self) -> bool:
         """Whether some of what was written is still here."""
         return self._writable is not None
@@ -215,7 +220,8 @@ class Connection(asyncio.Protocol):
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
-        if not (self._reading or self._ahead or self.transport.is_closing()):
+        # With nothing read a client's leaving is not noticed: only what it sent ahead, if that is much, is a reason.
+        if not (self._reading or self._waiting_ahead > HIGH_WATER or self.transport.is_closing()):
             self._reading = True
             self.transport.resume_reading()
 
@@ -321,7 +327,6 @@ class Connection(asyncio.Protocol):
         else:
             self._ahead = self._ahead or deque()
             self._ahead.append(request)
-            self.pause_reading()
 
     def on_chunk_header(self) -> None:
         self._open = True  # the last one is followed by trailers
@@ -329,7 +334,8 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         self._open = False
-        if self._receiving is not None and self._receiving.take(body) > HIGH_WATER:
+        receiving = self._receiving
+        if receiving is not None and (receiving.take(body) > HIGH_WATER or self._waiting_ahead > HIGH_WATER):
             self.pause_reading()
 
     def on_message_complete(self) -> None:
@@ -398,11 +404,11 @@ class Connection(asyncio.Protocol):
     def go_on(self, *, keeps_alive: bool) -> None:
         """Take the next request, as the answer is complete."""
         self._current = None
-        if not keeps_alive or self.closes:
+        if not keeps_alive or self.closes or self.transport.is_closing():  # that too when the client has left
             self.transport.close()
         elif self._ahead:
             self._begin(self._ahead.popleft())
-        elif not self.transport.is_closing():
+        else:
             self.resume_reading()
             self._used = True
             self._since = self._listener.loop.time()

@@ -114,6 +114,11 @@ class Request:
         self._tell()
         return len(self._body)
 
+    @property
+    def waiting(self) -> int:
+        """Bytes of the body that the app has not taken yet."""
+        return len(self._body)
+
     def arrive(self) -> None:
         self._arriving = False
         self._tell()
@@ -175,7 +180,7 @@ class Request:
 
     def whole_body(self) -> bytes | None:
         """Take the body, if all of it has arrived and none was taken."""
-        if self._arriving or self._told:
+        if self._arriving or self._told or self._gone:
             return None
         self._told = True
         body, self._body = bytes(self._body), b""

@@ -1,0 +1,89 @@
+"""What a connection does when its client leaves, sends ahead, or does not read."""
+
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from chains_stream.gateway.exchange import CONNECTION
+from chains_stream.gateway.server import Server
+from tests.sample import Seen
+from tests.serving import Pause, RawClient, RequestLog, Slow, request_log, serving
+
+JSON = "content-type: application/json"
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen() -> Iterator[None]:
+    Seen.reset()
+    yield
+    Seen.reset()
+
+
+@pytest.fixture
+def log() -> Iterator[RequestLog]:
+    with request_log() as handler:
+        yield handler
+
+
+def post(body: bytes, *headers: str, version: str = "1.1", path: str = "/run_remote") -> bytes:
+    lines = [f"POST {path} HTTP/{version}", "host: t", JSON, f"content-length: {len(body)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+@asynccontextmanager
+async def running(app: ASGIApp) -> AsyncIterator[Server]:
+    server = Server("127.0.0.1", 0, 1.0)
+    await server.start(app)
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+# --- clients that leave
+
+
+async def test_who_leaves_while_it_has_sent_ahead_stops_its_call() -> None:
+    async with serving(Pause) as served, served.connect() as client:
+        await client.send_raw(post(b'{"name":"A","then":"never"}') + post(b'{"name":"B","then":"never"}'))
+        await Seen.until("A waits")
+        await client.leave()
+        await Seen.until("A closed")
+        assert (await served.call(name="C", then="C waits")).text == "first\nlast\n"
+    assert Seen.counts["B waits"] == 0
+
+
+async def test_what_was_sent_ahead_is_not_begun_for_who_has_left(log: RequestLog) -> None:
+    """Here the leaving is only noticed by the answer: so much was sent ahead that no more is read."""
+    async with serving(Slow) as served, served.connect() as client:
+        await client.send_raw(post(b'{"name":"A"}') + post(b'{"name":"B"%b}' % (b" " * 400_000)))
+        await Seen.until("A began")
+        client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        await client.leave()
+        Seen.note("go")
+        await log.wait(1)
+        assert (await served.call(name="C")).json() == "C"  # one at a time: B would have come before
+    assert Seen.counts["B began"] == 0
+    assert len(log.lines) == 2
+
+
+async def test_a_request_whose_client_has_left_has_no_body() -> None:
+    seen: list[object] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[CONNECTION].on_leave = lambda: Seen.note("gone")
+        Seen.note("began")
+        await Seen.until("gone")
+        seen.append(scope[CONNECTION].whole_body())
+        seen.append((await receive())["type"])
+        Seen.note("ended")
+
+    async with running(app) as server, RawClient(server.url) as client:
+        await client.send_raw(post(b"{}"))
+        await Seen.until("began")
+        await client.leave()
+        await Seen.until("ended")
+    assert seen == [None, "http.disconnect"]
