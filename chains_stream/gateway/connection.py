@@ -226,7 +226,8 @@ class Connection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
-        was_open = self._open
+        if self._open:
+            self._partial += len(data)  # a part that ends in it, or begins anew, sets it back
         while data and not self._deaf:
             try:
                 self._parser.feed_data(data)
@@ -239,11 +240,9 @@ class Connection(asyncio.Protocol):
                 self._refuse(error, data)
                 return
             break
-        if was_open and self._open:
-            self._partial += len(data)
-            if self._partial > MAX_HEAD:
-                self._refusal = _TOO_LARGE
-                self._refuse(None, data)
+        if self._open and self._partial > MAX_HEAD:
+            self._refusal = _TOO_LARGE
+            self._refuse(None, data)
 
     # --- what the parser finds
 

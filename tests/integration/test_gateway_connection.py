@@ -87,3 +87,33 @@ async def test_a_request_whose_client_has_left_has_no_body() -> None:
         await client.leave()
         await Seen.until("ended")
     assert seen == [None, "http.disconnect"]
+
+
+# --- how much is taken
+
+
+async def test_a_read_may_end_behind_the_line_of_a_chunk() -> None:
+    """It begins behind one too, and is larger than a head may be."""
+    received: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        Seen.note("began")
+        more, size = True, 0
+        while more:
+            message = await receive()
+            more, size = message["more_body"], size + len(message["body"])
+            Seen.note(f"{size}")
+        received.append(size)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    chunk = b"a" * 70_000
+    async with running(app) as server, RawClient(server.url) as client:
+        await client.send_raw(b"POST / HTTP/1.1\r\nhost: t\r\ntransfer-encoding: chunked\r\n\r\n11170\r\n")
+        await Seen.until("began")
+        for number in (1, 2, 3):
+            await client.send_raw(chunk + b"\r\n11170\r\n")
+            await Seen.until(f"{70_000 * number}")
+        await client.send_raw(chunk + b"\r\n0\r\n\r\n")
+        assert (await client.read_answer()).startswith(b"HTTP/1.1 200 ")
+    assert received == [280_000]
