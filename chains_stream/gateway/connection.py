@@ -303,7 +303,8 @@ class Connection(asyncio.Protocol):
         text = path.decode("ascii")
         method = self._parser.get_method().decode("ascii")
         keeps_alive = version == "1.1" and self._parser.should_keep_alive()
-        request = Request(self, method, version, expects=self._expects, keeps_alive=keeps_alive)
+        expects = self._expects and version == "1.1"
+        request = Request(self, method, version, expects=expects, keeps_alive=keeps_alive)
         request.scope = {
             "type": "http",
             "asgi": _ASGI,

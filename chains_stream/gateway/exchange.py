@@ -145,8 +145,7 @@ class Exchange:
         """Whether the client may still send so much of a body that an answer now has to end the connection."""
         if self._read:
             return False
-        headers = self.headers
-        return self._announced > DISCARDED or b"transfer-encoding" in headers or b"expect" in headers
+        return self._announced > DISCARDED or b"transfer-encoding" in self.headers
 
     @property
     def _announced(self) -> int:

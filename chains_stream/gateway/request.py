@@ -212,7 +212,8 @@ class Request:
     def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         lines = [status_line(status), self._connection.date()]
         bodiless = self._method == "HEAD" or status in _NO_BODY
-        closes = self._connection.closes or not self._keeps_alive
+        # Who asked before it sends its body, and was not told to, may send it or not: what comes next can't be known.
+        closes = self._connection.closes or not self._keeps_alive or (self._expects and self._arriving)
         count = 2
         for name, value in headers:
             if name == b"content-length":

@@ -117,3 +117,36 @@ async def test_a_read_may_end_behind_the_line_of_a_chunk() -> None:
         await client.send_raw(chunk + b"\r\n0\r\n\r\n")
         assert (await client.read_answer()).startswith(b"HTTP/1.1 200 ")
     assert received == [280_000]
+
+
+# --- who asks before it sends its body
+
+
+@pytest.mark.parametrize(
+    ("status", "request_"),
+    [
+        (404, post(b"", "expect: 100-continue", path="/nowhere")),
+        (405, post(b"", "expect: 100-continue", path="/healthz")),
+        (406, post(b"", "expect: 100-continue", "accept: image/png")),
+        (415, post(b"", "expect: 100-continue").replace(b"application/json", b"text/plain")),
+    ],
+)
+async def test_who_is_refused_before_it_sends_its_body_begins_anew(status: int, request_: bytes) -> None:
+    """What it sends next could be the body or another request."""
+    async with serving(Pause) as served, served.connect() as client:
+        await client.send_raw(request_.replace(b"content-length: 0", b"content-length: 400"))
+        answer = await client.read_all()
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert b"\r\nconnection: close\r\n" in answer
+
+
+async def test_an_older_client_is_not_told_to_go_on() -> None:
+    """HTTP/1.0 has no answer that another one follows."""
+    body = b'{"name":"old","then":"old waits"}'
+    async with serving(Pause) as served, served.connect() as client:
+        head, _, content = post(body, "expect: 100-continue", version="1.0").partition(b"\r\n\r\n")
+        await client.send_raw(head + b"\r\n\r\n")
+        await client.send_raw(content)
+        answer = await client.read_all()
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.endswith(b"first\nlast\n")
