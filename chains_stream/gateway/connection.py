@@ -296,6 +296,8 @@ class Connection(asyncio.Protocol):
             self._fail(400, "this server speaks HTTP/1.1 and HTTP/1.0")
         if self._hosts != 1 and (self._hosts or version == "1.1"):
             self._fail(400, "a request has one header `host`")
+        if self._last:
+            self._fail(503, "the server is stopping")
         if self._ahead is not None and len(self._ahead) >= MAX_AHEAD:
             self._fail(400, "too many requests were sent ahead")
         self._open, self._headers = False, []
@@ -420,8 +422,9 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
     def shutdown(self) -> None:
-        """Close once what is here is answered."""
+        """Close once what is here is answered; begin nothing that comes from now on."""
         self._last = True
+        self._deaf = self._receiving is None
         if self._current is None:
             self.transport.close()
 

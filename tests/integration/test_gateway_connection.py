@@ -1,5 +1,6 @@
 """What a connection does when its client leaves, sends ahead, or does not read."""
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -150,3 +151,29 @@ async def test_an_older_client_is_not_told_to_go_on() -> None:
         answer = await client.read_all()
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert answer.endswith(b"first\nlast\n")
+
+
+# --- when the server stops
+
+
+async def test_what_is_sent_ahead_of_a_server_that_stops_is_not_begun(log: RequestLog) -> None:
+    async with serving(Slow) as served, served.connect() as client, served.connect() as other:
+        await client.send({"name": "A"})
+        await Seen.until("A began")
+        head, _, body = post(b'{"name":"B"}', "expect: 100-continue").rpartition(b"\r\n\r\n")
+        await other.send_raw(head + b"\r\n\r\n")
+        await other.read_until(b" 100 Continue\r\n\r\n")
+        stopping = asyncio.ensure_future(served.server.stop())
+        await asyncio.wait([stopping], timeout=0)
+        await client.send_raw(post(b'{"name":"late"}'))
+        await other.send_raw(body + post(b'{"name":"late"}'))
+        Seen.note("go")
+        for client_, name in ((client, b"A"), (other, b"B")):
+            answer = await client_.read_all()
+            assert answer.count(b"HTTP/1.1 ") == 1
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert b"\r\nconnection: close\r\n" in answer
+            assert answer.endswith(b'"%b"' % name)
+        await stopping
+    assert Seen.counts["late began"] == 0
+    assert len(log.lines) == 2
