@@ -28,6 +28,7 @@ from chains_stream.log import get_logger
 from chains_stream.policy import new_request_id
 
 MAX_HEAD = 64 << 10  # bytes of a request line and headers, and of trailers
+HEADER_COST = 32  # bytes of these that each header counts for beyond its own, as in HTTP/2: small ones are held too
 MAX_AHEAD = 16  # requests that a client may send before the first of them is answered; then the connection closes
 HIGH_WATER = 64 << 10  # bytes of a body that nobody has asked for yet, until no more are read
 KEEP_ALIVE = 5.0  # seconds that a connection may be idle after an answer
@@ -36,7 +37,7 @@ SWEEP = 1.0  # seconds between two looks at who has been idle for too long
 
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
 _MALFORMED = 400, "this is no valid HTTP"
-_TOO_LARGE = 431, f"a request line and headers are at most {MAX_HEAD} bytes"
+_TOO_LARGE = 431, f"a request line and headers are at most {MAX_HEAD} bytes, with {HEADER_COST} more a header"
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing drops what is buffered and tells the other side so
 _LOOKED_AT = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
 
@@ -271,7 +272,7 @@ class Connection(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value))
+        self._count(len(name) + len(value) + HEADER_COST)
         if self._receiving is not None:
             return  # a trailer
         name, value = name.lower(), value.rstrip(b" \t")
