@@ -29,6 +29,7 @@ from chains_stream.policy import new_request_id
 
 MAX_HEAD = 64 << 10  # bytes of a request line and headers, and of trailers
 HEADER_COST = 32  # bytes of these that each header counts for beyond its own, as in HTTP/2: small ones are held too
+MAX_LENGTH = 19  # digits of a content-length
 MAX_AHEAD = 16  # requests that a client may send before the first of them is answered; then the connection closes
 HIGH_WATER = 64 << 10  # bytes of a body that nobody has asked for yet, until no more are read
 KEEP_ALIVE = 5.0  # seconds that a connection may be idle after an answer
@@ -282,6 +283,8 @@ class Connection(asyncio.Protocol):
             elif name == b"expect":
                 self._expects = value.lower() == b"100-continue"
             elif name == b"content-length":
+                if len(value) > MAX_LENGTH:
+                    self._fail(400, f"a content-length has at most {MAX_LENGTH} digits")
                 self._framing = b"" if value.strip(b"0") == b"" else b"content-length: " + value
             elif value.lower() != b"chunked" or self._parser.get_http_version() != "1.1":
                 self._fail(400, "the only transfer coding is `chunked`, in HTTP/1.1")
