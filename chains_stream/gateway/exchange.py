@@ -424,7 +424,7 @@ class Entry:
             await self._app(scope, receive, exchange.send)
         finally:
             exchange.route = getattr(scope.get("route"), "path", exchange.route)
-            del scope[_EXCHANGE]  # the two hold each other
+            scope.pop(_EXCHANGE, None)  # the two hold each other
 
     async def _apologize(self, exchange: Exchange) -> None:
         if not exchange.started:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 
 import msgspec
+from starlette.exceptions import HTTPException
 from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
@@ -48,6 +49,8 @@ class RunRemote:
             exchange.interrupt(GatewayError("the gateway stopped before the answer was complete", status=503))
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - the exchange has both
+        if scope["path"].endswith("\n"):  # Starlette's patterns end in `$`, which this may follow
+            raise HTTPException(HTTPStatus.NOT_FOUND)
         await self.serve(exchange_of(scope))
 
     async def serve(self, exchange: Exchange) -> None:

@@ -192,7 +192,7 @@ async def test_a_client_that_asks_first_is_told_before_it_sends(leaf: Served) ->
         assert (await client.read_until(b"\r\n")).startswith(b"HTTP/1.1 413 ")
 
 
-@pytest.mark.parametrize("path", ["/", "/run_remote/", "/run_remot", "/docs/../run_remote/x", "/%00"])
+@pytest.mark.parametrize("path", ["/", "/run_remote/", "/run_remot", "/docs/../run_remote/x", "/%00", "/run_remote%0A"])
 async def test_an_unknown_route(greet: Served, path: str) -> None:
     assert "/docs" in problem_of(await greet.http.post(path, json={}), 404)["detail"]
 
