@@ -21,7 +21,7 @@ import httptools
 import msgspec
 from starlette.types import ASGIApp
 
-from chains_stream.gateway.exchange import CONNECTION
+from chains_stream.gateway.exchange import CONNECTION, TAKEN_WITHIN
 from chains_stream.gateway.problems import MEDIA_TYPE, Problem, title
 from chains_stream.gateway.request import CLOSE, Request, status_line
 from chains_stream.log import get_logger
@@ -85,7 +85,7 @@ class Listener:
         self._left.set()
 
     def _sweep(self) -> None:
-        """Close connections that are idle: one timer does for all."""
+        """Close connections that are idle, or do not end: one timer does for all."""
         self._timer = self.loop.call_later(SWEEP, self._sweep) if self.connections else None
         now = self.loop.time()
         for connection in tuple(self.connections):
@@ -126,6 +126,7 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_addresses",
         "_ahead",
+        "_closing",
         "_current",
         "_deaf",
         "_expects",
@@ -141,6 +142,7 @@ class Connection(asyncio.Protocol):
         "_reading",
         "_receiving",
         "_refusal",
+        "_running",
         "_since",
         "_size",
         "_unread",
@@ -160,6 +162,8 @@ class Connection(asyncio.Protocol):
         self._current: Request | None = None  # is being answered
         self._receiving: Request | None = None  # its body arrives
         self._ahead: deque[Request] | None = None  # wait for their turn
+        self._running = 0  # tasks of the app; one that has answered may still wait until the answer is taken
+        self._closing: float | None = None  # when it was first seen to be, with no task left
         self._last = False  # there is no other request after these
         self._deaf = False  # nothing more is read
         self._reading = True
@@ -394,9 +398,11 @@ class Connection(asyncio.Protocol):
         work = cast("Coroutine[Any, Any, None]", listener.app(scope or {}, request.receive, request.send))
         task = listener.loop.create_task(work)
         listener.tasks.add(task)
+        self._running += 1
         task.add_done_callback(request.finish)
 
     def ended(self, task: "asyncio.Task[None]") -> None:
+        self._running -= 1
         self._listener.end(task)
 
     @property
@@ -420,7 +426,13 @@ class Connection(asyncio.Protocol):
             self._since = self._listener.loop.time()
 
     def close_if_idle(self, now: float) -> None:
-        """Close if no request came for a while, or not all of one."""
+        """Close if no request came for a while, or not all of one; abort if what is left to send is not taken."""
+        if self.transport.is_closing():
+            if self._closing is None and not self._running:
+                self._closing = now
+            elif self._closing is not None and now - self._closing >= TAKEN_WITHIN:
+                self.transport.abort()
+            return
         waits_for_more = self._open or self._receiving is not None or not self._used
         if self._current is None and now - self._since >= (HEAD_SECONDS if waits_for_more else KEEP_ALIVE):
             self.transport.close()

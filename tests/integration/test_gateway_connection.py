@@ -6,12 +6,14 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from chains_stream.gateway import connection
 from chains_stream.gateway.exchange import CONNECTION
 from chains_stream.gateway.server import Server
 from tests.sample import Seen
-from tests.serving import Pause, RawClient, RequestLog, Slow, request_log, serving
+from tests.serving import WAIT, Pause, RawClient, RequestLog, Slow, request_log, serving
 
 JSON = "content-type: application/json"
 
@@ -177,3 +179,23 @@ async def test_what_is_sent_ahead_of_a_server_that_stops_is_not_begun(log: Reque
         await stopping
     assert Seen.counts["late began"] == 0
     assert len(log.lines) == 2
+
+
+# --- who does not read
+
+
+@pytest.mark.parametrize("keeps_alive", [False, True])
+async def test_who_does_not_take_an_answer_is_dropped_whatever_the_app(
+    monkeypatch: pytest.MonkeyPatch, *, keeps_alive: bool
+) -> None:
+    for name in ("SWEEP", "KEEP_ALIVE", "TAKEN_WITHIN"):
+        monkeypatch.setattr(connection, name, 0.1)
+    app = PlainTextResponse(b"a" * 8_000_000)
+    headers = () if keeps_alive else ("connection: close",)
+    async with running(app) as server, RawClient(server.url) as client:
+        await client.send_raw(post(b"", *headers))
+        await client.read_until(b"\r\n\r\n")
+        assert server._listener is not None
+        async with asyncio.timeout(WAIT):
+            await server._listener.idle()
+        assert len(await client.read_all()) < 8_000_000
