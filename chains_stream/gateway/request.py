@@ -210,6 +210,7 @@ class Request:
     # --- what is written
 
     def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        self._chunked, self._left = False, None  # a start that failed may have set them
         lines = [status_line(status), self._connection.date()]
         bodiless = self._method == "HEAD" or status in _NO_BODY
         # Who asked before it sends its body, and was not told to, may send it or not: what comes next can't be known.

@@ -327,9 +327,12 @@ async def test_an_answer_has_a_date() -> None:
 
 
 async def test_a_header_cannot_begin_another_line() -> None:
-    answer = await answered(App(start((b"x", b"a\r\nset-cookie: b")), body(b"")))
-    assert answer.startswith(b"HTTP/1.1 500 ")
-    assert b"set-cookie" not in answer
+    for length in ((), ((b"content-length", b"3"),)):
+        answer = await answered(App(start((b"x", b"a\r\nset-cookie: b"), *length), body(b"")))
+        assert answer.startswith(b"HTTP/1.1 500 ")
+        assert b"set-cookie" not in answer
+        assert answer.endswith(b"\r\n\r\n")
+        assert answer.count(b"\r\n\r\n") == 1  # nothing behind the head
 
 
 @pytest.mark.parametrize("parts", [[b"abcd"], [b"ab"], [b"ab", b"cd"]])
