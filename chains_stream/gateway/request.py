@@ -62,6 +62,7 @@ class Request:
 
     __slots__ = (
         "_arriving",
+        "_bodiless",
         "_body",
         "_chunked",
         "_connection",
@@ -96,6 +97,7 @@ class Request:
         self._gone = False
         self._news: asyncio.Event | None = None  # there while the app waits
         self._head = b""  # goes out with the first part of the body
+        self._bodiless = False
         self._chunked = False
         self._left: int | None = None  # bytes of an answer whose length was announced
 
@@ -212,7 +214,7 @@ class Request:
     def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self._chunked, self._left = False, None  # a start that failed may have set them
         lines = [status_line(status), self._connection.date()]
-        bodiless = self._method == "HEAD" or status in _NO_BODY
+        self._bodiless = self._method == "HEAD" or status in _NO_BODY
         # Who asked before it sends its body, and was not told to, may send it or not: what comes next can't be known.
         closes = self._connection.closes or not self._keeps_alive or (self._expects and self._arriving)
         count = 2
@@ -224,13 +226,13 @@ class Request:
                 continue
             lines.append(b"%b: %b\r\n" % (name, value))
             count += 1
-        if self._left is None and not bodiless:
+        if self._left is None and not self._bodiless:
             # An answer of unknown length is in chunks, or ends where the connection does.
             self._chunked = self._version == "1.1"
             if self._chunked:
                 lines.append(_CHUNKED)
                 count += 1
-        if bodiless:
+        if self._bodiless:
             self._left = None
         if closes:
             self._keeps_alive = False
@@ -253,7 +255,7 @@ class Request:
             self._left -= len(body)
             if self._left < 0 or (self._left and not more):
                 raise RuntimeError("the body of an answer is not as long as was announced")
-        elif self._method == "HEAD":
+        elif self._bodiless:
             body = b""
         if self._head:
             body = self._head + body

@@ -314,7 +314,8 @@ async def test_an_answer_of_unknown_length_is_in_chunks_or_ends_with_the_connect
 
 
 async def test_an_answer_without_a_body_has_none() -> None:
-    assert (await answered(App(start(status=204), body(b"")))).endswith(b"connection: close\r\n\r\n")
+    for status in (204, 304):
+        assert (await answered(App(start(status=status), body(b"abc")))).endswith(b"connection: close\r\n\r\n")
     request = b"HEAD / HTTP/1.1\r\nhost: t\r\nconnection: close\r\n\r\n"
     answer = await answered(App(start((b"content-length", b"3")), body(b"abc")), request)
     assert b"content-length: 3\r\n" in answer
