@@ -369,7 +369,11 @@ class Connection(asyncio.Protocol):
         self._deaf = self._last = True
         current, receiving = self._current, self._receiving
         if current is not None and receiving is not current:
-            return  # it came behind requests that are answered first; then the connection is closed
+            # It came behind requests that are answered first; then the connection is closed.
+            if receiving is not None and self._ahead:
+                self._ahead.pop()  # its body is malformed
+                self._receiving = None
+            return
         if receiving is not None and receiving.started:
             self.transport.abort()
             return

@@ -129,6 +129,17 @@ async def test_what_comes_behind_a_good_request_does_not_take_its_answer() -> No
     assert answers.endswith(b'\r\n\r\n"good"')
 
 
+async def test_what_was_sent_ahead_with_a_malformed_body_is_not_begun() -> None:
+    async with serving(Slow) as served, served.connect() as client:
+        await client.send({"name": "good"})
+        await Seen.until("good began")
+        await client.send_raw(post("host: t", JSON, "transfer-encoding: chunked", body=b"1\r\n{\r\nzz\r\n"))
+        Seen.note("go")
+        answers = await client.read_all()
+    assert answers.count(b"HTTP/1.1 ") == 1
+    assert answers.endswith(b'\r\n\r\n"good"')
+
+
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_an_upgrade_is_declined_by_going_on(greet: Served, *, chunked: bool, split: bool) -> None:
