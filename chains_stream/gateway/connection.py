@@ -189,6 +189,9 @@ class Connection(asyncio.Protocol):
         if self._listener.stopping:  # it was accepted just before
             self.transport.close()
 
+    def eof_received(self) -> None:
+        """Close: that a client leaves is noticed by this, so one that shuts its sending side down loses its answer."""
+
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's
         self._listener.leave(self)
         self.resume_writing()

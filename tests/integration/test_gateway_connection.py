@@ -59,6 +59,15 @@ async def test_who_leaves_while_it_has_sent_ahead_stops_its_call() -> None:
     assert Seen.counts["B waits"] == 0
 
 
+async def test_who_shuts_its_sending_side_down_has_left() -> None:
+    async with serving(Pause) as served, served.connect() as client:
+        await client.send({"name": "A", "then": "never"})
+        await Seen.until("A waits")
+        client.writer.write_eof()
+        await Seen.until("A closed")
+        assert (await client.read_all()).endswith(b"first\n\r\n")
+
+
 async def test_what_was_sent_ahead_is_not_begun_for_who_has_left(log: RequestLog) -> None:
     """Here the leaving is only noticed by the answer: so much was sent ahead that no more is read."""
     async with serving(Slow) as served, served.connect() as client:
