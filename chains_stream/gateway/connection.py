@@ -155,8 +155,6 @@ class Connection(asyncio.Protocol):
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
         self._parser: Any = httptools.HttpRequestParser(self)
-        # What follows a request that said `connection: close` is ignored, and no reason to leave it without an answer.
-        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self.transport: asyncio.Transport
         self._addresses: tuple[Any, Any] = None, None
         self._current: Request | None = None  # is being answered

@@ -129,6 +129,11 @@ async def test_what_comes_behind_a_good_request_does_not_take_its_answer() -> No
     assert answers.endswith(b'\r\n\r\n"good"')
 
 
+async def test_what_comes_behind_a_last_request_is_ignored(greet: Served) -> None:
+    status, _, body = await answer_to(greet, post("host: t", "connection: close") + post("host: t") + b"\0")
+    assert (status, body) == (200, b'"Hello, world!"')
+
+
 async def test_what_was_sent_ahead_with_a_malformed_body_is_not_begun() -> None:
     async with serving(Slow) as served, served.connect() as client:
         await client.send({"name": "good"})
