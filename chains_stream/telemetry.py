@@ -27,7 +27,7 @@ from chains_stream.log import PlainEvent
 Format = Literal["console", "json"]
 
 # Libraries that report their daily work at info; at warning they speak of what an operator should know.
-_NOISY = ("aiokafka", "kafka", "uvicorn", "asyncio", "httpx", "httpcore")
+_NOISY = ("aiokafka", "kafka", "asyncio", "httpx", "httpcore")
 REPEAT_EVERY = 30.0  # seconds
 _REMEMBERED = 100  # different lines
 _SECRET = re.compile(r"password|passwd|secret|token(?!s)|api_?key|authorization|cookie|credential", re.IGNORECASE)

@@ -155,7 +155,7 @@ def test_a_library_that_repeats_itself_is_heard_once_in_a_while(
 @pytest.mark.parametrize("level", ["info", "debug"])
 def test_libraries_are_heard_from_warning_on(configure: Configure, level: str) -> None:
     stream = configure("json", level)
-    for name in ("aiokafka.consumer.group_coordinator", "uvicorn.error", "asyncio", "httpx"):
+    for name in ("aiokafka.consumer.group_coordinator", "kafka", "asyncio", "httpx"):
         logging.getLogger(name).info("daily work")
         logging.getLogger(name).warning("look")
     assert [event["event"] for event in events(stream)] == ["look"] * 4
