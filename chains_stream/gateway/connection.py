@@ -21,7 +21,7 @@ import httptools
 import msgspec
 from starlette.types import ASGIApp
 
-from chains_stream.gateway.exchange import CONNECTION, TAKEN_WITHIN
+from chains_stream.gateway.exchange import OWN_REQUEST, TAKEN_WITHIN
 from chains_stream.gateway.problems import MEDIA_TYPE, Problem, title
 from chains_stream.gateway.request import CLOSE, Request, status_line
 from chains_stream.log import get_logger
@@ -329,7 +329,7 @@ class Connection(asyncio.Protocol):
             "raw_path": path,
             "query_string": query,
             "headers": headers,
-            CONNECTION: request,
+            OWN_REQUEST: request,
         }
         self._receiving = request
         self._unread = bool(self._framing) and self._parser.should_upgrade()

@@ -58,8 +58,8 @@ class CutOffError(Exception):
     """An answer had to be broken off, and the server can't be asked to: it does so when its app raises."""
 
 
-class Connection(Protocol):
-    """What our own server can do beyond ASGI for the request in whose scope it is.
+class OwnRequest(Protocol):
+    """A request as our own server has it in its scope: what can be done with it beyond ASGI.
 
     Attributes:
         on_leave: called when the client leaves before the answer is complete.
@@ -71,17 +71,17 @@ class Connection(Protocol):
         """Give the body if all of it is here, and none of it was received."""
 
     def break_off(self, *, at_once: bool) -> None:
-        """Close it in the middle of an answer, after what is buffered, or with that lost."""
+        """Close its connection in the middle of an answer, after what is buffered, or with that lost."""
 
     @property
     def buffers(self) -> bool:
-        """Whether some of what was written to it is still buffered here."""
+        """Whether some of what was written to its connection is still buffered here."""
 
     async def taken(self) -> None:
         """Wait until nothing is."""
 
 
-CONNECTION = "chains.connection"
+OWN_REQUEST = "chains.request"
 
 
 class Exchange:
@@ -99,9 +99,9 @@ class Exchange:
     """
 
     __slots__ = (
-        "_connection",
         "_limit",
         "_listener",
+        "_own",
         "_read",
         "_reason",
         "_receive",
@@ -129,7 +129,7 @@ class Exchange:
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._connection: Connection | None = scope.get(CONNECTION)
+        self._own: OwnRequest | None = scope.get(OWN_REQUEST)
         self._limit: Wanted | None = None
         self._reason: Exception | None = None
         self._read = False  # all of the body
@@ -176,7 +176,7 @@ class Exchange:
         `hold` is told, before more is read, how many bytes are here and how many are announced beyond; it may raise to
         end the reading. Raises Refusal, ClientLeftError.
         """
-        whole = None if self._connection is None else self._connection.whole_body()
+        whole = None if self._own is None else self._own.whole_body()
         if whole is not None and len(whole) <= limit:
             self._listen()
             hold(len(whole), 0)
@@ -237,7 +237,7 @@ class Exchange:
     def forget_request(self) -> None:
         """Let go of what was read of the request, for as long as the answer to it takes."""
         self.headers = {}
-        if self._connection is not None:  # another server may still look at it
+        if self._own is not None:  # another server may still look at it
             self._scope.clear()
 
     async def finish(self, data: bytes = b"") -> None:
@@ -247,8 +247,8 @@ class Exchange:
                 await self.write(data[start : start + PIECE])
             data = b""
         await self.send({"type": "http.response.body", "body": data, "more_body": False})
-        if (connection := self._connection) is not None and connection.buffers:
-            await connection.taken()
+        if (own := self._own) is not None and own.buffers:
+            await own.taken()
 
     async def answer(self, problem: Problem, headers: dict[str, str] | None = None) -> None:
         """Answer with a problem."""
@@ -259,16 +259,16 @@ class Exchange:
     @property
     def unsettled(self) -> bool:
         """Whether the client has not taken all that it was sent."""
-        return self._connection is not None and self._connection.buffers
+        return self._own is not None and self._own.buffers
 
     async def settle(self) -> None:
         """See to it that the client takes what it was sent, however it was: if it does not, break off."""
-        connection = self._connection
-        if connection is None or not connection.buffers:
+        own = self._own
+        if own is None or not own.buffers:
             return
         try:
             async with asyncio.timeout(TAKEN_WITHIN):
-                await connection.taken()
+                await own.taken()
         except TimeoutError:
             await self._cut_off(at_once=True)
 
@@ -286,8 +286,8 @@ class Exchange:
 
     async def close(self) -> None:
         """Stop listening to the client."""
-        if self._connection is not None:
-            self._connection.on_leave = None
+        if self._own is not None:
+            self._own.on_leave = None
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.wait([self._listener])
@@ -295,8 +295,8 @@ class Exchange:
     def _listen(self) -> None:
         """Notice from now on when the client leaves."""
         self._read = True
-        if self._connection is not None:
-            self._connection.on_leave = self._leave
+        if self._own is not None:
+            self._own.on_leave = self._leave
         else:  # a task waits for it: polling would miss it while the answer is waited for
             self._listener = asyncio.create_task(self._until_left(), name="disconnect")
 
@@ -330,16 +330,16 @@ class Exchange:
             self._limit.expire()
 
     async def _cut_off(self, *, at_once: bool) -> None:
-        connection = self._connection
-        if connection is None:
+        own = self._own
+        if own is None:
             raise CutOffError
-        connection.break_off(at_once=at_once)
+        own.break_off(at_once=at_once)
         # It is closed once the client has taken what was buffered; if it doesn't, that is lost.
         try:
             async with asyncio.timeout(FAREWELL):
                 await self._gone()
         except TimeoutError:
-            connection.break_off(at_once=True)
+            own.break_off(at_once=True)
             await self._gone()
 
 

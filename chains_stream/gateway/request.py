@@ -51,7 +51,7 @@ class Wire(Protocol):
 
 
 class Request:
-    """One request as an ASGI app takes and answers it; and what `exchange.Connection` has beyond ASGI.
+    """One request as an ASGI app takes and answers it; and what `exchange.OwnRequest` has beyond ASGI.
 
     Attributes:
         scope: until it has begun.

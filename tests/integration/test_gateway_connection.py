@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from chains_stream.gateway import connection
-from chains_stream.gateway.exchange import CONNECTION
+from chains_stream.gateway.exchange import OWN_REQUEST
 from chains_stream.gateway.server import Server
 from tests.sample import Seen
 from tests.serving import WAIT, Pause, RawClient, RequestLog, Slow, request_log, serving
@@ -86,10 +86,10 @@ async def test_a_request_whose_client_has_left_has_no_body() -> None:
     seen: list[object] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        scope[CONNECTION].on_leave = lambda: Seen.note("gone")
+        scope[OWN_REQUEST].on_leave = lambda: Seen.note("gone")
         Seen.note("began")
         await Seen.until("gone")
-        seen.append(scope[CONNECTION].whole_body())
+        seen.append(scope[OWN_REQUEST].whole_body())
         seen.append((await receive())["type"])
         Seen.note("ended")
 
