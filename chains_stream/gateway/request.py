@@ -198,6 +198,8 @@ class Request:
 
     def break_off(self, *, at_once: bool) -> None:
         connection = self._connection
+        if connection.transport.is_closing() and not (at_once and connection.buffers):
+            return  # it ends by itself, or has ended: then there is no socket any more
         if self._head:
             connection.transport.write(self._head)
             self._head = b""

@@ -101,6 +101,23 @@ async def test_a_request_whose_client_has_left_has_no_body() -> None:
     assert seen == [None, "http.disconnect"]
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_there_is_nothing_to_break_off_once_the_client_has_left(*, at_once: bool) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[OWN_REQUEST].on_leave = lambda: Seen.note("gone")
+        Seen.note("began")
+        await Seen.until("gone")
+        await asyncio.sleep(0)  # until the socket is closed, behind what noted it
+        scope[OWN_REQUEST].break_off(at_once=at_once)
+        Seen.note("ended")
+
+    async with running(app) as server, RawClient(server.url) as client:
+        await client.send_raw(post(b"{}", version="1.0"))
+        await Seen.until("began")
+        await client.leave()
+        await Seen.until("ended", seconds=2.0)
+
+
 # --- how much is taken
 
 
