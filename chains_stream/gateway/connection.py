@@ -21,7 +21,7 @@ import httptools
 import msgspec
 from starlette.types import ASGIApp
 
-from chains_stream.gateway.exchange import OWN_REQUEST, TAKEN_WITHIN
+from chains_stream.gateway.exchange import FAREWELL, OWN_REQUEST, TAKEN_WITHIN
 from chains_stream.gateway.problems import MEDIA_TYPE, Problem, title
 from chains_stream.gateway.request import CLOSE, Request, status_line
 from chains_stream.log import get_logger
@@ -391,7 +391,10 @@ class Connection(asyncio.Protocol):
         head = f"content-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\nx-request-id: {request_id}\r\n"
         lines = status_line(status) + self._listener.date() + head.encode() + CLOSE
         self.transport.write(b"%b\r\n%b" % (lines, body))
-        self.transport.close()
+        if current is None:
+            self._part()
+        else:  # the app learns by this that its request is none
+            self.transport.close()
         log.info("http.refused", request_id=request_id, status=status, reason=text)
 
     # --- answers
@@ -421,14 +424,32 @@ class Connection(asyncio.Protocol):
     def go_on(self, *, keeps_alive: bool) -> None:
         """Take the next request, as the answer is complete."""
         self._current = None
-        if not keeps_alive or self.closes or self.transport.is_closing():  # that too when the client has left
-            self.transport.close()
+        if self.transport.is_closing():  # that too when the client has left
+            return
+        if not keeps_alive or self.closes:
+            if self._receiving is None:
+                self.transport.close()
+            else:
+                self._part()
         elif self._ahead:
             self._begin(self._ahead.popleft())
         else:
             self.resume_reading()
             self._used = True
             self._since = self._listener.loop.time()
+
+    def _part(self) -> None:
+        """Close to a client that may still send, after it had time to read the answer (RFC 9112, section 9.6).
+
+        What arrives at a closed socket resets the connection, and the client loses what it has not read.
+        """
+        self._deaf = self._last = True
+        self._open = False
+        if self.transport.is_closing():
+            return
+        self.transport.write_eof()
+        self.resume_reading()
+        self._listener.loop.call_later(FAREWELL, self.transport.close)
 
     def close_if_idle(self, now: float) -> None:
         """Close if no request came for a while, or not all of one; abort if what is left to send is not taken."""

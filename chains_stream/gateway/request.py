@@ -151,7 +151,7 @@ class Request:
 
     async def receive(self) -> Message:
         connection = self._connection
-        if self._expects and not connection.transport.is_closing():
+        if self._expects and not (self.complete or connection.transport.is_closing()):
             self._expects = False
             connection.transport.write(_CONTINUE)
         while True:

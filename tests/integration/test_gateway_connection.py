@@ -225,3 +225,13 @@ async def test_who_does_not_take_an_answer_is_dropped_whatever_the_app(
         async with asyncio.timeout(WAIT):
             await server._listener.idle()
         assert len(await client.read_all()) < 8_000_000
+
+
+async def test_who_still_sends_can_read_why_it_is_refused() -> None:
+    async with serving(Pause, max_body_bytes=1_000) as served, served.connect() as client:
+        await client.send_raw(post(b"").replace(b"content-length: 0", b"content-length: 9000000"))
+        head = await client.read_until(b"\r\n\r\n")
+        for _ in range(20):  # at a closed socket this would be a reset
+            await client.send_raw(b"a" * 100_000)
+        assert (await client.read_all()).endswith(b"}")
+    assert head.startswith(b"HTTP/1.1 413 ")
