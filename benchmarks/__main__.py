@@ -35,6 +35,8 @@ RETENTION = ("log.retention.bytes=134217728", "log.segment.bytes=33554432")  # w
 
 
 def measure(bench: Bench, names: Sequence[str]) -> None:
+    say("--- warming up Kafka")
+    unary.warm_up(bench)
     for name in names:
         say(f"--- {name}")
         WORKLOADS[name](bench)

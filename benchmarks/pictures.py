@@ -25,7 +25,18 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     show: Callable[[float], str] = duration
 
 
-SYSTEMS = ("chains", "floor", "ray", "fastapi", "faststream", "asgi", "relay", "engine", "relay_http")  # by colour
+SYSTEMS = (
+    "chains",
+    "floor",
+    "ray",
+    "fastapi",
+    "faststream",
+    "asgi",
+    "relay",
+    "engine",
+    "relay_http",
+    "floor_send",
+)  # by colour
 LATENCY, FIRST, GAP = ("p50_s", "p99_s"), ("ttft_p50_s", "ttft_p99_s"), ("itl_p50_s", "itl_p99_s")
 
 PICTURES = (

@@ -3,6 +3,8 @@
     python -m benchmarks.rivals.floor echo HOST:PORT NAME
     python -m benchmarks.rivals.floor caller HOST:PORT NAME
 
+`--by send` produces record by record, and not in batches of its own.
+
 The caller produces to NAME.requests, the echo produces what it consumes to NAME.replies. Values carry 8 bytes that tell
 which request they belong to. Nothing is acknowledged before it is done: requests and replies are produced with
 `acks=all`, and the echo commits what it has answered, once a second. No types, no errors, no deadlines, no cancelling.
@@ -64,6 +66,23 @@ class Sender:
                 self.stored += count
 
 
+class RecordSender(Sender):
+    """Produces by `send`, record by record, as programs do."""
+
+    async def run(self) -> None:
+        while True:
+            await self._ready.wait()
+            self._ready.clear()
+            while self._values:
+                value, partition = self._values.popleft(), next(self._partitions)
+                stored = await self._producer.send(self._topic, value, partition=partition)
+                stored.add_done_callback(self._count)
+
+    def _count(self, stored: asyncio.Future[object]) -> None:
+        stored.result()
+        self.stored += 1
+
+
 def producer_of(address: str) -> AIOKafkaProducer:
     return AIOKafkaProducer(bootstrap_servers=address, acks="all", linger_ms=0, max_batch_size=BATCH_BYTES)
 
@@ -82,6 +101,9 @@ async def reading(address: str, topic: str, partitions: int, group: str | None =
     return consumer
 
 
+SENDERS = {"batches": Sender, "send": RecordSender}
+
+
 async def create_topics(address: str, name: str) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=address)
     await admin.start()
@@ -91,13 +113,13 @@ async def create_topics(address: str, name: str) -> None:
         await admin.close()
 
 
-async def echo(address: str, name: str) -> None:
+async def echo(address: str, name: str, by: type[Sender]) -> None:
     """Send back what comes."""
     await create_topics(address, name)
     consumer = await reading(address, f"{name}.requests", PARTITIONS, group=name)
     producer = producer_of(address)
     await producer.start()
-    sender = Sender(producer, f"{name}.replies", 1)
+    sender = by(producer, f"{name}.replies", 1)
 
     async def answer() -> None:
         while True:
@@ -144,11 +166,11 @@ class Caller:
                     answer.set_result(record.value[ID:])
 
 
-async def caller(address: str, name: str) -> None:
+async def caller(address: str, name: str, by: type[Sender]) -> None:
     consumer = await reading(address, f"{name}.replies", 1)
     producer = producer_of(address)
     await producer.start()
-    sender = Sender(producer, f"{name}.requests", PARTITIONS)
+    sender = by(producer, f"{name}.requests", PARTITIONS)
     calls = Caller(sender, consumer)
     tasks = [asyncio.create_task(sender.run()), asyncio.create_task(calls.read())]
     try:
@@ -168,8 +190,9 @@ def main() -> None:
     parser.add_argument("part", choices=["echo", "caller"])
     parser.add_argument("address")
     parser.add_argument("name")
+    parser.add_argument("--by", choices=list(SENDERS), default="batches")
     given = parser.parse_args()
-    loop.run((echo if given.part == "echo" else caller)(given.address, given.name))
+    loop.run((echo if given.part == "echo" else caller)(given.address, given.name, SENDERS[given.by]))
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ class _Feed(ABC):
 
     async def _moved(self, client: AIOKafkaConsumer) -> None:
         replaced = client is not self._client
-        if replaced:
+        if replaced or self._broken is not None:  # what was raised on the way here may have passed records
             return
         fetcher = client._fetcher  # noqa: SLF001 - as above
         results = fetcher._records.values()  # noqa: SLF001 - as above

@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape
 WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 80, 570, 40, 345  # of the area that the axes bound; the legend is right of it
 # Told apart by most colour-blind people, and of a lightness that stands out from white and from black.
-COLOURS = ("#0b84d8", "#e0620d", "#1a9e6c", "#c05cb0", "#b8860b", "#6f7fd8", "#d0404f", "#7d8590")
+COLOURS = ("#0b84d8", "#e0620d", "#1a9e6c", "#c05cb0", "#b8860b", "#6f7fd8", "#d0404f", "#7d8590", "#8f5b2e", "#2aa3b5")
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#24292f}.title{font-size:15px}.grid{stroke:#24292f;stroke-opacity:.15}"
     ".frame{stroke:#24292f;stroke-opacity:.5;fill:none}"
