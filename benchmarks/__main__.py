@@ -56,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = given.only or (QUICK if given.quick else list(WORKLOADS))
     with processes.kafka(given.kafka, *RETENTION) as url:
         bench = Bench(url, given.repeats, quick=given.quick)
-        measure(bench, names)
+        try:
+            measure(bench, names)
+        except KeyboardInterrupt:
+            say("stopped: here is what was measured so far")
     folder = given.results or (None if given.quick else RESULTS)
     if folder is not None:
         print(report.targets(report.write(bench.measurements, folder).rows))

@@ -29,7 +29,7 @@ class Bench:
         self.url = url
         self.repeats = repeats
         self.quick = quick
-        self.seconds = seconds or (1.5 if quick else 2.0)
+        self.seconds = seconds or 1.5
         self.measurements: list[Measurement] = []
         self._names = count()
         self._run = uuid4().hex[:6]
