@@ -115,20 +115,18 @@ class _Queue:
         self._records: deque[_Gathered] = deque()
         self._size = 0
         self._largest = min(RECORD_BYTES, broker.max_record_bytes)
-        self._line = asyncio.Lock()  # the first of those that wait for room has it
-        self._waiting = 0
+        self._waiting = 0  # for room
+        # Set when half is free, for all that wait: one by one, each frame of a busy worker would cost two turns.
         self._room = asyncio.Event()
         self._changed = asyncio.Event()  # the record on its way is stored, or one that waited for room comes or gave up
         self.task = asyncio.create_task(self._run(stored), name=f"frames {where.topic}/{where.partition}")
 
     async def add(self, frame: Frame, size: int, claim: Headers) -> asyncio.Future[int]:
-        if self._waiting or self._full(size):
+        while self._size >= WAITING_BYTES:
+            self._room.clear()
             self._waiting += 1
             try:
-                async with self._line:
-                    while self._full(size):
-                        self._room.clear()
-                        await self._room.wait()
+                await self._room.wait()
             finally:
                 self._waiting -= 1
                 self._changed.set()  # whether it comes now, or has given up: the task looks again
@@ -138,9 +136,6 @@ class _Queue:
             self._records.append(last)
         self._size += size
         return last.add(frame, size, shared=not self._where.durable)
-
-    def _full(self, size: int) -> bool:
-        return self._size > 0 and self._size + size > WAITING_BYTES
 
     async def _run(self, on_its_way: asyncio.Future[int]) -> None:
         try:
@@ -170,7 +165,8 @@ class _Queue:
         """Publish a record, and give the future of its offset; None if it could not be: whoever waits is told."""
         topic, partition, durable = self._where
         self._size -= gathered.size
-        self._room.set()
+        if self._size <= WAITING_BYTES // 2:
+            self._room.set()
         try:
             value, headers = encode_frames(gathered.frames), gathered.claim
             stored = await self._broker.publish(topic, value, partition=partition, headers=headers, durable=durable)

@@ -7,12 +7,14 @@ import msgspec
 import pytest
 
 from chains_stream import batching
-from chains_stream.batching import RECORD_BYTES, WAITING_BYTES, FrameBatcher
+from chains_stream.batching import RECORD_BYTES, FrameBatcher
 from chains_stream.broker import TopicSpec
 from chains_stream.brokers.memory import MemoryBroker
 from chains_stream.errors import BrokerError
 from chains_stream.messages import DATAREF, Chunk, Frame, Headers, decode_frames
 from chains_stream.settings import Settings
+
+WAITING_BYTES = 800_000
 
 
 class SlowBroker(MemoryBroker):
@@ -55,6 +57,11 @@ class SlowBroker(MemoryBroker):
             future.set_result(len(self.records))
         for _ in range(5):  # what follows from it
             await asyncio.sleep(0)
+
+
+@pytest.fixture(autouse=True)
+def full_from_one_large_frame_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "WAITING_BYTES", WAITING_BYTES)
 
 
 @pytest.fixture
@@ -126,7 +133,7 @@ async def test_a_record_is_bounded_and_so_is_what_waits(broker: SlowBroker) -> N
     sending = asyncio.create_task(send_all())
     for _ in range(5):
         await asyncio.sleep(0)
-    assert len(sent) * size <= WAITING_BYTES
+    assert len(sent) * size <= WAITING_BYTES + size
     while not sending.done():
         await broker.store()
     await sending
@@ -135,6 +142,20 @@ async def test_a_record_is_bounded_and_so_is_what_waits(broker: SlowBroker) -> N
     await frames.close()
     assert [*chain.from_iterable(sequences(broker))] == list(range(count)), "in order, and each once"
     assert max(map(len, sequences(broker))) <= RECORD_BYTES // size
+
+
+async def test_all_that_wait_go_on_together_once_half_is_free(broker: SlowBroker) -> None:
+    frames = FrameBatcher(broker)
+    await send(frames, 0)
+    await send(frames, 1, 900_000)
+    waiting = [asyncio.create_task(send(frames, number, 1_000)) for number in range(2, 102)]
+    await asyncio.sleep(0)
+    assert not any(task.done() for task in waiting)
+    await broker.store()
+    assert all(task.done() for task in waiting), "in a few turns, and not in some for each"
+    while broker.waiting:
+        await broker.store()
+    assert [*chain.from_iterable(sequences(broker))] == list(range(102))
 
 
 async def test_who_waits_for_room_is_not_overtaken_by_its_own_next(broker: SlowBroker) -> None:
