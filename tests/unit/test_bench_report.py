@@ -1,6 +1,7 @@
 """The report of the benchmarks, and what it calls a regression."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -218,3 +219,14 @@ def test_times_of_another_machine_are_not_compared() -> None:
     )
     fails, _ = quick.verdict(row.outcome(measured), there, "64 of another")
     assert fails
+
+
+def test_the_readme_shows_the_report_that_is_committed() -> None:
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "benchmarks" / "results" / "report.md").read_text(encoding="utf-8")
+    table = text[text.index("\n|  |") : text.index("\n\n- ")].strip().splitlines()
+    assert len(table) > 10
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert [line for line in table if line not in readme.splitlines()] == []
+    drawn = {path.name for path in (root / "benchmarks" / "results").glob("*.svg")}
+    assert drawn == set(re.findall(r"benchmarks/results/([\w-]+\.svg)", readme))
