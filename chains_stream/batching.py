@@ -17,6 +17,7 @@ FRAME_ROOM = 64  # bytes that a frame takes beside its value
 RECORD_BYTES = 64 << 10  # from which on a record takes no more frames
 WAITING_BYTES = 1 << 20  # of a partition that gather, until whoever sends more waits
 CLOSE_SECONDS = 5.0  # for what has gathered, when the process ends
+CLOSED = "closed before the answer was sent"
 
 
 class FrameBatcher:
@@ -130,6 +131,8 @@ class _Queue:
             finally:
                 self._waiting -= 1
                 self._changed.set()  # whether it comes now, or has given up: the task looks again
+            if self.task.done():
+                raise BrokerError(CLOSED)
         last = self._records[-1] if self._records else None
         if last is None or claim or last.claim or last.size + size > self._largest:
             last = _Gathered(claim)
@@ -156,7 +159,8 @@ class _Queue:
         finally:
             del self._queues[self._where]
             for gathered in self._records:
-                gathered.fail(BrokerError("closed before the answer was sent"))
+                gathered.fail(BrokerError(CLOSED))
+            self._room.set()  # whoever still waits is told with the next turn
 
     def _wake(self, _stored: asyncio.Future[int]) -> None:
         self._changed.set()
@@ -174,7 +178,7 @@ class _Queue:
             gathered.fail(error)
             return None
         except BaseException:
-            gathered.fail(BrokerError("closed before the answer was sent"))
+            gathered.fail(BrokerError(CLOSED))
             raise
         stored.add_done_callback(gathered.stored)
         return stored

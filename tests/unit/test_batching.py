@@ -267,6 +267,19 @@ async def test_close_waits_only_so_long_for_a_broker_that_is_away(
         await gathered
 
 
+async def test_who_still_waits_for_room_at_the_end_is_told(broker: SlowBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "CLOSE_SECONDS", 0.1)
+    frames = FrameBatcher(broker)
+    await send(frames, 0)
+    await send(frames, 1, 900_000)
+    waiting = asyncio.create_task(send(frames, 2))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        await frames.close()
+        with pytest.raises(BrokerError, match="closed"):
+            await waiting
+
+
 async def test_all_that_share_a_record_learn_that_it_was_not_stored(broker: SlowBroker) -> None:
     frames = FrameBatcher(broker)
     await send(frames, 0)
