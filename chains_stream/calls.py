@@ -39,6 +39,7 @@ from chains_stream.messages import (
     Headers,
     Request,
     Started,
+    Undelivered,
     decode_frames,
     new_id,
 )
@@ -208,7 +209,7 @@ class Call:
                 self._answer(from_detail(detail, modules=self._modules))
             case Cancelled():
                 self._answer(CallCancelledError("the request was cancelled"))
-            case Started():
+            case Started() | Undelivered():
                 pass
 
     def _answer(self, error: Exception | None) -> None:

@@ -156,6 +156,12 @@ class DeadlineExceededError(ChainsRuntimeError):
     status = 504
 
 
+class QueueExpiredError(DeadlineExceededError):
+    """The request waited in its queue for longer than it was given. Allow more, or run more workers."""
+
+    code = "queue-expired"
+
+
 class CallTimeoutError(ChainsRuntimeError):
     """One try took longer than the `timeout_sec` of its `depends`."""
 

@@ -7,7 +7,7 @@ two runs are never mixed because chunks of the second got lost.
 
 from enum import Enum, auto
 
-from chains_stream.messages import Chunk, Done, Frame, Started
+from chains_stream.messages import Chunk, Done, Frame, Started, Undelivered
 
 
 class Step(Enum):
@@ -43,8 +43,11 @@ class Fold:
             self._run = frame.attempt
         self.attempt = frame.attempt
         match frame:
-            case Started():
-                self._run = frame.attempt
+            case Started(resumes=resumes):
+                if resumes:
+                    self._run = frame.attempt
+                return Step.DROP
+            case Undelivered():
                 return Step.DROP
             case Chunk(sequence=sequence):
                 return self._chunk(sequence)

@@ -8,6 +8,7 @@ import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -30,10 +31,22 @@ WINDOW = "chains-window"  # 4 + 4 bytes, big-endian: chunks and bytes of a strea
 REPLY_OFFSET = "chains-reply-offset"  # 8 bytes, big-endian: no answer lies before it in the reply partition
 DATAREF = "ce_dataref"  # UTF-8 (CloudEvents' claim check): where the value lies that was too large for its record
 ERROR = "chains-error"  # on a reply without frames: the failure as JSON
+START_BY = "chains-start-by"  # 8 bytes, big-endian: Unix time in ms after which the request is not begun any more
+RETRY = "chains-retry"  # 4 + 4 + 4 bytes, big-endian: tries in all, ms before the second, most ms before any
+WEBHOOK = "chains-webhook"  # UTF-8: a URL that is told when the request has ended
+PROGRESS = "chains-progress"  # b"1": the caller is told when the request begins to run
 
 ID_BYTES = 16  # of a correlation id of ours; a stranger that wants no frames may use any
 MSGPACK = "application/msgpack"
 JSON = "application/json"
+
+
+class Retry(NamedTuple):
+    """How a request that nobody waits for is tried again: `attempts` in all, with delays that double, in ms."""
+
+    attempts: int
+    initial_delay_ms: int
+    max_delay_ms: int
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +55,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     `reply_offset` is where a worker that takes the request over begins to look for what was answered before it.
     `reply_topic` is None for a request that wants no answer, `reply_partition` for one that leaves it to the worker.
     `deadline_ms` is Unix time. `window` is (chunks, bytes), or None for a caller that does not return credit: its
-    streams are not held back.
+    streams are not held back. `start_by_ms`, Unix time too, bounds the time in the queue. `retry`, `webhook` and
+    `progress` are for requests that nobody waits for.
     """
 
     correlation_id: bytes
@@ -57,6 +71,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     window: tuple[int, int] | None = None
     traceparent: bytes | None = None
     tracestate: bytes | None = None
+    start_by_ms: int | None = None
+    retry: Retry | None = None
+    webhook: str | None = None
+    progress: bool = False
 
     def to_headers(self) -> Headers:
         headers = [
@@ -80,6 +98,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             headers.append((TRACEPARENT, self.traceparent))
         if self.tracestate is not None:
             headers.append((TRACESTATE, self.tracestate))
+        if self.start_by_ms is not None:
+            headers.append((START_BY, self.start_by_ms.to_bytes(8, "big")))
+        if self.retry is not None:
+            headers.append((RETRY, b"".join([number.to_bytes(4, "big") for number in self.retry])))
+        if self.webhook is not None:
+            headers.append((WEBHOOK, self.webhook.encode()))
+        if self.progress:
+            headers.append((PROGRESS, b"1"))
         return tuple(headers)
 
     @classmethod
@@ -108,6 +134,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             window=None if window is None else _window(found),
             traceparent=found.get(TRACEPARENT),
             tracestate=found.get(TRACESTATE),
+            start_by_ms=_number(found, START_BY, 8),
+            retry=_retry(found),
+            webhook=_text(found, WEBHOOK),
+            progress=found.get(PROGRESS) == b"1",
         )
 
 
@@ -123,10 +153,14 @@ def _reply_headers(topic: str | None, partition: int | None, frames: bool) -> tu
 
 
 class Started(msgspec.Struct, tag=0, array_like=True, frozen=True):
-    """A worker goes on with a stream that another one began: frames of lower attempts no longer count."""
+    """A worker begins: frames of lower attempts no longer count.
+
+    If it `resumes`, it goes on with the stream that another one began; else the stream begins anew.
+    """
 
     correlation_id: bytes
     attempt: int
+    resumes: bool = True
 
 
 class Chunk(msgspec.Struct, tag=1, array_like=True, frozen=True):
@@ -164,7 +198,15 @@ class Cancelled(msgspec.Struct, tag=4, array_like=True, frozen=True):
     chunks: int = 0
 
 
-Frame = Started | Chunk | Done | Failed | Cancelled
+class Undelivered(msgspec.Struct, tag=5, array_like=True, frozen=True):
+    """The call has ended, and its webhook could not be told."""
+
+    correlation_id: bytes
+    attempt: int
+    reason: str
+
+
+Frame = Started | Chunk | Done | Failed | Cancelled | Undelivered
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(list[Frame])
@@ -211,6 +253,13 @@ def _number(found: Mapping[str, bytes | None], name: str, size: int) -> int | No
         msg = f"the header {name} must be {size} bytes long, and is {len(value)}"
         raise ValueError(msg)
     return int.from_bytes(value, "big")
+
+
+def _retry(found: Mapping[str, bytes | None]) -> Retry | None:
+    packed = _number(found, RETRY, 12)
+    if packed is None:
+        return None
+    return Retry(max(1, packed >> 64), packed >> 32 & 0xFFFFFFFF, packed & 0xFFFFFFFF)
 
 
 def _window(found: Mapping[str, bytes | None]) -> tuple[int, int]:

@@ -46,6 +46,16 @@ def test_a_worker_that_was_overtaken_is_not_heard(frame: Frame) -> None:
     assert steps(chunk(1, 0), Started(ID, 2), frame, chunk(2, 1))[2:] == [Step.DROP, Step.CHUNK]
 
 
+def test_a_run_that_does_not_resume_begins_the_stream_anew() -> None:
+    fold = Fold()
+    assert fold.take(chunk(1, 0)) is Step.CHUNK
+    assert fold.take(Started(ID, 2, resumes=False)) is Step.DROP
+    assert fold.take(chunk(1, 1)) is Step.DROP, "its worker was overtaken"
+    assert fold.begins_again(chunk(2, 0))
+    assert fold.take(chunk(2, 0)) is Step.CHUNK
+    assert fold.chunks == 1
+
+
 def test_another_run_goes_on_or_begins_again() -> None:
     fold = Fold()
     assert fold.take(chunk(1, 0)) is Step.CHUNK

@@ -16,13 +16,16 @@ from chains_stream.messages import (
     REPLY_PARTITION,
     REPLY_TOPIC,
     REQUEST_ID,
+    RETRY,
     Cancelled,
     Chunk,
     Done,
     Failed,
     Frame,
     Request,
+    Retry,
     Started,
+    Undelivered,
     decode_frames,
     encode_frames,
 )
@@ -33,11 +36,12 @@ raws = st.one_of(st.none(), st.integers(0, 2**40), st.text(max_size=50)).map(
     lambda value: msgspec.Raw(msgspec.msgpack.encode(value))
 )
 frames = st.one_of(
-    st.builds(Started, ids, attempts),
+    st.builds(Started, ids, attempts, st.booleans()),
     st.builds(Chunk, ids, attempts, st.integers(0, 2**40), raws),
     st.builds(Done, ids, attempts, st.integers(0, 2**40), raws),
     st.builds(Failed, ids, attempts, st.builds(RemoteErrorDetail, st.text(), st.none(), st.text()), st.integers(0, 9)),
     st.builds(Cancelled, ids, attempts, st.integers(0, 2**40)),
+    st.builds(Undelivered, ids, attempts, st.text(max_size=50)),
 )
 requests = st.builds(
     Request,
@@ -52,6 +56,10 @@ requests = st.builds(
     window=st.none() | st.tuples(st.integers(1, 2**31), st.integers(1, 2**31)),
     traceparent=st.none() | st.binary(min_size=1, max_size=55),
     tracestate=st.none() | st.binary(min_size=1, max_size=55),
+    start_by_ms=st.none() | st.integers(0, 2**53),
+    retry=st.none() | st.builds(Retry, st.integers(1, 2**31), st.integers(0, 2**31), st.integers(0, 2**31)),
+    webhook=st.none() | st.text(min_size=1, max_size=40),
+    progress=st.booleans(),
 )
 
 
@@ -93,6 +101,15 @@ def test_the_bytes_on_the_wire_are_these() -> None:
         REPLY_PARTITION: b"\x00\x00\x00\x07",
         DEADLINE: b"\x00\x00\x00\x00\x00\x00\x01\x00",
     }
+
+
+def test_a_retry_is_three_numbers() -> None:
+    headers = dict(Request(correlation_id=b"i" * 16, retry=Retry(3, 256, 65536)).to_headers())
+    assert headers[RETRY] == b"\x00\x00\x00\x03\x00\x00\x01\x00\x00\x01\x00\x00"
+
+
+def test_a_begin_of_an_earlier_version_goes_on_with_its_stream() -> None:
+    assert decode_frames(msgspec.msgpack.encode([[0, b"c" * 16, 2]])) == [Started(b"c" * 16, 2, resumes=True)]
 
 
 def test_a_later_version_may_add_fields() -> None:
