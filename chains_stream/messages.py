@@ -7,7 +7,7 @@ changes.
 import functools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -55,8 +55,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     `reply_offset` is where a worker that takes the request over begins to look for what was answered before it.
     `reply_topic` is None for a request that wants no answer, `reply_partition` for one that leaves it to the worker.
     `deadline_ms` is Unix time. `window` is (chunks, bytes), or None for a caller that does not return credit: its
-    streams are not held back. `start_by_ms`, Unix time too, bounds the time in the queue. `retry`, `webhook` and
-    `progress` are for requests that nobody waits for.
+    streams are not held back. `start_by_ms`, Unix time too, bounds the time in the queue, of a request
+    that nobody waits for; `retry`, `webhook` and `progress` are for such requests alone.
     """
 
     correlation_id: bytes
@@ -99,14 +99,19 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         if self.tracestate is not None:
             headers.append((TRACESTATE, self.tracestate))
         if self.start_by_ms is not None:
-            headers.append((START_BY, self.start_by_ms.to_bytes(8, "big")))
-        if self.retry is not None:
-            headers.append((RETRY, b"".join([number.to_bytes(4, "big") for number in self.retry])))
-        if self.webhook is not None:
-            headers.append((WEBHOOK, self.webhook.encode()))
-        if self.progress:
-            headers.append((PROGRESS, b"1"))
+            headers += self._asynchronous()
         return tuple(headers)
+
+    def _asynchronous(self) -> Iterator[tuple[str, bytes]]:
+        """Give the headers of a request that nobody waits for."""
+        if self.start_by_ms is not None:
+            yield START_BY, self.start_by_ms.to_bytes(8, "big")
+        if self.retry is not None:
+            yield RETRY, b"".join([number.to_bytes(4, "big") for number in self.retry])
+        if self.webhook is not None:
+            yield WEBHOOK, self.webhook.encode()
+        if self.progress:
+            yield PROGRESS, b"1"
 
     @classmethod
     def from_headers(cls, headers: Sequence[tuple[str, bytes | None]]) -> "Request":

@@ -23,6 +23,7 @@ from chains_stream.chainlet import chainlet_name, signature
 from chains_stream.codec import codec_of
 from chains_stream.errors import BrokerError
 from chains_stream.gateway import openapi, probes, problems
+from chains_stream.gateway.endpoint import Shared
 from chains_stream.gateway.exchange import Entry, exchange_of
 from chains_stream.gateway.problems import Refusal
 from chains_stream.gateway.run_remote import RunRemote
@@ -57,7 +58,7 @@ class Gateway:
         self._broker = broker
         self._settings = settings
         self._checkup = probes.Checkup(hosted)
-        self._run_remote: RunRemote | None = None
+        self._shared = Shared(settings)
 
     async def start(self) -> None:
         """Make sure that the entrypoint's topic exists, and build `app`.
@@ -68,12 +69,12 @@ class Gateway:
         codec = codec_of(signature(chain.entrypoint))
         document = msgspec.json.encode(openapi.document(chain, codec, settings))
         target = await remote_target(chain, chain.entrypoint, self._caller, settings)
-        self._run_remote = RunRemote(codec, target, settings)
+        run_remote = RunRemote(self._shared, codec, target)
         topic = chain.topic(chain.entrypoint, settings.namespace)
         readiness = Readiness(self._broker, self._caller, topic, chainlet_name(chain.entrypoint))
         app = _app(
             [
-                Route(_RUN_REMOTE, self._run_remote, methods=["POST"]),
+                Route(_RUN_REMOTE, run_remote, methods=["POST"]),
                 Route("/healthz", self._healthz),
                 Route("/metrics", probes.metrics),
                 Route("/readyz", readiness.readyz),
@@ -81,12 +82,11 @@ class Gateway:
                 Route("/docs", _docs(), methods=["GET"]),
             ]
         )
-        self.app = Entry(app, _RUN_REMOTE, self._run_remote.serve)
+        self.app = Entry(app, _RUN_REMOTE, run_remote.serve)
 
     def interrupt(self) -> None:
         """Answer the requests that are still under way with 503. They are not cancelled: they run to their deadline."""
-        if self._run_remote is not None:
-            self._run_remote.interrupt()
+        self._shared.interrupt()
 
     async def _healthz(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's
         return probes.health(await probes.trouble(self._broker, self._caller) or await self._checkup.complaint())

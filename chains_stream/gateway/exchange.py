@@ -95,6 +95,7 @@ class Exchange:
         started: whether the status line has gone out.
         complete: whether all of the answer has; the connection may still buffer some of it.
         interrupted: whether the gateway stopped before the answer was complete.
+        tell: writes a problem, given as JSON, as the end of an answer that has begun; None if it can't.
         route: the path of the route that was met, for the log: never what a stranger wrote into the URL.
     """
 
@@ -115,6 +116,7 @@ class Exchange:
         "route",
         "started",
         "status",
+        "tell",
     )
 
     def __init__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
@@ -125,6 +127,7 @@ class Exchange:
         self.started = False
         self.complete = False
         self.interrupted = False
+        self.tell: Callable[[bytes], bytes | None] | None = None
         self.route = "unknown"
         self._scope = scope
         self._receive = receive

@@ -16,15 +16,20 @@ from chains_stream.calls import Call
 from chains_stream.codec import Buffer, Codec
 from chains_stream.errors import InvalidResultError
 from chains_stream.gateway.exchange import PIECE, Exchange, Header
+from chains_stream.gateway.negotiation import choose
+from chains_stream.gateway.problems import Refusal
 
 HEARTBEAT = 15.0  # seconds of silence until a comment keeps proxies from closing the connection
 LOOKS = 8  # in that time, at all streams
+CHOICES = 100  # different headers `accept` whose choice is remembered: clients of one kind send the same
+CHOICE_BYTES = 256
 RETRY_MS = 1000  # until a client of server-sent events connects again
 
 EVENTS = "text/event-stream"
 LINES = "application/x-ndjson"
 TEXT = "text/plain"
 OCTETS = "application/octet-stream"
+JSON = "application/json"
 
 # JSON may hold them, and many clients take them for the end of a line; within JSON only strings have them.
 _LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
@@ -145,6 +150,40 @@ def form_of(media_type: str, codec: Codec) -> Form:
     return Lines(codec) if media_type == LINES else Raw(codec, media_type)
 
 
+class Forms:
+    """The forms that the answers of one Chainlet can be had in."""
+
+    def __init__(self, codec: Codec) -> None:
+        streaming = codec.signature.streaming
+        self.media_types = tuple(media_types(codec)) if streaming else (JSON,)
+        self._forms = {kind: form_of(kind, codec) for kind in self.media_types if streaming}
+        self._choices: dict[bytes, str] = {}
+
+    def choose(self, accept: bytes) -> Form | None:
+        """Choose by the header `accept` how to write a stream; None for a unary result. Raises Refusal."""
+        chosen = self._choices.get(accept)
+        if chosen is None:
+            chosen = self._choose(accept.decode("latin-1"))
+            if len(accept) <= CHOICE_BYTES and len(self._choices) < CHOICES:
+                self._choices[accept] = chosen
+        return self._forms.get(chosen)
+
+    def _choose(self, accept: str) -> str:
+        chosen = choose(accept, self.media_types)
+        if chosen is None and choose(accept, [JSON]):
+            # `curl --json` and many libraries ask for it whatever they call; no stream can be had so, and the client
+            # sees by the content type what it got.
+            chosen = self.media_types[0]
+        if chosen is None:
+            raise Refusal(
+                HTTPStatus.NOT_ACCEPTABLE,
+                "not-acceptable",
+                f"the answer can be had as {', '.join(self.media_types)}, and `accept` allows none of these",
+                offered=list(self.media_types),
+            )
+        return chosen
+
+
 class Stream:
     """One stream on its way from a call to a client."""
 
@@ -214,6 +253,7 @@ class Stream:
         self._written = time.monotonic()
 
     async def _start(self) -> None:
+        self._exchange.tell = self._form.failure
         await self._exchange.start(HTTPStatus.OK, *self._form.headers)
         self._exchange.forget_request()
 

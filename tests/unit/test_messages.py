@@ -2,6 +2,7 @@
 
 import os
 from contextlib import suppress
+from typing import Any
 
 import msgspec
 import pytest
@@ -43,6 +44,14 @@ frames = st.one_of(
     st.builds(Cancelled, ids, attempts, st.integers(0, 2**40)),
     st.builds(Undelivered, ids, attempts, st.text(max_size=50)),
 )
+asynchronous = st.fixed_dictionaries(
+    {"start_by_ms": st.integers(0, 2**53)},
+    optional={
+        "retry": st.builds(Retry, st.integers(1, 2**31), st.integers(0, 2**31), st.integers(0, 2**31)),
+        "webhook": st.text(min_size=1, max_size=40),
+        "progress": st.booleans(),
+    },
+)
 requests = st.builds(
     Request,
     correlation_id=ids,
@@ -56,10 +65,6 @@ requests = st.builds(
     window=st.none() | st.tuples(st.integers(1, 2**31), st.integers(1, 2**31)),
     traceparent=st.none() | st.binary(min_size=1, max_size=55),
     tracestate=st.none() | st.binary(min_size=1, max_size=55),
-    start_by_ms=st.none() | st.integers(0, 2**53),
-    retry=st.none() | st.builds(Retry, st.integers(1, 2**31), st.integers(0, 2**31), st.integers(0, 2**31)),
-    webhook=st.none() | st.text(min_size=1, max_size=40),
-    progress=st.booleans(),
 )
 
 
@@ -79,8 +84,9 @@ def test_frames_round_trip_many_to_a_record(many: list[Frame]) -> None:
     assert [plain(frame) for frame in decode_frames(encode_frames(many))] == [plain(frame) for frame in many]
 
 
-@given(requests)
-def test_request_headers_round_trip(request: Request) -> None:
+@given(requests, st.just({}) | asynchronous)
+def test_request_headers_round_trip(request: Request, more: dict[str, Any]) -> None:
+    request = msgspec.structs.replace(request, **more)
     assert Request.from_headers(request.to_headers()) == request
 
 
@@ -104,7 +110,7 @@ def test_the_bytes_on_the_wire_are_these() -> None:
 
 
 def test_a_retry_is_three_numbers() -> None:
-    headers = dict(Request(correlation_id=b"i" * 16, retry=Retry(3, 256, 65536)).to_headers())
+    headers = dict(Request(correlation_id=b"i" * 16, start_by_ms=1, retry=Retry(3, 256, 65536)).to_headers())
     assert headers[RETRY] == b"\x00\x00\x00\x03\x00\x00\x01\x00\x00\x01\x00\x00"
 
 

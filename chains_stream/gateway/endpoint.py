@@ -1,0 +1,153 @@
+"""What every route that runs a Chain does around its own work: a place, a deadline, the end that a failure makes."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Send
+from starlette.types import Scope as ASGIScope
+
+from chains_stream.calls import Call, RemoteTarget
+from chains_stream.errors import GatewayError, OverloadedError
+from chains_stream.gateway import problems
+from chains_stream.gateway.exchange import ClientLeftError, Exchange, exchange_of
+from chains_stream.gateway.limits import Limits, Place
+from chains_stream.gateway.problems import Problem, Refusal
+from chains_stream.gateway.streaming import Pulse
+from chains_stream.policy import Scope
+from chains_stream.settings import Settings
+
+JSON = "application/json"
+
+_JSON = JSON.encode()
+_HINT = f"send a JSON object with `content-type: {JSON}` (curl --json does)"
+
+
+class Shared:
+    """What the endpoints of one gateway have in common."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.limits = Limits(settings)
+        self.pulse = Pulse()
+        self.exchanges: set[Exchange] = set()  # that an endpoint answers
+
+    def interrupt(self) -> None:
+        """End the requests that are still under way, with an answer that says so."""
+        for exchange in tuple(self.exchanges):
+            exchange.interrupt(GatewayError("the gateway stopped before the answer was complete", status=503))
+
+
+class Endpoint:
+    """Answers the requests of one route; an ASGI app. Those derived from it have a `handle`."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
+        self.settings = shared.settings
+
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - the exchange has both
+        if scope["path"].endswith("\n"):  # Starlette's patterns end in `$`, which this may follow
+            raise HTTPException(HTTPStatus.NOT_FOUND)
+        await self.serve(exchange_of(scope))
+
+    async def serve(self, exchange: Exchange) -> None:
+        """Answer a request, whatever comes of it."""
+        shared = self.shared
+        try:
+            place = shared.limits.enter(exchange.headers)
+        except OverloadedError as error:
+            await self._fail(exchange, error)
+            return
+        shared.exchanges.add(exchange)
+        try:
+            await self.handle(exchange, place)
+        except ClientLeftError:
+            exchange.status = problems.CLIENT_CLOSED_REQUEST  # for the log alone
+        except Refusal as refusal:
+            await self.refuse(exchange, problems.of_refusal(refusal, exchange.request_id), refusal.headers)
+        except Exception as error:
+            if not problems.is_known(error):
+                raise
+            await self._fail(exchange, error)
+        finally:
+            shared.exchanges.discard(exchange)
+            place.leave()
+
+    async def handle(self, exchange: Exchange, place: Place) -> None:
+        """Answer a request that has its place. What it raises is told to the client."""
+        raise NotImplementedError
+
+    async def refuse(self, exchange: Exchange, problem: Problem, headers: dict[str, str] | None) -> None:
+        """Answer with a problem, of a request whose answer has not begun."""
+        await exchange.answer(problem, headers)
+
+    def write_problem(self, problem: Problem) -> bytes:
+        """Write a problem for an answer that has begun, as JSON."""
+        return msgspec.json.encode(problem)
+
+    async def body(self, exchange: Exchange, place: Place) -> bytes:
+        """Read the body, which is to be JSON; from then on notice when the client leaves. Raises Refusal."""
+        _check_content(exchange.headers)
+        return await exchange.body(self.settings.max_body_bytes, place.hold)
+
+    async def run(
+        self,
+        exchange: Exchange,
+        place: Place,
+        target: RemoteTarget,
+        arguments: bytes,
+        *,
+        scope: Scope,
+        answer: Callable[[Call], Awaitable[None]],
+    ) -> None:
+        """Run the Chain, and have `answer` write what comes of it. Whoever leaves before its end has it cancelled."""
+        call = await target.open(arguments, scope, 1)
+        del arguments  # from here on the broker's own buffer bounds it
+        place.hold(0)
+        try:
+            await answer(call)
+        except asyncio.CancelledError:
+            # A gateway that ends cancels nothing: the request runs on to its deadline.
+            if not exchange.interrupted:
+                call.close()
+            raise
+        except BaseException:
+            call.close()
+            raise
+        call.close()
+
+    async def _fail(self, exchange: Exchange, error: Exception) -> None:
+        """Tell the client of an error, in the way that is left at this point of the answer."""
+        problem = problems.of_error(error, exchange.request_id)
+        if not exchange.started:
+            await self.refuse(exchange, problem, {"connection": "close"} if exchange.sending else None)
+        else:
+            exchange.error = problem.code
+            tell = exchange.tell
+            await exchange.end_early(None if tell is None else tell(self.write_problem(problem)))
+
+
+def _check_content(headers: Mapping[bytes, bytes]) -> None:
+    """Refuse a body that is not JSON, before it is read."""
+    coding, kind = headers.get(b"content-encoding", b"identity"), headers.get(b"content-type")
+    if kind == _JSON and coding == b"identity":
+        return
+    if headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers:
+        return
+    if coding != b"identity":
+        raise _unsupported(f"the body is encoded as `{coding.decode('latin-1')}`; send it as it is")
+    if kind is None:
+        raise _unsupported(f"the body has no content type; {_HINT}")
+    given = kind.decode("latin-1")
+    essence = given.partition(";")[0].strip().lower()
+    if essence != JSON and not (essence.startswith("application/") and essence.endswith("+json")):
+        raise _unsupported(f"the body is `{given}`; {_HINT}")
+    charset = given.lower().partition("charset=")[2].partition(";")[0].strip(' "')
+    if charset not in ("", "utf-8", "utf8", "us-ascii"):
+        raise _unsupported(f"the body is in `{charset}`; JSON is UTF-8")
+
+
+def _unsupported(text: str) -> Refusal:
+    return Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type", text, offered=[JSON])
