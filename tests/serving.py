@@ -124,6 +124,16 @@ class Slow(chains.ChainletBase):
         return name
 
 
+class Count(chains.ChainletBase):
+    """Counts how often it ran, and fails until then if it is told to."""
+
+    async def run_remote(self, name: str, succeed_at: int = 0) -> int:
+        Seen.note(name)
+        if Seen.counts[name] < succeed_at:
+            raise ValueError(name)
+        return Seen.counts[name]
+
+
 class Served:
     """A gateway that runs, and what stands around it."""
 

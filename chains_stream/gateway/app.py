@@ -22,13 +22,13 @@ from chains_stream.chain import Chain
 from chains_stream.chainlet import chainlet_name, signature
 from chains_stream.codec import codec_of
 from chains_stream.errors import BrokerError
-from chains_stream.following import Follower
 from chains_stream.gateway import asynchronous, openapi, probes, problems
+from chains_stream.gateway.claims import Claims
 from chains_stream.gateway.endpoint import Shared
 from chains_stream.gateway.exchange import Entry, Exchange, exchange_of
-from chains_stream.gateway.ids import Ids, RequestId, secret_of
+from chains_stream.gateway.ids import RequestId
+from chains_stream.gateway.past import Past
 from chains_stream.gateway.problems import Refusal
-from chains_stream.gateway.results import Results
 from chains_stream.gateway.run_remote import RunRemote
 from chains_stream.local import Callee
 from chains_stream.messages import new_id
@@ -62,12 +62,10 @@ class Gateway:
         self._broker = broker
         self._settings = settings
         self._checkup = probes.Checkup(hosted)
-        self._shared = Shared(settings)
         topic = chain.topic(chain.entrypoint, settings.namespace)
-        self._ids = Ids(secret_of(settings), topic)
-        self._results = Results(broker, settings)
-        modules = (chain.entrypoint.__module__,)
-        self._follower = Follower(broker, caller, settings, modules)
+        self._past = Past(broker, caller, settings, topic, (chain.entrypoint.__module__,))
+        self._claims = Claims(broker, settings)
+        self._shared = Shared(settings, self._past, self._claims)
 
     async def start(self) -> None:
         """Make sure that the entrypoint's topic exists, and build `app`.
@@ -79,25 +77,16 @@ class Gateway:
         document = msgspec.json.encode(openapi.document(chain, codec, settings))
         target = await remote_target(chain, chain.entrypoint, self._caller, settings)
         topic = target.topic
-        await self._results.start()
+        await self._past.start()
+        await self._claims.start()
         await self._caller.use(topic + asynchronous.BACKGROUND)
         await self._caller.control.follow({topic: self._shared.kept.handle})
         run_remote = RunRemote(self._shared, codec, target)
-        parts = asynchronous.Parts(
-            shared=self._shared,
-            codec=codec,
-            target=target,
-            caller=self._caller,
-            broker=self._broker,
-            results=self._results,
-            follower=self._follower,
-            ids=self._ids,
-        )
         readiness = Readiness(self._broker, self._caller, topic, chainlet_name(chain.entrypoint))
         app = _app(
             [
                 Route(_RUN_REMOTE, run_remote, methods=["POST"]),
-                *asynchronous.routes(parts),
+                *asynchronous.routes(self._shared, codec, target),
                 Route("/healthz", self._healthz),
                 Route("/metrics", probes.metrics),
                 Route("/readyz", readiness.readyz),
@@ -114,14 +103,14 @@ class Gateway:
     async def close(self) -> None:
         """Let go of what the gateway reads and keeps; after the server has stopped, and before the caller is closed."""
         await self._shared.kept.close()
-        await self._follower.close()
-        await self._results.close()
+        await self._claims.close()
+        await self._past.close()
 
     def _identify(self, exchange: Exchange) -> None:
         """Give a request the ids by which its answer will be found."""
         correlation_id = exchange.correlation_id = new_id()
         where = RequestId("replies", *self._caller.reply_position(), correlation_id)
-        exchange.request_id = self._ids.mint(where, exchange.owner)
+        exchange.request_id = self._past.ids.mint(where, exchange.owner)
 
     async def _healthz(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's
         return probes.health(await probes.trouble(self._broker, self._caller) or await self._checkup.complaint())

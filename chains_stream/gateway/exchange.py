@@ -39,6 +39,9 @@ PIECE = 64 << 10  # bytes of an answer that are handed to the connection at once
 TAKEN_WITHIN = 10.0  # seconds that a client has to take an answer that has no deadline: of an error, of a probe
 FAREWELL = 1.0  # seconds that a client has to take the end of an answer that was cut short
 
+KEY_HEADER = b"idempotency-key"
+
+_LASTING = (b"prefer", KEY_HEADER)  # headers that matter until the end
 _NOSNIFF = (b"x-content-type-options", b"nosniff")
 _EXCHANGE = "chains.exchange"  # in the ASGI scope of a request
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.{0,100})?")  # W3C Trace Context
@@ -162,6 +165,11 @@ class Exchange:
         return int(self.headers.get(b"content-length", b"0"))  # the server has checked it
 
     @property
+    def keyed(self) -> bool:
+        """Whether the request has an idempotency key."""
+        return KEY_HEADER in self.headers
+
+    @property
     def left(self) -> bool:
         """Whether the client has left before it had the whole answer."""
         return isinstance(self._reason, ClientLeftError)
@@ -273,8 +281,7 @@ class Exchange:
 
     def forget_request(self) -> None:
         """Let go of what was read of the request, for as long as the answer to it takes."""
-        prefer = self.headers.get(b"prefer")
-        self.headers = {} if prefer is None else {b"prefer": prefer}
+        self.headers = {name: self.headers[name] for name in _LASTING if name in self.headers}
         if self._own is not None:  # another server may still look at it
             self._scope.clear()
 
