@@ -33,6 +33,7 @@ from chains_stream.gateway.run_remote import RunRemote
 from chains_stream.local import Callee
 from chains_stream.messages import new_id
 from chains_stream.settings import Settings
+from chains_stream.signature import background_topic
 
 READY_FOR = 1.0  # seconds that an answer of `/readyz` is kept
 READY_WITHIN = 2.0  # seconds that the broker has to answer: less than a probe's usual patience
@@ -79,7 +80,7 @@ class Gateway:
         topic = target.topic
         await self._past.start()
         await self._claims.start()
-        await self._caller.use(topic + asynchronous.BACKGROUND)
+        await self._caller.use(background_topic(topic))
         await self._caller.control.follow({topic: self._shared.kept.handle})
         run_remote = RunRemote(self._shared, codec, target)
         readiness = Readiness(self._broker, self._caller, topic, chainlet_name(chain.entrypoint))

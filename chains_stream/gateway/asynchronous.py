@@ -28,13 +28,13 @@ from chains_stream.gateway.results import LAST_ATTEMPT, Known, Status
 from chains_stream.gateway.streaming import EVENTS, LINES, Forms, Stream, media_types
 from chains_stream.messages import Cancelled, Request, Retry, encode_frames, now_ms
 from chains_stream.policy import Scope
+from chains_stream.signature import background_topic
 
 MAX_QUEUE_SECONDS = 72 * 3600  # that a request may wait, as with Baseten
 QUEUE_SECONDS = 600
 MARGIN = 1.0  # seconds of a request's time that are left for its answer
 MAX_DIGITS = 15  # of the number of a chunk
 RETRY_AFTER = b"1"  # seconds until it is worth asking again
-BACKGROUND = ".background"  # the topic of requests that others go before
 
 _IS_JSON: Header = (b"content-type", JSON.encode())
 
@@ -72,6 +72,13 @@ class Report(msgspec.Struct, kw_only=True, omit_defaults=True):
     events: str
     result: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     error: problems.Problem | None = None
+
+
+class Queue(msgspec.Struct):
+    """How much there is to do: requests that wait, of both classes, and those that run."""
+
+    num_queued_requests: int
+    num_in_progress_requests: int
 
 
 class Cancellation(msgspec.Struct):
@@ -117,7 +124,7 @@ class Submit(Endpoint):
                 await _accept(exchange, claim.earlier)
                 return
             past.results.expect(exchange.correlation_id)
-            topic = self._topic + (BACKGROUND if submission.priority else "")
+            topic = background_topic(self._topic) if submission.priority else self._topic
             request = self._request(where, submission, scope)
             try:
                 await past.caller.post(topic, arguments, request, scope.affinity)
@@ -240,7 +247,7 @@ class Stop(_OfOne):
             frame = encode_frames([Cancelled(found.correlation_id, LAST_ATTEMPT)])
             stored = await past.broker.publish(past.topic_of(found), frame, partition=found.partition)
             cancel = Cancel(found.correlation_id, 0, 0)
-            for topic in (past.topic, past.topic + BACKGROUND):
+            for topic in (past.topic, background_topic(past.topic)):
                 await past.caller.control.send(topic, cancel)
             at = await stored
             if found.kind == "results":
