@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from starlette.routing import Route
+from starlette.types import Receive, Send
+from starlette.types import Scope as ASGIScope
 
 from chains_stream.calls import RemoteTarget
 from chains_stream.codec import Codec
@@ -94,8 +96,7 @@ def routes(shared: Shared, codec: Codec, target: RemoteTarget) -> list[Route]:
     one = "/async_request/{request_id}"
     return [
         Route("/async_run_remote", Submit(shared, codec, target), methods=["POST"]),
-        Route(one, Ask(shared, codec), methods=["GET"]),
-        Route(one, Stop(shared, codec), methods=["DELETE"]),
+        Route(one, _One(Ask(shared, codec), Stop(shared, codec)), methods=["GET", "DELETE"]),
         Route(f"{one}/events", Replay(shared, codec), methods=["GET"]),
     ]
 
@@ -259,6 +260,17 @@ class Stop(_OfOne):
         await _write(exchange, HTTPStatus.OK, body)
 
 
+class _One:
+    """The endpoint of a path that is asked about, and deleted."""
+
+    def __init__(self, ask: Ask, stop: Stop) -> None:
+        self._ask = ask
+        self._stop = stop
+
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        await (self._stop if scope["method"] == "DELETE" else self._ask)(scope, receive, send)
+
+
 class Replay(_OfOne):
     """`GET /async_request/{id}/events`: the answer as a stream, from its beginning or after what the reader has."""
 
@@ -288,6 +300,8 @@ class Replay(_OfOne):
 class _Single:
     """A result as a stream of one chunk."""
 
+    chunks = 1
+
     def __init__(self, following: Following, had: int) -> None:
         self._following = following
         self._given = had > 0
@@ -295,6 +309,7 @@ class _Single:
 
     async def next(self) -> list[msgspec.Raw] | None:
         if self._given:
+            await self._following.result()
             return None
         self._waiting = asyncio.get_running_loop().create_future()
         result: asyncio.Future[Any] = asyncio.ensure_future(self._following.result())
@@ -327,18 +342,18 @@ async def _ended(following: Following) -> None:
 
 def _had(exchange: Exchange) -> int:
     """Give how many chunks the reader has: it names the last one. Raises Refusal."""
-    last = exchange.query.get("starting_after")
-    if last is None:
-        last = exchange.headers.get(b"last-event-id", b"").decode("latin-1") or None
-    if last is None:
-        return 0
-    if not (last.isascii() and last.isdigit() and len(last) <= MAX_DIGITS):
-        raise Refusal(
-            HTTPStatus.BAD_REQUEST,
-            "invalid-position",
-            "`last-event-id`, or `starting_after`, should be the number of the last chunk that was read, such as 41",
-        )
-    return int(last) + 1
+    named = [
+        exchange.query.get("starting_after"),
+        exchange.headers.get(b"last-event-id", b"").decode("latin-1") or None,
+    ]
+    for last in named:
+        if last is not None and not (last.isascii() and last.isdigit() and len(last) <= MAX_DIGITS):
+            raise Refusal(
+                HTTPStatus.BAD_REQUEST,
+                "invalid-position",
+                "`last-event-id`, or `starting_after`, should be the number of the last chunk that was read, say 41",
+            )
+    return next((int(last) + 1 for last in named if last is not None), 0)
 
 
 async def _accept(exchange: Exchange, request_id: str) -> None:

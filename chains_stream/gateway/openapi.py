@@ -7,7 +7,17 @@ import msgspec
 from chains_stream.chain import Chain
 from chains_stream.codec import Codec
 from chains_stream.gateway.openapi_async import SCHEMAS, async_paths, request_parameters
-from chains_stream.gateway.openapi_parts import HEADERS, JSON, PREFIX, REFERENCE, Json, answer, failure, failures
+from chains_stream.gateway.openapi_parts import (
+    HEADERS,
+    JSON,
+    PREFIX,
+    REFERENCE,
+    Json,
+    answer,
+    failure,
+    failures,
+    stream_of,
+)
 from chains_stream.gateway.problems import Problem
 from chains_stream.gateway.streaming import EVENTS, LINES, OCTETS, TEXT, media_types
 from chains_stream.settings import Settings
@@ -82,11 +92,7 @@ def _success(codec: Codec, result: Json) -> Json:
         "a last event `done`, or `error` with the problem.",
         LINES: 'One chunk as JSON a line; a failure is a last line `{"error": …}`.',
     }
-    content = {
-        # OpenAPI 3.1 has no words for the items of a stream.
-        kind: {"schema": {"type": "string", "description": described[kind]}, "x-chunk-schema": result}
-        for kind in media_types(codec)
-    }
+    content = {kind: stream_of(kind, result, described[kind]) for kind in media_types(codec)}
     text = f"The stream, in the form that `accept` asks for; {media_types(codec)[0]} unless it names another."
     return answer(text, content)
 

@@ -1,10 +1,10 @@
 """The routes of asynchronous requests in the OpenAPI document."""
 
 from chains_stream.codec import Codec
-from chains_stream.gateway.asynchronous import Accepted, Cancellation, Queue, Report
+from chains_stream.gateway.asynchronous import MAX_DIGITS, Accepted, Cancellation, Queue, Report
 from chains_stream.gateway.exchange import AFFINITY_HEADER, KEY_HEADER, MAX_AFFINITY, TIMEOUT_HEADER
 from chains_stream.gateway.ids import PATTERN
-from chains_stream.gateway.openapi_parts import JSON, REFERENCE, Json, answer, failures
+from chains_stream.gateway.openapi_parts import JSON, REFERENCE, Json, answer, failures, stream_of
 from chains_stream.gateway.streaming import EVENTS, LINES, media_types
 from chains_stream.settings import Settings
 
@@ -42,7 +42,7 @@ def request_parameters(settings: Settings) -> list[Json]:
         _header(
             TIMEOUT_HEADER,
             f"Seconds that the request may take; at most, and if not given, {settings.deadline:g}.",
-            {"type": "number", "exclusiveMinimum": 0},
+            {"type": "number", "minimum": 0.001, "maximum": 999_999_999},
         ),
         _header(
             AFFINITY_HEADER,
@@ -139,8 +139,8 @@ def _stop() -> Json:
 
 def _events(codec: Codec, result: Json) -> Json:
     kinds = media_types(codec) if codec.signature.streaming else [EVENTS, LINES]
-    content = {kind: {"schema": {"type": "string"}, "x-chunk-schema": result} for kind in kinds}
-    number = {"type": "integer", "minimum": 0, "maximum": 10**15 - 1}
+    content = {kind: stream_of(kind, result, "The stream.") for kind in kinds}
+    number = {"type": "integer", "minimum": 0, "maximum": 10**MAX_DIGITS - 1}
     return {
         "operationId": "get_async_request_events",
         "summary": "The answer to a request as a stream, again and from any point",
@@ -152,7 +152,11 @@ def _events(codec: Codec, result: Json) -> Json:
                 "description": "The number of the last chunk that was read.",
                 "schema": number,
             },
-            _header("last-event-id", "The same, as clients of server-sent events send it.", number),
+            _header(
+                "last-event-id",
+                "The same, as clients of server-sent events send it.",
+                {"type": "string", "pattern": f"^[0-9]{{0,{MAX_DIGITS}}}$"},
+            ),
         ],
         "responses": {"200": answer(f"The stream, as {EVENTS} unless `accept` names another.", content)}
         | failures(_FAILURES, *_ASKING, 406),

@@ -4,6 +4,7 @@ from typing import Any
 
 from chains_stream.gateway import problems
 from chains_stream.gateway.problems import Problem
+from chains_stream.gateway.streaming import EVENTS
 
 PREFIX = "chains."  # of our schemas' names: no class of a user's has a name with a dot
 REFERENCE = f"#/components/schemas/{PREFIX}"
@@ -39,3 +40,9 @@ def failures(texts: dict[int, str], *statuses: int) -> Json:
     """Describe those of the failures that a route may answer with, and any other."""
     chosen = {str(status): failure(status, texts[status]) for status in statuses or texts}
     return chosen | {"default": failure(0, "Another failure.")}
+
+
+def stream_of(media_type: str, chunk: Json, text: str) -> Json:
+    """Describe a stream, for whose items OpenAPI 3.1 has no words; events are no text to those who read them."""
+    kind = {} if media_type == EVENTS else {"type": "string"}
+    return {"schema": kind | {"description": text}, "x-chunk-schema": chunk}
