@@ -76,7 +76,7 @@ LOOP_LAG = Histogram(
 # --- of gateways
 SHED = Counter(
     "chains_shed",
-    "Requests turned away with 429: too many requests, too many of a key, too many bytes of bodies.",
+    "Requests turned away with 429: too many requests, too many of a key, too many bytes of bodies, a key's rate.",
     ["reason"],
 )
 HTTP_IN_FLIGHT = Gauge("chains_http_requests_in_flight", "HTTP requests that are being served.")

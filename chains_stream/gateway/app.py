@@ -25,6 +25,7 @@ from chains_stream.errors import BrokerError
 from chains_stream.gateway import openapi, probes, problems
 from chains_stream.gateway.endpoint import Shared
 from chains_stream.gateway.exchange import Entry, exchange_of
+from chains_stream.gateway.gate import Gate
 from chains_stream.gateway.problems import Refusal
 from chains_stream.gateway.run_remote import RunRemote
 from chains_stream.local import Callee
@@ -46,6 +47,11 @@ class Gateway:
         broker: that the caller uses.
         settings: of the process.
         hosted: the Chainlets that this process serves too; `/healthz` asks their `is_healthy`.
+
+    Attributes:
+        gate: what each request has to pass; None if there are no keys, no rates and no CORS.
+
+    Raises ChainsUsageError for keys or origins that are none.
     """
 
     app: ASGIApp
@@ -59,6 +65,7 @@ class Gateway:
         self._settings = settings
         self._checkup = probes.Checkup(hosted)
         self._shared = Shared(settings)
+        self.gate = Gate.of(settings)
 
     async def start(self) -> None:
         """Make sure that the entrypoint's topic exists, and build `app`.
@@ -82,7 +89,7 @@ class Gateway:
                 Route("/docs", _docs(), methods=["GET"]),
             ]
         )
-        self.app = Entry(app, _RUN_REMOTE, run_remote.serve)
+        self.app = Entry(app, _RUN_REMOTE, run_remote.serve, None if self.gate is None else self.gate.lets_in)
 
     def interrupt(self) -> None:
         """Answer the requests that are still under way with 503. They are not cancelled: they run to their deadline."""

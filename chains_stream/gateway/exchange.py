@@ -96,6 +96,8 @@ class Exchange:
         complete: whether all of the answer has; the connection may still buffer some of it.
         interrupted: whether the gateway stopped before the answer was complete.
         tell: writes a problem, given as JSON, as the end of an answer that has begun; None if it can't.
+        owner: the name of the API key that it came with; empty where none are configured.
+        common: headers that its answer gets, whatever it is.
         route: the path of the route that was met, for the log: never what a stranger wrote into the URL.
     """
 
@@ -108,10 +110,12 @@ class Exchange:
         "_receive",
         "_scope",
         "_send",
+        "common",
         "complete",
         "error",
         "headers",
         "interrupted",
+        "owner",
         "request_id",
         "route",
         "started",
@@ -128,6 +132,8 @@ class Exchange:
         self.complete = False
         self.interrupted = False
         self.tell: Callable[[bytes], bytes | None] | None = None
+        self.owner = ""
+        self.common: tuple[Header, ...] = (_NOSNIFF,)
         self.route = "unknown"
         self._scope = scope
         self._receive = receive
@@ -222,7 +228,7 @@ class Exchange:
         """Send a message to the client, with what all answers have in common."""
         if message["type"] == "http.response.start":
             own = (b"x-request-id", self.request_id.encode())
-            await self._send({**message, "headers": [*message.get("headers", ()), own, _NOSNIFF]})
+            await self._send({**message, "headers": [*message.get("headers", ()), own, *self.common]})
             self.started = True
             self.status = int(message["status"])
         else:
@@ -382,6 +388,7 @@ class Entry:
         app: takes all requests but those that go to `endpoint`.
         path: that is posted to most often.
         endpoint: answers such requests, with no routing in between.
+        gate: that each request has to pass first, if there is one.
 
     Attributes:
         under_way: requests in this process.
@@ -389,8 +396,15 @@ class Entry:
 
     under_way: ClassVar[int] = 0
 
-    def __init__(self, app: ASGIApp, path: str, endpoint: Callable[[Exchange], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        path: str,
+        endpoint: Callable[[Exchange], Awaitable[None]],
+        gate: Callable[[Exchange, ASGIScope], Awaitable[bool]] | None = None,
+    ) -> None:
         self._app = app
+        self._gate = gate
         self._path = path
         self._endpoint = endpoint
 
@@ -404,7 +418,9 @@ class Entry:
         clear_contextvars()
         bind_contextvars(request_id=exchange.request_id)
         try:
-            if scope["path"] == self._path and method == "POST":
+            if self._gate is not None and not await self._gate(exchange, scope):
+                pass  # it has been answered
+            elif scope["path"] == self._path and method == "POST":
                 exchange.route = self._path
                 await self._endpoint(exchange)
             else:
@@ -453,6 +469,8 @@ def _note(exchange: Exchange, method: str, seconds: float) -> None:
         "duration_ms": round(seconds * 1000, 1),
         "request_id": exchange.request_id,
     }
+    if exchange.owner:
+        event["owner"] = exchange.owner
     if exchange.error is not None:
         event["error"] = exchange.error
     log_plain(_requests, event)

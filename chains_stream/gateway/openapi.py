@@ -9,6 +9,7 @@ from chains_stream.chain import Chain
 from chains_stream.codec import Codec
 from chains_stream.gateway import problems
 from chains_stream.gateway.exchange import AFFINITY_HEADER, MAX_AFFINITY, TIMEOUT_HEADER
+from chains_stream.gateway.gate import OPEN
 from chains_stream.gateway.problems import Problem
 from chains_stream.gateway.streaming import EVENTS, LINES, OCTETS, TEXT, media_types
 from chains_stream.settings import Settings
@@ -23,7 +24,8 @@ _FAILURES = {
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is not JSON.",
-    429: "Too many requests, or bytes of them, are under way: see `detail`. Try again after `retry-after` seconds.",
+    429: "Too many requests, or bytes of them, are under way, or came: see `detail`. Try again after `retry-after` "
+    "seconds.",
     499: "The request was cancelled.",
     500: "The Chain failed; `error` has the exception and its way through the Chainlets.",
     502: "The stream broke off below.",
@@ -32,6 +34,11 @@ _FAILURES = {
 }
 _RETRY = (429, 503)
 
+_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
+
 Json = dict[str, Any]
 
 
@@ -39,7 +46,7 @@ def document(chain: Chain, codec: Codec, settings: Settings) -> Json:
     """Describe the gateway of a Chain. Raises ChainsUsageError for a type without a form in JSON."""
     schema = codec.schema()
     _, ours = msgspec.json.schema_components((Problem,), ref_template=f"{_REFERENCE}{{name}}")
-    return {
+    described: Json = {
         "openapi": "3.1.0",
         "info": {
             "title": chain.name,
@@ -63,6 +70,23 @@ def document(chain: Chain, codec: Codec, settings: Settings) -> Json:
             },
         },
     }
+    if settings.api_keys is not None:
+        _ask_for_keys(described)
+    return described
+
+
+def _ask_for_keys(described: Json) -> None:
+    """Say that all operations need an API key, but for those of `OPEN` paths."""
+    described["components"]["securitySchemes"] = _SCHEMES
+    described["security"] = [{name: []} for name in _SCHEMES]
+    for path, operations in described["paths"].items():
+        for operation in operations.values():
+            if path in OPEN:
+                operation["security"] = []
+            else:
+                refused = _failure(401, "There is no API key, or a wrong one.")
+                refused["headers"]["www-authenticate"] = {"schema": {"const": "Bearer"}}
+                operation["responses"]["401"] = refused
 
 
 def _run_remote(codec: Codec, schema: Json, settings: Settings) -> Json:
