@@ -3,12 +3,13 @@
 `chainlet` is a Chainlet's name. Counters only grow, and begin at 0 with the process.
 """
 
+import os
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sized
 from itertools import accumulate
 from typing import Protocol
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Info
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -69,6 +70,8 @@ EXPIRED = Counter("chains_expired", "Requests whose deadline passed before they 
 CANCELLED = Counter("chains_cancelled", "Requests cancelled: running, or still queued.", ["chainlet", "state"])
 
 # --- of all that serve
+PROCESS = Info("chains_process", "The process that answered: of several on one port, each counts for itself.")
+PROCESS.info({"pid": str(os.getpid())})
 LOOP_LAG = Histogram(
     "chains_loop_lag_seconds", "How late the event loop was, looked at ten times a second.", buckets=_SECONDS
 )

@@ -33,6 +33,7 @@ class Server:
 
     Attributes:
         url: where the server is reached from this machine, once it is bound.
+        tls: what it was given.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Server:
         self._host = host
         self._port = port
         self._grace_period = grace_period
-        self._tls = tls
+        self.tls = tls
         self._socket = bound
         self._listener: Listener | None = None
         self._listening: asyncio.Server | None = None
@@ -65,15 +66,15 @@ class Server:
             except (OSError, UnicodeError) as error:
                 raise ChainsUsageError(explain(self._host, self._port, error)) from error
         host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self._host, self._host)  # noqa: S104 - any
-        scheme = "http" if self._tls is None else "https"
+        scheme = "http" if self.tls is None else "https"
         self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{self._socket.getsockname()[1]}"
         return self.url
 
     @property
-    def is_local(self) -> bool:
-        """Whether this machine alone reaches the server, which is bound."""
+    def bound(self) -> socket.socket:
+        """The socket, after `bind`."""
         assert self._socket is not None, "bound"
-        return is_local(self._socket)
+        return self._socket
 
     async def start(self, app: ASGIApp, interrupt: Callable[[], None] | None = None) -> str:
         """Take requests, and give the URL. Raises ChainsUsageError.
@@ -85,7 +86,7 @@ class Server:
         assert self._socket is not None, "bound"
         if interrupt is not None:
             self._interrupt = interrupt
-        tls = self._tls
+        tls = self.tls
         self._listener = Listener(app, "http" if tls is None else "https")
         loop = asyncio.get_running_loop()
         try:
