@@ -47,8 +47,9 @@ def gateway(file: str, link: str | None, **flags: str | None) -> None:
     if settings.workers > 1:
         workers.supervise(file, flags, settings)
     else:
+        chain = load_chain(file)
         linked = None if link is None else workers.Link(*map(int, link.split(",")))
-        hosting.run_gateway(load_chain(file), settings, linked)
+        hosting.run_gateway(chain, settings, linked)
 
 
 @click.command(

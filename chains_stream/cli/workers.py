@@ -94,7 +94,7 @@ class Child:
         self._ready = False
         self._began = time.monotonic()
         self.pid = process.pid
-        self.ended = asyncio.create_task(process.wait(), name=f"gateway process {process.pid}")
+        self.ended = asyncio.create_task(self._end(), name=f"gateway process {process.pid}")
 
     async def ready(self) -> str:
         """Wait until it serves, and give what it says then. Raises EndedError."""
@@ -103,6 +103,13 @@ class Child:
                 self._ready = True
                 return line.decode().rstrip("\n")
         raise EndedError(await asyncio.shield(self.ended))
+
+    async def _end(self) -> int:
+        status = await self._process.wait()
+        self._writer.close()
+        with suppress(ConnectionError):
+            await self._writer.wait_closed()
+        return status
 
     @property
     def age(self) -> float:
@@ -122,7 +129,6 @@ class Child:
             log.error("gateway.process_killed", process=self.pid, reason=f"it had not ended after {seconds:g} s")
             self._process.kill()
             await asyncio.wait({self.ended})
-        self._writer.close()
 
 
 class Place:
@@ -197,12 +203,16 @@ class Fleet:
         with theirs:
             fds = place.socket.fileno(), theirs.fileno()
             link = ("--workers", "1", "--link", f"{fds[0]},{fds[1]}")
-            process = await asyncio.create_subprocess_exec(
-                # Without -P the current folder would come first on the path, as it does not for `chains`.
-                *(sys.executable, "-P", "-m", "chains_stream", "gateway", *self._command, *link),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=fds,
-            )
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    # Without -P the current folder would come first on the path, as it does not for `chains`.
+                    *(sys.executable, "-P", "-m", "chains_stream", "gateway", *self._command, *link),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=fds,
+                )
+            except BaseException:
+                writer.close()
+                raise
         child = Child(process, reader, writer)
         self._children.add(child)
         child.ended.add_done_callback(lambda _: self._children.discard(child))
