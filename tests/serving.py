@@ -126,6 +126,16 @@ class Slow(chains.ChainletBase):
         return name
 
 
+class Count(chains.ChainletBase):
+    """Counts how often it ran, and fails until then if it is told to."""
+
+    async def run_remote(self, name: str, succeed_at: int = 0) -> int:
+        Seen.note(name)
+        if Seen.counts[name] < succeed_at:
+            raise ValueError(name)
+        return Seen.counts[name]
+
+
 class Served:
     """A gateway that runs, and what stands around it."""
 
@@ -149,8 +159,13 @@ class Served:
 
     async def start(self) -> None:
         self.broker = await open_connected(self._stack, self.settings)
+        await self.open()
+
+    async def open(self) -> None:
+        """Open the gateway."""
         self.caller = await open_caller(self._stack, self.broker, self.settings)
         gateway = Gateway(self.chain, self.caller, self.broker, self.settings)
+        self._stack.push_async_callback(gateway.close)
         await gateway.start()
         self._stack.push_async_callback(self.server.stop)
         self.url = await self.server.start(gateway.app, gateway.interrupt)
@@ -158,6 +173,15 @@ class Served:
         verify: ssl.SSLContext | bool = True if self.trust is None else self.trust
         self.http = httpx.AsyncClient(base_url=self.url, timeout=WAIT, limits=limits, trust_env=False, verify=verify)
         self._stack.push_async_callback(self.http.aclose)
+
+    @asynccontextmanager
+    async def beside(self) -> AsyncIterator["Served"]:
+        """Give another gateway of the same Chain, as another process would have it."""
+        async with AsyncExitStack() as stack:
+            other = Served(self.chain.entrypoint, stack, self.settings)
+            other.broker = self.broker
+            await other.open()
+            yield other
 
     async def host(self) -> None:
         """Have the Chainlets served."""
@@ -227,7 +251,13 @@ async def serving(
     entrypoint: type[Any], *, workers: bool = True, trust: ssl.SSLContext | None = None, **settings: Any
 ) -> AsyncIterator[Served]:
     """Serve a Chain through a gateway; with no `workers`, until `host` is called. `trust` is for clients, with TLS."""
-    named = {"namespace": f"t{uuid4().hex[:10]}", "partitions": 4, "reply_partitions": 1, "grace_period": 5.0}
+    named = {
+        "namespace": f"t{uuid4().hex[:10]}",
+        "partitions": 4,
+        "reply_partitions": 1,
+        "grace_period": 5.0,
+        "secret": "t",
+    }
     async with AsyncExitStack() as stack:
         served = Served(entrypoint, stack, Settings.of(**{**named, **settings}), trust)
         await served.start()

@@ -112,6 +112,9 @@ def guard(settings: Settings, bound: socket.socket) -> None:
     """
     gate, tls = Gate.of(settings), Tls.of(settings)
     if gate is not None and gate.keys is not None:
+        if settings.secret is None and not settings.broker.startswith("memory:"):
+            what = "an id tells nobody whose request it is of: whoever learns it can read the answer with another key"
+            log.warning("gateway.no_secret", reason=f"CHAINS_SECRET is not set, so {what}")
         return
     host, port = bound.getsockname()[:2]
     where = f"{'http' if tls is None else 'https'} on {host}, port {port}"
@@ -138,6 +141,7 @@ async def _watched(stack: AsyncExitStack, settings: Settings) -> Health | None:
 
 async def _open(stack: AsyncExitStack, server: Server, gateway: Gateway, settings: Settings) -> str:
     """Let HTTP in, as the first to be stopped; give the URL."""
+    stack.push_async_callback(gateway.close)
     await gateway.start()
     stack.push_async_callback(server.stop)
     _reload_on_hangup(stack, server, gateway, settings)

@@ -28,6 +28,9 @@ from chains_stream.settings import Settings
 SOON = 10.0  # seconds: a child that ends sooner than that after its start may do so for ever
 GIVE_UP = 5  # such ends of one place in a row, until the parent ends too
 FIRST_DELAY = 0.5  # seconds until the second such child is replaced; doubled with each
+PATIENT = (
+    10.0  # seconds that new connections may wait for the next child in a place; if it takes longer, others get them
+)
 CLOSING = 30.0  # seconds beyond the grace period that a child has to let go of the broker, until it is killed
 
 _STOP = b"stop\n"
@@ -136,16 +139,18 @@ class Place:
 
     Attributes:
         child: that serves here, or has ended last.
+        starting: seconds that it took to be ready.
         changing: held by whoever starts the next one.
     """
 
     def __init__(self, listening: socket.socket) -> None:
         self.socket = listening
         self.child: Child
+        self.starting = 0.0
         self.changing = asyncio.Lock()
 
-    def close_to_others(self) -> None:
-        """Have the kernel send connections elsewhere, until a child listens here again."""
+    def shut(self) -> None:
+        """Have the kernel send connections elsewhere until a child listens here again; those that wait are lost."""
         with suppress(OSError):  # it is not listening
             self.socket.shutdown(socket.SHUT_RDWR)
 
@@ -217,7 +222,7 @@ class Fleet:
         self._children.add(child)
         child.ended.add_done_callback(lambda _: self._children.discard(child))
         said = await child.ready()
-        place.child = child
+        place.child, place.starting = child, child.age
         log.info("gateway.process_ready", process=child.pid)
         return said
 
@@ -246,9 +251,10 @@ class Fleet:
             raise ChainsRuntimeError(
                 f"a gateway process ended {soon} times in a row soon after its start, with status {status} at last"
             )
+        # Only while no child is there: one that starts may be listening already.
+        if self._spread and (soon > 1 or place.starting > PATIENT):
+            place.shut()
         if soon > 1:
-            if self._spread:
-                place.close_to_others()
             await asyncio.sleep(FIRST_DELAY * 2 ** (soon - 2))
 
     async def _renew_when(self, renewal: asyncio.Event) -> NoReturn:

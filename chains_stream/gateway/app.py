@@ -22,14 +22,19 @@ from chains_stream.chain import Chain
 from chains_stream.chainlet import chainlet_name, signature
 from chains_stream.codec import codec_of
 from chains_stream.errors import BrokerError
-from chains_stream.gateway import openapi, probes, problems
+from chains_stream.gateway import asynchronous, openapi, probes, problems
+from chains_stream.gateway.claims import Claims
 from chains_stream.gateway.endpoint import Shared
-from chains_stream.gateway.exchange import Entry, exchange_of
+from chains_stream.gateway.exchange import Entry, Exchange, exchange_of
 from chains_stream.gateway.gate import Gate
+from chains_stream.gateway.ids import RequestId
+from chains_stream.gateway.past import Past
 from chains_stream.gateway.problems import Refusal
 from chains_stream.gateway.run_remote import RunRemote
 from chains_stream.local import Callee
+from chains_stream.messages import new_id
 from chains_stream.settings import Settings
+from chains_stream.signature import background_topic
 
 READY_FOR = 1.0  # seconds that an answer of `/readyz` is kept
 READY_WITHIN = 2.0  # seconds that the broker has to answer: less than a probe's usual patience
@@ -64,7 +69,10 @@ class Gateway:
         self._broker = broker
         self._settings = settings
         self._checkup = probes.Checkup(hosted)
-        self._shared = Shared(settings)
+        topic = chain.topic(chain.entrypoint, settings.namespace)
+        self._past = Past(broker, caller, settings, topic, (chain.entrypoint.__module__,))
+        self._claims = Claims(broker, settings)
+        self._shared = Shared(settings, self._past, self._claims)
         self.gate = Gate.of(settings)
 
     async def start(self) -> None:
@@ -76,12 +84,17 @@ class Gateway:
         codec = codec_of(signature(chain.entrypoint))
         document = msgspec.json.encode(openapi.document(chain, codec, settings))
         target = await remote_target(chain, chain.entrypoint, self._caller, settings)
+        topic = target.topic
+        await self._past.start()
+        await self._claims.start()
+        await self._caller.use(background_topic(topic))
+        await self._caller.control.follow({topic: self._shared.kept.handle})
         run_remote = RunRemote(self._shared, codec, target)
-        topic = chain.topic(chain.entrypoint, settings.namespace)
         readiness = Readiness(self._broker, self._caller, topic, chainlet_name(chain.entrypoint))
         app = _app(
             [
                 Route(_RUN_REMOTE, run_remote, methods=["POST"]),
+                *asynchronous.routes(self._shared, codec, target),
                 Route("/healthz", self._healthz),
                 Route("/metrics", probes.metrics),
                 Route("/readyz", readiness.readyz),
@@ -89,11 +102,24 @@ class Gateway:
                 Route("/docs", _docs(), methods=["GET"]),
             ]
         )
-        self.app = Entry(app, _RUN_REMOTE, run_remote.serve, None if self.gate is None else self.gate.lets_in)
+        gate = None if self.gate is None else self.gate.check
+        self.app = Entry(app, _RUN_REMOTE, run_remote.serve, self._identify, gate)
 
     def interrupt(self) -> None:
         """Answer the requests that are still under way with 503. They are not cancelled: they run to their deadline."""
         self._shared.interrupt()
+
+    async def close(self) -> None:
+        """Let go of what the gateway reads and keeps; after the server has stopped, and before the caller is closed."""
+        await self._shared.kept.close()
+        await self._claims.close()
+        await self._past.close()
+
+    def _identify(self, exchange: Exchange) -> None:
+        """Give a request the ids by which its answer will be found."""
+        correlation_id = exchange.correlation_id = new_id()
+        where = RequestId("replies", *self._caller.reply_position(), correlation_id)
+        exchange.request_id = self._past.ids.mint(where, exchange.owner)
 
     async def _healthz(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's
         return probes.health(await probes.trouble(self._broker, self._caller) or await self._checkup.complaint())

@@ -13,6 +13,7 @@ from functools import cache
 from http import HTTPStatus
 from types import TracebackType
 from typing import ClassVar, Protocol
+from urllib.parse import parse_qsl
 
 from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Send
@@ -25,7 +26,7 @@ from chains_stream.gateway import problems
 from chains_stream.gateway.problems import Problem, Refusal
 from chains_stream.log import get_logger, log_plain
 from chains_stream.messages import now_ms
-from chains_stream.policy import Scope, new_request_id
+from chains_stream.policy import Scope
 from chains_stream.timeouts import Timeout
 
 TIMEOUT_HEADER = "x-request-timeout"  # seconds that a client gives its request, at most what the gateway gives it
@@ -38,6 +39,9 @@ PIECE = 64 << 10  # bytes of an answer that are handed to the connection at once
 TAKEN_WITHIN = 10.0  # seconds that a client has to take an answer that has no deadline: of an error, of a probe
 FAREWELL = 1.0  # seconds that a client has to take the end of an answer that was cut short
 
+KEY_HEADER = b"idempotency-key"
+
+_LASTING = (b"prefer", KEY_HEADER)  # headers that matter until the end
 _NOSNIFF = (b"x-content-type-options", b"nosniff")
 _EXCHANGE = "chains.exchange"  # in the ASGI scope of a request
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.{0,100})?")  # W3C Trace Context
@@ -89,14 +93,15 @@ class Exchange:
 
     Attributes:
         headers: of the request, by their names in lower case; of many of one name the first.
+        correlation_id: of the request to the Chain, if one is made.
         request_id: goes with every answer, and through all hops of the Chain.
         status: of the answer; `CLIENT_CLOSED_REQUEST` once the client has left.
         error: the code of what went wrong, for the log.
         started: whether the status line has gone out.
         complete: whether all of the answer has; the connection may still buffer some of it.
+        owner: the name of the API key that the request came with; empty where there are no keys.
         interrupted: whether the gateway stopped before the answer was complete.
         tell: writes a problem, given as JSON, as the end of an answer that has begun; None if it can't.
-        owner: the name of the API key that it came with; empty where none are configured.
         common: headers that its answer gets, whatever it is.
         route: the path of the route that was met, for the log: never what a stranger wrote into the URL.
     """
@@ -112,6 +117,7 @@ class Exchange:
         "_send",
         "common",
         "complete",
+        "correlation_id",
         "error",
         "headers",
         "interrupted",
@@ -125,7 +131,9 @@ class Exchange:
 
     def __init__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
-        self.request_id = new_request_id()
+        self.correlation_id = b""
+        self.owner = ""
+        self.request_id = ""
         self.status = 0
         self.error: str | None = None
         self.started = False
@@ -159,6 +167,38 @@ class Exchange:
     @property
     def _announced(self) -> int:
         return int(self.headers.get(b"content-length", b"0"))  # the server has checked it
+
+    @property
+    def keyed(self) -> bool:
+        """Whether the request has an idempotency key."""
+        return KEY_HEADER in self.headers
+
+    @property
+    def left(self) -> bool:
+        """Whether the client has left before it had the whole answer."""
+        return isinstance(self._reason, ClientLeftError)
+
+    @property
+    def path_parameters(self) -> dict[str, str]:
+        """What the route found in the path."""
+        found: dict[str, str] = self._scope.get("path_params", {})
+        return found
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The parameters of the query; of many of one name the first."""
+        return dict(reversed(parse_qsl(self._scope["query_string"].decode("latin-1"), keep_blank_values=True)))
+
+    def preference(self, name: str) -> float | None:
+        """Give the seconds that the header `prefer` has for a name (RFC 7240); None for a value that is none."""
+        value = self.headers.get(b"prefer")
+        if value is None:
+            return None
+        for part in value.decode("latin-1").split(","):
+            found, _, seconds = part.partition(";")[0].partition("=")
+            if found.strip().lower() == name and _SECONDS.fullmatch(seconds.strip(' "').encode("latin-1")):
+                return float(seconds.strip(' "'))
+        return None
 
     def begin(self, deadline: float) -> Scope:
         """Begin a request to the Chain with `deadline` seconds, or fewer if the client says so. Raises Refusal."""
@@ -245,7 +285,7 @@ class Exchange:
 
     def forget_request(self) -> None:
         """Let go of what was read of the request, for as long as the answer to it takes."""
-        self.headers = {}
+        self.headers = {name: self.headers[name] for name in _LASTING if name in self.headers}
         if self._own is not None:  # another server may still look at it
             self._scope.clear()
 
@@ -388,7 +428,8 @@ class Entry:
         app: takes all requests but those that go to `endpoint`.
         path: that is posted to most often.
         endpoint: answers such requests, with no routing in between.
-        gate: that each request has to pass first, if there is one.
+        identify: gives a request its ids.
+        gate: that each request has to pass first, if there is one: gives what answers those that don't.
 
     Attributes:
         under_way: requests in this process.
@@ -401,9 +442,11 @@ class Entry:
         app: ASGIApp,
         path: str,
         endpoint: Callable[[Exchange], Awaitable[None]],
-        gate: Callable[[Exchange, ASGIScope], Awaitable[bool]] | None = None,
+        identify: Callable[[Exchange], None],
+        gate: Callable[[Exchange, ASGIScope], Callable[[], Awaitable[None]] | None] | None = None,
     ) -> None:
         self._app = app
+        self._identify = identify
         self._gate = gate
         self._path = path
         self._endpoint = endpoint
@@ -414,12 +457,14 @@ class Entry:
             return
         began, method = time.perf_counter(), scope["method"]
         exchange = Exchange(scope, receive, send)
+        answer = None if self._gate is None else self._gate(exchange, scope)
+        self._identify(exchange)  # by its owner, which the gate has found
         Entry.under_way += 1
         clear_contextvars()
         bind_contextvars(request_id=exchange.request_id)
         try:
-            if self._gate is not None and not await self._gate(exchange, scope):
-                pass  # it has been answered
+            if answer is not None:
+                await answer()
             elif scope["path"] == self._path and method == "POST":
                 exchange.route = self._path
                 await self._endpoint(exchange)

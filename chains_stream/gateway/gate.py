@@ -1,5 +1,7 @@
 """What a request meets before any route, and before its body is read: CORS, API keys, rates."""
 
+from collections.abc import Awaitable, Callable
+from functools import partial
 from http import HTTPStatus
 from typing import Self
 
@@ -36,22 +38,19 @@ class Gate:
             return None
         return cls(keys, rates, cors)
 
-    async def lets_in(self, exchange: Exchange, scope: ASGIScope) -> bool:
-        """Tell whether a request may go on to its route; if not, it has been answered."""
+    def check(self, exchange: Exchange, scope: ASGIScope) -> Callable[[], Awaitable[None]] | None:
+        """Give a request its owner, and its answer the headers that it needs.
+
+        Gives what answers a request that may not go on to its route, to be called; None for one that may.
+        """
         try:
-            if self.cors is not None and await self._is_preflight(exchange, scope, self.cors):
-                return False
+            if self.cors is not None and self._is_preflight(exchange, scope, self.cors):
+                return partial(_allow, exchange)
             if scope["path"] not in OPEN:
                 self._check(exchange, scope)
-        except Refusal as refusal:
-            close = {"connection": "close"} if exchange.sending else {}
-            await exchange.answer(problems.of_refusal(refusal, exchange.request_id), refusal.headers | close)
-            return False
-        except OverloadedError as error:
-            close = {"connection": "close"} if exchange.sending else {}
-            await exchange.answer(problems.of_error(error, exchange.request_id), close)
-            return False
-        return True
+        except (Refusal, OverloadedError) as error:
+            return partial(_refuse, exchange, error)
+        return None
 
     def _check(self, exchange: Exchange, scope: ASGIScope) -> None:
         if self.keys is not None:
@@ -67,7 +66,7 @@ class Gate:
                 raise
             exchange.common += (policy, (b"ratelimit", left))
 
-    async def _is_preflight(self, exchange: Exchange, scope: ASGIScope, cors: Cors) -> bool:
+    def _is_preflight(self, exchange: Exchange, scope: ASGIScope, cors: Cors) -> bool:
         headers = exchange.headers
         origin = headers.get(b"origin")
         exchange.common += cors.headers(origin)
@@ -76,6 +75,18 @@ class Gate:
         if not cors.allows(origin):
             text = "pages of this origin may not call; CHAINS_CORS_ORIGINS names those that may"
             raise Refusal(HTTPStatus.FORBIDDEN, "origin-not-allowed", text)
-        await exchange.start(HTTPStatus.NO_CONTENT, *cors.preflight(headers.get(b"access-control-request-headers")))
-        await exchange.finish()
+        exchange.common += cors.preflight(headers.get(b"access-control-request-headers"))
         return True
+
+
+async def _allow(exchange: Exchange) -> None:
+    await exchange.start(HTTPStatus.NO_CONTENT)
+    await exchange.finish()
+
+
+async def _refuse(exchange: Exchange, error: Refusal | OverloadedError) -> None:
+    if isinstance(error, Refusal):
+        problem, headers = problems.of_refusal(error, exchange.request_id), error.headers
+    else:
+        problem, headers = problems.of_error(error, exchange.request_id), {}
+    await exchange.answer(problem, headers | ({"connection": "close"} if exchange.sending else {}))
