@@ -26,6 +26,7 @@ from chains_stream.gateway import asynchronous, openapi, probes, problems
 from chains_stream.gateway.claims import Claims
 from chains_stream.gateway.endpoint import Shared
 from chains_stream.gateway.exchange import Entry, Exchange, exchange_of
+from chains_stream.gateway.gate import Gate
 from chains_stream.gateway.ids import RequestId
 from chains_stream.gateway.past import Past
 from chains_stream.gateway.problems import Refusal
@@ -51,6 +52,11 @@ class Gateway:
         broker: that the caller uses.
         settings: of the process.
         hosted: the Chainlets that this process serves too; `/healthz` asks their `is_healthy`.
+
+    Attributes:
+        gate: what each request has to pass; None if there are no keys, no rates and no CORS.
+
+    Raises ChainsUsageError for keys or origins that are none.
     """
 
     app: ASGIApp
@@ -67,6 +73,7 @@ class Gateway:
         self._past = Past(broker, caller, settings, topic, (chain.entrypoint.__module__,))
         self._claims = Claims(broker, settings)
         self._shared = Shared(settings, self._past, self._claims)
+        self.gate = Gate.of(settings)
 
     async def start(self) -> None:
         """Make sure that the entrypoint's topic exists, and build `app`.
@@ -95,7 +102,8 @@ class Gateway:
                 Route("/docs", _docs(), methods=["GET"]),
             ]
         )
-        self.app = Entry(app, _RUN_REMOTE, run_remote.serve, self._identify)
+        gate = None if self.gate is None else self.gate.check
+        self.app = Entry(app, _RUN_REMOTE, run_remote.serve, self._identify, gate)
 
     def interrupt(self) -> None:
         """Answer the requests that are still under way with 503. They are not cancelled: they run to their deadline."""

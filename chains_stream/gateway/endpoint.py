@@ -67,7 +67,7 @@ class Endpoint:
         """Answer a request, whatever comes of it."""
         shared = self.shared
         try:
-            place = shared.limits.enter(exchange.headers)
+            place = shared.limits.enter(exchange.headers, exchange.owner)
         except OverloadedError as error:
             await self._fail(exchange, error)
             return

@@ -102,6 +102,7 @@ class Exchange:
         owner: the name of the API key that the request came with; empty where there are no keys.
         interrupted: whether the gateway stopped before the answer was complete.
         tell: writes a problem, given as JSON, as the end of an answer that has begun; None if it can't.
+        common: headers that its answer gets, whatever it is.
         route: the path of the route that was met, for the log: never what a stranger wrote into the URL.
     """
 
@@ -114,6 +115,7 @@ class Exchange:
         "_receive",
         "_scope",
         "_send",
+        "common",
         "complete",
         "correlation_id",
         "error",
@@ -138,6 +140,8 @@ class Exchange:
         self.complete = False
         self.interrupted = False
         self.tell: Callable[[bytes], bytes | None] | None = None
+        self.owner = ""
+        self.common: tuple[Header, ...] = (_NOSNIFF,)
         self.route = "unknown"
         self._scope = scope
         self._receive = receive
@@ -264,7 +268,7 @@ class Exchange:
         """Send a message to the client, with what all answers have in common."""
         if message["type"] == "http.response.start":
             own = (b"x-request-id", self.request_id.encode())
-            await self._send({**message, "headers": [*message.get("headers", ()), own, _NOSNIFF]})
+            await self._send({**message, "headers": [*message.get("headers", ()), own, *self.common]})
             self.started = True
             self.status = int(message["status"])
         else:
@@ -425,6 +429,7 @@ class Entry:
         path: that is posted to most often.
         endpoint: answers such requests, with no routing in between.
         identify: gives a request its ids.
+        gate: that each request has to pass first, if there is one: gives what answers those that don't.
 
     Attributes:
         under_way: requests in this process.
@@ -438,9 +443,11 @@ class Entry:
         path: str,
         endpoint: Callable[[Exchange], Awaitable[None]],
         identify: Callable[[Exchange], None],
+        gate: Callable[[Exchange, ASGIScope], Callable[[], Awaitable[None]] | None] | None = None,
     ) -> None:
         self._app = app
         self._identify = identify
+        self._gate = gate
         self._path = path
         self._endpoint = endpoint
 
@@ -450,12 +457,15 @@ class Entry:
             return
         began, method = time.perf_counter(), scope["method"]
         exchange = Exchange(scope, receive, send)
-        self._identify(exchange)
+        answer = None if self._gate is None else self._gate(exchange, scope)
+        self._identify(exchange)  # by its owner, which the gate has found
         Entry.under_way += 1
         clear_contextvars()
         bind_contextvars(request_id=exchange.request_id)
         try:
-            if scope["path"] == self._path and method == "POST":
+            if answer is not None:
+                await answer()
+            elif scope["path"] == self._path and method == "POST":
                 exchange.route = self._path
                 await self._endpoint(exchange)
             else:
@@ -504,6 +514,8 @@ def _note(exchange: Exchange, method: str, seconds: float) -> None:
         "duration_ms": round(seconds * 1000, 1),
         "request_id": exchange.request_id,
     }
+    if exchange.owner:
+        event["owner"] = exchange.owner
     if exchange.error is not None:
         event["error"] = exchange.error
     log_plain(_requests, event)

@@ -6,6 +6,7 @@ import msgspec
 
 from chains_stream.chain import Chain
 from chains_stream.codec import Codec
+from chains_stream.gateway.gate import OPEN
 from chains_stream.gateway.openapi_async import SCHEMAS, async_paths, request_parameters
 from chains_stream.gateway.openapi_parts import (
     HEADERS,
@@ -37,12 +38,17 @@ _FAILURES = {
     413: "The body is too large.",
     415: "The body is not JSON.",
     422: "The idempotency key was used before, for another body.",
-    429: "Too many requests, or bytes of them, are under way: see `detail`. Try again after `retry-after` seconds.",
+    429: "Too many requests, or bytes of them, are under way, or came: see `detail`. Try again after `retry-after` "
+    "seconds.",
     499: "The request was cancelled.",
     500: "The Chain failed; `error` has the exception and its way through the Chainlets.",
     502: "The stream broke off below.",
     503: "A worker or the broker is away; try again after `retry-after` seconds.",
     504: "The deadline of the request passed.",
+}
+_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
 
 
@@ -50,7 +56,7 @@ def document(chain: Chain, codec: Codec, settings: Settings) -> Json:
     """Describe the gateway of a Chain. Raises ChainsUsageError for a type without a form in JSON."""
     schema = codec.schema()
     _, ours = msgspec.json.schema_components((Problem, *SCHEMAS), ref_template=f"{REFERENCE}{{name}}")
-    return {
+    described: Json = {
         "openapi": "3.1.0",
         "info": {
             "title": chain.name,
@@ -69,6 +75,23 @@ def document(chain: Chain, codec: Codec, settings: Settings) -> Json:
             "headers": HEADERS,
         },
     }
+    if settings.api_keys is not None:
+        _ask_for_keys(described)
+    return described
+
+
+def _ask_for_keys(described: Json) -> None:
+    """Say that all operations need an API key, but for those of `OPEN` paths."""
+    described["components"]["securitySchemes"] = _SCHEMES
+    described["security"] = [{name: []} for name in _SCHEMES]
+    for path, operations in described["paths"].items():
+        for operation in operations.values():
+            if path in OPEN:
+                operation["security"] = []
+            else:
+                refused = failure(401, "There is no API key, or a wrong one.")
+                refused["headers"]["www-authenticate"] = {"schema": {"const": "Bearer"}}
+                operation["responses"]["401"] = refused
 
 
 def _run_remote(codec: Codec, schema: Json, settings: Settings) -> Json:
