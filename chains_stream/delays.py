@@ -56,12 +56,21 @@ async def ensure_delayed(broker: Broker, settings: Settings, classes: Sequence[f
 
 
 class Delays:
-    """Puts records into the delay queue; `ensure_delayed` has made it."""
+    """Puts records into the delay queue."""
 
     def __init__(self, broker: Broker, settings: Settings, classes: Sequence[float] = CLASSES) -> None:
         self._broker = broker
+        self._settings = settings
         self._topic = delayed_topic(settings)
         self._classes = classes
+
+    async def ensure(self) -> None:
+        """Make the queue, before the first `send`: see `ensure_delayed`."""
+        await ensure_delayed(self._broker, self._settings, self._classes)
+
+    def rounded(self, seconds: float) -> float:
+        """Give the delay that a record gets for one of so many seconds."""
+        return self._classes[self._number(seconds)] if seconds > 0 else 0.0
 
     async def send(
         self, topic: str, value: bytes, *, delay_seconds: float, key: bytes | None = None, headers: Headers = ()
@@ -74,11 +83,14 @@ class Delays:
             partition = await _partition(self._broker, topic, key, value)
             stored = await self._broker.publish(topic, value, partition=partition, key=key, headers=headers)
         else:
-            known = range(len(self._classes))
-            number = next((n for n in known if self._classes[n] >= delay_seconds), known[-1])
+            number = self._number(delay_seconds)
             headers = (*_own(headers), (TARGET, topic.encode()))
             stored = await self._broker.publish(self._topic, value, partition=number, key=key, headers=headers)
         await stored
+
+    def _number(self, seconds: float) -> int:
+        classes = self._classes
+        return next((number for number, delay in enumerate(classes) if delay >= seconds), len(classes) - 1)
 
 
 class Mover:
@@ -206,7 +218,7 @@ class Mover:
         topic = (dict(record.headers).get(TARGET) or b"").decode("utf-8", "replace")
         try:
             if not topic:
-                raise UnknownTopicError(f"a delayed record has no header {TARGET}")  # noqa: TRY301 - as one that is wrong
+                raise UnknownTopicError(f"a delayed record has no header {TARGET}")
             # By its place here: should it be moved twice, one worker gets both.
             place = f"{record.partition}/{record.offset}".encode()
             partition = await _partition(self._broker, topic, record.key, place)

@@ -1,6 +1,7 @@
 """What a process counts, in the words of Prometheus. `/metrics` of a gateway and of a worker show it.
 
-`chainlet` is a Chainlet's name. Counters only grow, and begin at 0 with the process.
+`chainlet` is a Chainlet's name; with `.background` it is about the requests that it takes while there are no others.
+Counters only grow, and begin at 0 with the process.
 """
 
 from bisect import bisect_left
@@ -66,6 +67,7 @@ FINISHED = Counter(
 REDELIVERED = Counter("chains_redelivered", "Requests that another worker may have begun before.", ["chainlet"])
 DEAD_LETTERED = Counter("chains_dead_lettered", "Requests put into the dead-letter topic.", ["chainlet", "reason"])
 EXPIRED = Counter("chains_expired", "Requests whose deadline passed before they were run.", ["chainlet"])
+RETRIED = Counter("chains_retried", "Requests put off after a try that failed, to be tried again.", ["chainlet"])
 CANCELLED = Counter("chains_cancelled", "Requests cancelled: running, or still queued.", ["chainlet", "state"])
 
 # --- of all that serve
