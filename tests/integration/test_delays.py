@@ -79,7 +79,7 @@ async def test_a_record_comes_when_its_class_of_delay_has_passed(queue: Queue) -
         came |= {r.value: time.monotonic() - began for r in records if r.value not in came}
     assert came[b"now"] < 0.3
     assert 0.3 <= came[b"soon"] < 1.5
-    assert 2.0 <= came[b"late"]
+    assert came[b"late"] >= 2.0
     soon = next(record for record in records if record.value == b"soon")
     assert (soon.key, soon.headers) == (b"key", (("mine", b"header"),)), "it comes as it was sent"
 
