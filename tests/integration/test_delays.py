@@ -73,7 +73,7 @@ async def test_a_record_comes_when_its_class_of_delay_has_passed(queue: Queue) -
     await queue.send("late", 1.5)
     await queue.send("soon", 0.1, key=b"key", headers=(("mine", b"header"),))
     await queue.send("now", 0)
-    came = {}
+    came: dict[bytes, float] = {}
     for count in (1, 2, 3):
         records = await queue.arrived(count)
         came |= {r.value: time.monotonic() - began for r in records if r.value not in came}
