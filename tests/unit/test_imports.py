@@ -17,6 +17,7 @@ ORDER = [
     "load",
     "load_http",
     "options",
+    "openai",
     "settings",
     "source",
     "foreign",
