@@ -1,8 +1,8 @@
 """The types of OpenAI's API, for Chainlets that its clients call: ``from chains_stream import openai``.
 
 A Chainlet whose one argument is a `ChatCompletionRequest`, a `CompletionRequest` or an `EmbeddingRequest` is served
-under ``/v1/``. Fields are those of https://platform.openai.com/docs/api-reference, and some that vLLM takes beside them;
-others that a client sends are ignored. Derive a class from a request to take more.
+under ``/v1/``. Fields are those of https://platform.openai.com/docs/api-reference, and some that vLLM takes beside
+them; others that a client sends are ignored. Derive a class from a request to take more.
 
 Of an answer a Chainlet fills in what it knows: the gateway gives `id`, `created` and `model` where they are left empty.
 The fields ``object``, ``role`` and ``type`` of answers are tags, which are always written.

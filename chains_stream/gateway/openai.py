@@ -20,15 +20,15 @@ from chains_stream.calls import Call, Caller, RemoteTarget, remote_target
 from chains_stream.chain import Chain
 from chains_stream.codec import explain
 from chains_stream.errors import InvalidArgumentError, InvalidResultError
+from chains_stream.foreign import decode_json_hook
 from chains_stream.gateway.endpoint import JSON, Shared
-from chains_stream.gateway.exchange import PIECE, Exchange, exchange_of
+from chains_stream.gateway.exchange import PIECE, Exchange
 from chains_stream.gateway.limits import Place
 from chains_stream.gateway.openai_answers import Chat, ChunkForm, Dialect, Stamp, Text, to_json
 from chains_stream.gateway.openai_errors import MODEL_NOT_FOUND, OpenAIEndpoint
 from chains_stream.gateway.openai_offers import CHAT, COMPLETIONS, EMBEDDINGS, Offer, offers
 from chains_stream.gateway.problems import Refusal
 from chains_stream.gateway.streaming import Stream
-from chains_stream.foreign import decode_json_hook
 from chains_stream.settings import Settings
 
 _IS_JSON = (b"content-type", JSON.encode())
@@ -51,7 +51,7 @@ async def routes(shared: Shared, chain: Chain, caller: Caller, settings: Setting
         if found := [model for model in models if model.offer.path == path]:
             endpoint = Embeddings(shared, found) if path == EMBEDDINGS else Generation(shared, found, _DIALECTS[path])
             made.append(Route(path, endpoint, methods=["POST"]))
-    return made
+    return [*made, Route("/v1/{path:path}", Elsewhere(shared, made))]
 
 
 class OfferedModel:
@@ -139,9 +139,7 @@ class Generation(_ModelEndpoint):
         await exchange.start(HTTPStatus.OK, *form.headers)
         await exchange.finish(data)
 
-    async def _whole(
-        self, exchange: Exchange, place: Place, model: OfferedModel, stamp: Stamp, call: Call
-    ) -> None:
+    async def _whole(self, exchange: Exchange, place: Place, model: OfferedModel, stamp: Stamp, call: Call) -> None:
         if model.offer.streaming:
             whole = await self._gather(place, model, call)
         else:
@@ -175,18 +173,12 @@ class Embeddings(_ModelEndpoint):
             request = model.read(body)
             arguments = model.codec.encode_arguments((request,), {})
             in_base64 = request.encoding_format == "base64"
-            answer = partial(self._answer, exchange, place, model, request.model, in_base64)
+            answer = partial(self._answer, exchange, place, model, asked=request.model, in_base64=in_base64)
             del body, request
             await self.run(exchange, place, model.target, arguments, scope=scope, answer=answer)
 
     async def _answer(
-        self,
-        exchange: Exchange,
-        place: Place,
-        model: OfferedModel,
-        asked: str,
-        in_base64: bool,  # noqa: FBT001 - bound with the others
-        call: Call,
+        self, exchange: Exchange, place: Place, model: OfferedModel, call: Call, *, asked: str, in_base64: bool
     ) -> None:
         given = model.codec.decode_result(await call.result())
         response = given if isinstance(given, api.EmbeddingResponse) else _of_vectors(given)
@@ -208,13 +200,32 @@ class ModelListing(OpenAIEndpoint):
         self._models = [api.Model(id=name, created=created, owned_by=owner) for name in names]
 
     async def handle(self, exchange: Exchange, place: Place) -> None:
-        name = exchange.path_parameter("id")
+        name = exchange.path_parameters.get("id")
         if name is None:
             data = to_json(api.ModelList(data=self._models))
         else:
             found = next((model for model in self._models if model.id == name), None)
             data = to_json(found if found is not None else _no_such_model(name, self._offered))
         await _answer(exchange, place, data)
+
+
+class Elsewhere(OpenAIEndpoint):
+    """What is asked of the API and not served here, or not so."""
+
+    def __init__(self, shared: Shared, served: list[Route]) -> None:
+        super().__init__(shared)
+        self._served = served
+
+    async def handle(self, exchange: Exchange, place: Place) -> None:  # noqa: ARG002 - Endpoint's
+        path = f"/v1/{exchange.path_parameters['path']}"
+        for route in self._served:
+            if route.path_regex.match(path):
+                allowed = ", ".join(sorted(route.methods or ()))
+                headers = {"allow": allowed}
+                text = f"this route takes {allowed}"
+                raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "method-not-allowed", text, headers=headers)
+        paths = ", ".join(f"`{route.path}`" for route in self._served)
+        raise Refusal(HTTPStatus.NOT_FOUND, "not-found", f"this Chain does not serve `{path}`; it serves {paths}")
 
 
 async def _answer(exchange: Exchange, place: Place, data: bytes) -> None:

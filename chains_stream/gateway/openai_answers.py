@@ -42,7 +42,7 @@ class Gatherer(Protocol):
     def whole(self) -> Any: ...
 
 
-class Dialect(Protocol):
+class Dialect:
     """One of the kinds of text that the API knows.
 
     Attributes:
@@ -53,29 +53,37 @@ class Dialect(Protocol):
     """
 
     prefix: str
-    chunk: type[msgspec.Struct]
-    whole: type[msgspec.Struct]
+    chunk: type[Any]
+    whole: type[Any]
     gap: bytes
 
     def piece(self, text: str) -> Any:
         """Give a piece of choice 0."""
+        raise NotImplementedError
 
     def of_text(self, text: str) -> Any:
         """Give a whole answer."""
+        raise NotImplementedError
 
     def ending(self, index: int, reason: api.FinishReason) -> Any:
         """Give the last chunk of a choice."""
+        raise NotImplementedError
 
     def begin(self, choice: Any) -> None:
         """Complete what comes to a choice first."""
+        raise NotImplementedError
 
     def calls_tools(self, choice: Any) -> bool:
         """Tell whether what comes to a choice is of a tool call."""
+        raise NotImplementedError
 
     def split(self, whole: Any) -> tuple[Any, Any]:
         """Give a whole answer as two chunks: what it says, and how it ends."""
+        raise NotImplementedError
 
-    def gatherer(self) -> Gatherer: ...
+    def gatherer(self) -> Gatherer:
+        """Give what joins the chunks of one answer."""
+        raise NotImplementedError
 
 
 class ChunkForm:
@@ -148,7 +156,7 @@ def _event(chunk: Any) -> bytes:
     return b"data: %b\n\n" % one_line(to_json(chunk))
 
 
-class Chat:
+class Chat(Dialect):
     """Chat completions."""
 
     prefix = "chatcmpl-"
@@ -186,7 +194,7 @@ class Chat:
         return ChatGatherer()
 
 
-class Text:
+class Text(Dialect):
     """Completions, whose chunks and whole answers look alike."""
 
     prefix = "cmpl-"

@@ -48,7 +48,7 @@ class Offer(msgspec.Struct, frozen=True):
 
 
 def offers(chain: Chain) -> list[Offer]:
-    """Find the Chainlets whose only argument is a request of the API, and whose result answers one; entrypoint first."""
+    """Find the Chainlets whose only argument is a request of the API, and whose result answers it, entrypoint first."""
     ordered = [chain.entrypoint, *(cls for cls in chain.chainlets if cls is not chain.entrypoint)]
     return [offer for cls in ordered if (offer := _offer(cls)) is not None]
 

@@ -6,6 +6,7 @@ import msgspec
 
 from chains_stream.chain import Chain
 from chains_stream.codec import Codec
+from chains_stream.gateway import openai_paths
 from chains_stream.gateway.openapi_async import SCHEMAS, async_paths, request_parameters
 from chains_stream.gateway.openapi_parts import HEADERS, JSON, PREFIX, REFERENCE, Json, answer, failure, failures
 from chains_stream.gateway.problems import Problem
@@ -40,7 +41,7 @@ def document(chain: Chain, codec: Codec, settings: Settings) -> Json:
     """Describe the gateway of a Chain. Raises ChainsUsageError for a type without a form in JSON."""
     schema = codec.schema()
     _, ours = msgspec.json.schema_components((Problem, *SCHEMAS), ref_template=f"{REFERENCE}{{name}}")
-    return {
+    described: Json = {
         "openapi": "3.1.0",
         "info": {
             "title": chain.name,
@@ -59,6 +60,7 @@ def document(chain: Chain, codec: Codec, settings: Settings) -> Json:
             "headers": HEADERS,
         },
     }
+    return openai_paths.added(described, chain, settings)
 
 
 def _run_remote(codec: Codec, schema: Json, settings: Settings) -> Json:
