@@ -16,6 +16,9 @@ import msgspec
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
 Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
 
+Texts = str | Sequence[str | int | Sequence[int]]
+"""A text or many of them, each a string or a list of tokens."""
+
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 _Part = Annotated[float, msgspec.Meta(ge=0, le=1)]
 _Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
@@ -243,7 +246,7 @@ class CompletionRequest(GenerationRequest, kw_only=True, omit_defaults=True):
     `prompt` is one text, or many, never a mixture; `prompts` gives them as a list in either case.
     """
 
-    prompt: str | list[str | int | list[int]]
+    prompt: Texts
     best_of: _Choices | None = None
     echo: bool | None = None
     logprobs: Annotated[int, msgspec.Meta(ge=0)] | None = None
@@ -253,7 +256,7 @@ class CompletionRequest(GenerationRequest, kw_only=True, omit_defaults=True):
         _check_texts("prompt", self.prompt)
 
     @property
-    def prompts(self) -> list[str | list[int]]:
+    def prompts(self) -> list[str | Sequence[int]]:
         """The texts, each a string or a list of tokens."""
         return _texts(self.prompt)
 
@@ -265,7 +268,7 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     `encoding_format`.
     """
 
-    input: str | list[str | int | list[int]]
+    input: Texts
     model: str = ""
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: _Positive | None = None
@@ -275,7 +278,7 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
         _check_texts("input", self.input)
 
     @property
-    def inputs(self) -> list[str | list[int]]:
+    def inputs(self) -> list[str | Sequence[int]]:
         """The texts, each a string or a list of tokens."""
         return _texts(self.input)
 
@@ -543,7 +546,7 @@ class ErrorResponse(msgspec.Struct):
     error: ErrorBody
 
 
-def _check_texts(name: str, given: str | list[str | int | list[int]]) -> None:
+def _check_texts(name: str, given: Texts) -> None:
     """Raise ValueError for a list that is no list of texts, nor tokens, nor a list of lists of tokens."""
     if isinstance(given, str):
         return
@@ -553,7 +556,7 @@ def _check_texts(name: str, given: str | list[str | int | list[int]]) -> None:
         raise ValueError(f"`{name}` should hold texts, or tokens, or lists of tokens, and not a mixture")
 
 
-def _texts(given: str | list[str | int | list[int]]) -> list[str | list[int]]:
+def _texts(given: Texts) -> list[str | Sequence[int]]:
     if isinstance(given, str):
         return [given]
     tokens = [item for item in given if isinstance(item, int)]
