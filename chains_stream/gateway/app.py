@@ -22,7 +22,7 @@ from chains_stream.chain import Chain
 from chains_stream.chainlet import chainlet_name, signature
 from chains_stream.codec import codec_of
 from chains_stream.errors import BrokerError
-from chains_stream.gateway import asynchronous, openapi, probes, problems
+from chains_stream.gateway import asynchronous, openai, openapi, probes, problems
 from chains_stream.gateway.claims import Claims
 from chains_stream.gateway.endpoint import Shared
 from chains_stream.gateway.exchange import Entry, Exchange, exchange_of
@@ -95,6 +95,7 @@ class Gateway:
             [
                 Route(_RUN_REMOTE, run_remote, methods=["POST"]),
                 *asynchronous.routes(self._shared, codec, target),
+                *await openai.routes(self._shared, chain, self._caller, settings),
                 Route("/healthz", self._healthz),
                 Route("/metrics", probes.metrics),
                 Route("/readyz", readiness.readyz),

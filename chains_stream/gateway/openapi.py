@@ -6,6 +6,7 @@ import msgspec
 
 from chains_stream.chain import Chain
 from chains_stream.codec import Codec
+from chains_stream.gateway import openai_paths
 from chains_stream.gateway.gate import OPEN
 from chains_stream.gateway.openapi_async import SCHEMAS, async_paths, request_parameters
 from chains_stream.gateway.openapi_parts import (
@@ -75,6 +76,7 @@ def document(chain: Chain, codec: Codec, settings: Settings) -> Json:
             "headers": HEADERS,
         },
     }
+    described = openai_paths.added(described, chain)
     if settings.api_keys is not None:
         _ask_for_keys(described)
     return described
