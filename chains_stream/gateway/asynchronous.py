@@ -97,6 +97,7 @@ def routes(shared: Shared, codec: Codec, target: RemoteTarget) -> list[Route]:
     return [
         Route("/async_run_remote", Submit(shared, codec, target), methods=["POST"]),
         Route(one, _One(Ask(shared, codec), Stop(shared, codec)), methods=["GET", "DELETE"]),
+        Route("/async_queue_status", Count(shared), methods=["GET"]),
         Route(f"{one}/events", Replay(shared, codec), methods=["GET"]),
     ]
 
@@ -295,6 +296,19 @@ class Replay(_OfOne):
         finally:
             following.close()
             past.caller.tell(following, Reading(found.correlation_id, here=False))
+
+
+class Count(Endpoint):
+    """`GET /async_queue_status`: how many requests wait, and run, as the broker and the workers know it."""
+
+    async def handle(self, exchange: Exchange, place: Place) -> None:
+        past = self.shared.past
+        topics = (past.topic, background_topic(past.topic))
+        with exchange.wanted(exchange.begin(self.settings.deadline)):
+            await exchange.body(0, place.hold)
+            backlog = sum([await past.broker.backlog(topic, topic) for topic in topics])
+            running = min(backlog, past.caller.running(past.topic))  # workers report all that they run to either
+            await _write(exchange, HTTPStatus.OK, msgspec.json.encode(Queue(backlog - running, running)))
 
 
 class _Single:
