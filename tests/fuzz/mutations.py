@@ -2,6 +2,7 @@
 
 import json
 import random
+from copy import deepcopy
 from typing import Any
 
 from tests.fuzz.drafts import Draft
@@ -82,6 +83,7 @@ _VALUES = (
 _NASTY: tuple[Any, ...] = (None, True, False, 0, -1, 1, 10, 2**31, 2**63, -(2**63) - 1, 2**64, 10**400, 1.5, -0.0, 1e308, float("nan"),
     float("inf"), "", "x", "x" * 41, "x" * 5_000, "\0", "\ud800", "ä€😀", "2026-13-45T99:99:99Z", "AAE", "!!", [], {}, [[]], {"": None}, [None] * 9,
     ["x"] * 300, {"type": "text"}, {"type": "nothing", "text": 1}, "null", "1", [1, "1"], {"a": {"a": {"a": {}}}})  # fmt: skip
+_FIELDS = ("", "x", "stream", "model_input", "webhook_endpoint", "priority", "type")
 _BODIES = (b"", b" ", b"{", b"}", b"[]", b"null", b"1", b'"', b'"x"', b"\xef\xbb\xbf{}", b"\xff\xfe{\0}\0", b'{"a":1,}', b"{'a':1}", b'{"order":NaN}',
     b'{"order":1e999}', b'{"order":"\xff"}', b'{"order":"\\ud800"}', b'{"order":' + b"9" * 5_000 + b"}", b"[" * 100_000, b'{"order":' * 20_000,
     b"[" * 500 + b"]" * 500, b'{"order":{"lines":[' + b'{"name":"a","parts":[' * 3_000 + b"]}" * 3_000 + b"]}}", b"x" * 200_000, b"\0" * 1_000,
@@ -157,39 +159,41 @@ def _headers(choice: random.Random, made: Draft) -> None:
             made.headers *= choice.choice((2, 3))
         case 1:
             made.headers += [(b"x-%d" % number, b"v") for number in range(choice.choice((100, 3_000)))]
-        case 2:
+        case 2 if made.headers:
             made.headers.pop(choice.randrange(len(made.headers)))
         case 3:
             made.headers.append((choice.randbytes(3), b"v"))
         case 4:
             made.headers.append((b"x-long", b"v" * choice.choice((8_000, 70_000))))
         case _:
-            name, value = made.headers.pop()
+            name, value = made.headers.pop() if made.headers else (b"x-more", b"v")
             made.headers.append((damage(choice, name), damage(choice, value)))
 
 
 def _json(choice: random.Random, made: Draft) -> None:
     """Put something else into one place of a value; or take it out, or add to it."""
-    if not isinstance(made.value, dict):
-        made.value = choice.choice(_NASTY)
+    places = _places(made.value)
+    if not places:
+        made.value = _nasty(choice)
         return
-    places = list(_places(made.value))
     holder, key = choice.choice(places)
     match choice.randrange(4):
         case 0 if isinstance(holder, dict):
             del holder[key]
         case 1 if isinstance(holder, dict):
-            holder[choice.choice(("", "x", "stream", "model_input", "webhook_endpoint", "priority", "type"))] = (
-                choice.choice(_NASTY)
-            )
+            holder[choice.choice(_FIELDS)] = _nasty(choice)
         case _:
-            holder[key] = choice.choice(_NASTY)
+            holder[key] = _nasty(choice)
+
+
+def _nasty(choice: random.Random) -> Any:
+    return deepcopy(choice.choice(_NASTY))  # it may be changed in its turn
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    keys: list[Any] = (
-        list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
-    )
+    keys: list[Any] = []
+    if isinstance(value, dict | list):
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
     return [(value, key) for key in keys] + [place for key in keys for place in _places(value[key])]
 
 
