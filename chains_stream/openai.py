@@ -16,7 +16,7 @@ import msgspec
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
 Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
 
-Texts = str | Sequence[str | int | Sequence[int]]
+Texts = str | Annotated[Sequence[str | int | Sequence[int]], msgspec.Meta(min_length=1)]
 """A text or many of them, each a string or a list of tokens."""
 
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -106,11 +106,12 @@ class FunctionCall(msgspec.Struct):
     arguments: str
 
 
-class ToolCall(msgspec.Struct, tag_field="type", tag="function"):
+class ToolCall(msgspec.Struct):
     """A call of a tool that the model asks for."""
 
     id: str
     function: FunctionCall
+    type: Literal["function"] = "function"
 
 
 class ChatMessage(msgspec.Struct, omit_defaults=True):
@@ -144,10 +145,11 @@ class FunctionDefinition(msgspec.Struct, omit_defaults=True):
     strict: bool | None = None
 
 
-class Tool(msgspec.Struct, tag_field="type", tag="function"):
+class Tool(msgspec.Struct):
     """A tool that the model may call."""
 
     function: FunctionDefinition
+    type: Literal["function"] = "function"
 
 
 class JsonSchemaFormat(msgspec.Struct, omit_defaults=True):
@@ -550,8 +552,6 @@ def _check_texts(name: str, given: Texts) -> None:
     """Raise ValueError for a list that is no list of texts, nor tokens, nor a list of lists of tokens."""
     if isinstance(given, str):
         return
-    if not given:
-        raise ValueError(f"`{name}` is empty")
     if len({type(item) for item in given}) > 1:
         raise ValueError(f"`{name}` should hold texts, or tokens, or lists of tokens, and not a mixture")
 
