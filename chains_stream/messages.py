@@ -8,7 +8,7 @@ import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -98,6 +98,17 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             headers.append((TRACEPARENT, self.traceparent))
         if self.tracestate is not None:
             headers.append((TRACESTATE, self.tracestate))
+        if self.asynchronous:
+            headers += self._async_headers()
+        return tuple(headers)
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether nobody waits for it, as far as that makes a difference to a worker."""
+        return self.progress or self.start_by_ms is not None or self.retry is not None or self.webhook is not None
+
+    def _async_headers(self) -> list[tuple[str, bytes]]:
+        headers = []
         if self.start_by_ms is not None:
             headers.append((START_BY, self.start_by_ms.to_bytes(8, "big")))
         if self.retry is not None:
@@ -106,7 +117,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             headers.append((WEBHOOK, self.webhook.encode()))
         if self.progress:
             headers.append((PROGRESS, b"1"))
-        return tuple(headers)
+        return headers
 
     @classmethod
     def from_headers(cls, headers: Sequence[tuple[str, bytes | None]]) -> "Request":
@@ -134,10 +145,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             window=None if window is None else _window(found),
             traceparent=found.get(TRACEPARENT),
             tracestate=found.get(TRACESTATE),
-            start_by_ms=_number(found, START_BY, 8),
-            retry=_retry(found),
-            webhook=_text(found, WEBHOOK),
-            progress=found.get(PROGRESS) == b"1",
+            **_NOT_ASYNC if found.keys().isdisjoint(_ASYNC) else _async_fields(found),
         )
 
 
@@ -253,6 +261,19 @@ def _number(found: Mapping[str, bytes | None], name: str, size: int) -> int | No
         msg = f"the header {name} must be {size} bytes long, and is {len(value)}"
         raise ValueError(msg)
     return int.from_bytes(value, "big")
+
+
+_ASYNC = frozenset((START_BY, RETRY, WEBHOOK, PROGRESS))
+_NOT_ASYNC: dict[str, Any] = {}  # of most requests: looked for at once
+
+
+def _async_fields(found: Mapping[str, bytes | None]) -> dict[str, Any]:
+    return {
+        "start_by_ms": _number(found, START_BY, 8),
+        "retry": _retry(found),
+        "webhook": _text(found, WEBHOOK),
+        "progress": found.get(PROGRESS) == b"1",
+    }
 
 
 def _retry(found: Mapping[str, bytes | None]) -> Retry | None:
