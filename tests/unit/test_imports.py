@@ -58,6 +58,7 @@ ORDER = [
     "serving",
     "worker",
     "http_target",
+    "posting",
     "client",
     "gateway",
     "telemetry",
