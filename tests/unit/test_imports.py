@@ -59,6 +59,8 @@ ORDER = [
     "worker",
     "http_target",
     "posting",
+    "notices",
+    "webhooks",
     "client",
     "gateway",
     "telemetry",
