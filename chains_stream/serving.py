@@ -12,6 +12,7 @@ from structlog.contextvars import bind_contextvars
 from chains_stream import metrics, policy
 from chains_stream.batching import FrameBatcher
 from chains_stream.broker import Broker, Record
+from chains_stream.calls import Caller
 from chains_stream.errors import (
     BrokerError,
     ChainsError,
@@ -35,8 +36,9 @@ from chains_stream.offsets import Ledger
 from chains_stream.policy import Scope
 from chains_stream.readback import ReadBack
 from chains_stream.replies import Reply, reply_to
+from chains_stream.sessions import converse
 from chains_stream.settings import Settings
-from chains_stream.store import Store, reference_in
+from chains_stream.store import reference_in
 from chains_stream.timeouts import Timeout
 
 ANSWER_GRACE = 60.0  # seconds after a request's deadline in which its answer is still tried to be stored
@@ -85,13 +87,14 @@ class Service:
     """What all requests to a Chainlet have in common."""
 
     def __init__(
-        self, callee: Callee, topic: str, broker: Broker, *, frames: FrameBatcher, store: Store, settings: Settings
+        self, callee: Callee, topic: str, broker: Broker, *, frames: FrameBatcher, caller: Caller, settings: Settings
     ) -> None:
         self.callee = callee
+        self.caller = caller
         self.topic = topic
         self.broker = broker
         self.frames = frames
-        self.store = store
+        self.store = caller.store
         self.settings = settings
         self.read_back = ReadBack(broker)
         self.resumable = callee.signature.streaming and callee.resumable
@@ -333,6 +336,8 @@ class Job:
             return Outcome(error=error, undecodable=True)
         began = time.perf_counter()
         try:
+            if self._callee.signature.websocket:
+                return await self._converse(request, arguments, scope)
             if self._callee.signature.streaming:
                 return await self._stream(arguments, scope)
             return Outcome(value=await self._callee.call(arguments))
@@ -351,6 +356,20 @@ class Job:
                 sent += 1
                 if sent % CHUNKS_A_TURN == 0:
                     await asyncio.sleep(0)
+        return Outcome()
+
+    async def _converse(self, request: Request, arguments: Mapping[str, Any], scope: Scope) -> Outcome:
+        service, reply = self._service, self._reply
+        assert reply is not None, "read before it is run"
+        if not request.frames:
+            raise InvalidArgumentError(f"{self._name} takes a WebSocket, which a gateway opens and no record can")
+        if self.redelivered:
+            answered = await self._persist(lambda: reply.resume(service.read_back), 0.0)
+            if answered is None or answered.chunks or answered.ended:
+                raise StreamInterruptedError("the WebSocket broke off: its worker was lost")
+        (handshake,) = arguments.values()
+        run = self._callee.converse
+        await converse(run, handshake, service.caller, topic=service.topic, scope=scope, reply=reply)
         return Outcome()
 
     async def _arguments(self, request: Request) -> Mapping[str, Any]:

@@ -53,6 +53,7 @@ class Settings(pydantic.BaseModel):
     request_retention_ms: _Millis = 7 * 24 * _HOUR_MS
     reply_retention_ms: _Millis = _HOUR_MS
     deadline: PositiveFloat = 600.0  # of a request that names none
+    websocket_deadline: PositiveFloat = 3600.0  # of a WebSocket, from its handshake to its end
     grace_period: PositiveFloat = 30.0  # for running work, after SIGTERM
     stream_window: PositiveInt = 1024  # chunks of one stream that may be on their way to its reader
     stream_window_bytes: PositiveInt = 4 << 20

@@ -320,10 +320,10 @@ class Host:
         )
         called = {each.chainlet for cls in self._served for each in dependencies(cls).values()}
         await self._caller.use(*(self._chain.topic(cls, settings.namespace) for cls in called))
-        quarantine, store = Quarantine(), self._caller.store
+        quarantine, caller = Quarantine(), self._caller
         for cls, topic in topics.items():
             callee = self._callees[cls] = Callee(cls, await self._build(cls))
-            service = Service(callee, topic, self._broker, frames=self._frames, store=store, settings=settings)
+            service = Service(callee, topic, self._broker, frames=self._frames, caller=caller, settings=settings)
             self.workers.append(Worker(service, quarantine))
         # As far back as work can have waited: what was cancelled while nobody was there is not run.
         await self._caller.control.follow({w.topic: w.handle for w in self.workers}, since=settings.deadline)

@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp
 
 from chains_stream.broker import Broker
@@ -23,10 +23,12 @@ from chains_stream.chainlet import chainlet_name, signature
 from chains_stream.codec import codec_of
 from chains_stream.errors import BrokerError
 from chains_stream.gateway import openapi, probes, problems
-from chains_stream.gateway.endpoint import Shared
+from chains_stream.gateway.endpoint import Endpoint, Shared
 from chains_stream.gateway.exchange import Entry, exchange_of
 from chains_stream.gateway.problems import Refusal
 from chains_stream.gateway.run_remote import RunRemote
+from chains_stream.gateway.websocket import PATH as WEBSOCKET
+from chains_stream.gateway.websocket import UseWebSocket, WebSocket, elsewhere
 from chains_stream.local import Callee
 from chains_stream.settings import Settings
 
@@ -69,12 +71,21 @@ class Gateway:
         codec = codec_of(signature(chain.entrypoint))
         document = msgspec.json.encode(openapi.document(chain, codec, settings))
         target = await remote_target(chain, chain.entrypoint, self._caller, settings)
-        run_remote = RunRemote(self._shared, codec, target)
+        run_remote: Endpoint = RunRemote(self._shared, codec, target)
+        own = list[BaseRoute]()
+        if codec.signature.websocket:
+            run_remote = UseWebSocket(self._shared)
+            websocket = WebSocket(self._shared, codec, target, self._caller, self._broker.max_record_bytes)
+            await self._caller.control.follow(
+                {chain.topic(chain.entrypoint, settings.namespace): websocket.handle_control}
+            )
+            own += [Route(WEBSOCKET, websocket, methods=["GET"]), WebSocketRoute(WEBSOCKET, elsewhere)]
         topic = chain.topic(chain.entrypoint, settings.namespace)
         readiness = Readiness(self._broker, self._caller, topic, chainlet_name(chain.entrypoint))
         app = _app(
             [
                 Route(_RUN_REMOTE, run_remote, methods=["POST"]),
+                *own,
                 Route("/healthz", self._healthz),
                 Route("/metrics", probes.metrics),
                 Route("/readyz", readiness.readyz),
@@ -130,7 +141,7 @@ class Readiness:
         return None if members else ("worker", f"no worker serves {self._entrypoint} (topic {self._topic})")
 
 
-def _app(routes: list[Route]) -> Starlette:
+def _app(routes: list[BaseRoute]) -> Starlette:
     app = Starlette(routes=routes, exception_handlers={HTTPException: _on_http, Refusal: _on_refusal})
     app.router.redirect_slashes = False  # one path, one route
     return app

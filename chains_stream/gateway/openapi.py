@@ -31,13 +31,15 @@ _FAILURES = {
     504: "The deadline of the request passed.",
 }
 _RETRY = (429, 503)
+_HEADERS = {"x-request-id": {"$ref": "#/components/headers/request-id"}}
 
 Json = dict[str, Any]
 
 
 def document(chain: Chain, codec: Codec, settings: Settings) -> Json:
     """Describe the gateway of a Chain. Raises ChainsUsageError for a type without a form in JSON."""
-    schema = codec.schema()
+    websocket = codec.signature.websocket
+    schema = {"$defs": {}} if websocket else codec.schema()
     _, ours = msgspec.json.schema_components((Problem,), ref_template=f"{_REFERENCE}{{name}}")
     return {
         "openapi": "3.1.0",
@@ -47,7 +49,11 @@ def document(chain: Chain, codec: Codec, settings: Settings) -> Json:
             "description": inspect.getdoc(chain.entrypoint) or f"The Chain {chain.name}.",
         },
         "paths": {
-            "/run_remote": {"post": _run_remote(codec, schema, settings)},
+            **(
+                {"/websocket": {"get": _websocket(codec, settings)}}
+                if websocket
+                else {"/run_remote": {"post": _run_remote(codec, schema, settings)}}
+            ),
             "/healthz": {"get": _health()},
             "/readyz": {"get": _ready()},
             "/metrics": {"get": _metrics()},
@@ -71,26 +77,47 @@ def _run_remote(codec: Codec, schema: Json, settings: Settings) -> Json:
     return {
         "operationId": "run_remote",
         "summary": f"Run {codec.signature.chainlet}",
-        "parameters": [
-            {
-                "name": TIMEOUT_HEADER,
-                "in": "header",
-                "description": f"Seconds that the request may take; at most, and if not given, {settings.deadline:g}.",
-                "schema": {"type": "number", "exclusiveMinimum": 0},
-            },
-            {
-                "name": AFFINITY_HEADER,
-                "in": "header",
-                "description": "Text, the id of a conversation say: requests "
-                "with the same one go to the same worker, for as long as it is there.",
-                "schema": {"type": "string", "minLength": 1, "maxLength": MAX_AFFINITY},
-            },
-        ],
+        "parameters": _parameters(settings.deadline),
         "requestBody": {"required": bool(arguments.get("required")), "content": {_JSON: {"schema": arguments}}},
         "responses": {"200": _success(codec, schema["result"])}
         | failures
         | {"default": _failure(0, "Another failure.")},
     }
+
+
+def _websocket(codec: Codec, settings: Settings) -> Json:
+    described = {429, 499, 500, 503, 504}
+    failures = {str(status): _failure(status, text) for status, text in _FAILURES.items() if status in described}
+    return {
+        "operationId": "websocket",
+        "summary": f"Talk to {codec.signature.chainlet} through a WebSocket (RFC 6455)",
+        "parameters": _parameters(settings.websocket_deadline),
+        "responses": {
+            "101": {"description": "The WebSocket is open: a worker has begun.", "headers": _HEADERS},
+            "400": _failure(400, "The handshake, or a header, is wrong."),
+            "426": _failure(426, "This is no handshake of a WebSocket."),
+        }
+        | failures
+        | {"default": _failure(0, "Another failure.")},
+    }
+
+
+def _parameters(deadline: float) -> list[Json]:
+    return [
+        {
+            "name": TIMEOUT_HEADER,
+            "in": "header",
+            "description": f"Seconds that the request may take; at most, and if not given, {deadline:g}.",
+            "schema": {"type": "number", "exclusiveMinimum": 0},
+        },
+        {
+            "name": AFFINITY_HEADER,
+            "in": "header",
+            "description": "Text, the id of a conversation say: requests "
+            "with the same one go to the same worker, for as long as it is there.",
+            "schema": {"type": "string", "minLength": 1, "maxLength": MAX_AFFINITY},
+        },
+    ]
 
 
 def _success(codec: Codec, result: Json) -> Json:
@@ -148,5 +175,4 @@ def _failure(status: int, text: str) -> Json:
 
 
 def _answer(text: str, content: Json) -> Json:
-    headers = {"x-request-id": {"$ref": "#/components/headers/request-id"}}
-    return {"description": text, "headers": headers, "content": content}
+    return {"description": text, "headers": dict(_HEADERS), "content": content}
