@@ -8,12 +8,13 @@ cancelled where it runs.
 import asyncio
 import os
 import zlib
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Coroutine
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
+from chains_stream.answers import Answer
 from chains_stream.balance import Balancer, Report
 from chains_stream.batching import FrameBatcher
 from chains_stream.broker import Broker, Reader, TopicSpec
@@ -25,25 +26,10 @@ from chains_stream.errors import (
     CallCancelledError,
     ChainsRuntimeError,
     OffsetExpiredError,
-    StreamInterruptedError,
     WorkerLostError,
-    from_detail,
 )
-from chains_stream.fold import Fold, Step
 from chains_stream.log import get_logger
-from chains_stream.messages import (
-    Cancelled,
-    Chunk,
-    Done,
-    Failed,
-    Frame,
-    Headers,
-    Request,
-    Started,
-    Undelivered,
-    decode_frames,
-    new_id,
-)
+from chains_stream.messages import Headers, Request, decode_frames, new_id
 from chains_stream.metrics import IN_HAND
 from chains_stream.policy import Scope, backoff
 from chains_stream.settings import Settings
@@ -52,31 +38,25 @@ from chains_stream.store import Store, reference_in
 MIN_WINDOW_BYTES = 64 << 10  # of a stream, however many there are
 AT_ONCE = 4  # the part of a stream's window that its reader is given at once
 CLOSE_SECONDS = 5.0  # for what is still to be said to the workers
-NOTHING = msgspec.Raw()
 
 log = get_logger(__name__)
 
 
-class Call:
-    """One request under way: makes a result or a stream of its frames (`fold`)."""
+class Told(Protocol):
+    """What messages are about: a request on a topic, for as long as its scope lasts."""
+
+    topic: str
+    scope: Scope
+
+
+class Call(Answer):
+    """One request under way, and its answer."""
 
     __slots__ = (
         "_awaits_stored",
         "_caller",
-        "_chunks",
-        "_error",
-        "_fold",
         "_granted",
         "_granted_size",
-        "_modules",
-        "_nudged",
-        "_taken",
-        "_taken_size",
-        "_value",
-        "_waiters",
-        "answered",
-        "ended",
-        "id",
         "offset",
         "partition",
         "scope",
@@ -85,85 +65,19 @@ class Call:
         "window_bytes",
     )
 
-    def __init__(self, caller: "Caller", topic: str, scope: Scope, modules: tuple[str, ...]) -> None:
-        self.id = new_id()
+    def __init__(
+        self, caller: "Caller", topic: str, scope: Scope, modules: tuple[str, ...], correlation_id: bytes
+    ) -> None:
+        super().__init__(correlation_id, modules)
         self.topic = topic
         self.partition = 0
         self.sent_to: Report | None = None  # the worker that counts it as under way
         self.offset: int | None = None  # known once the broker has stored the request
         self.window_bytes = 0  # of a stream that may be on their way
         self.scope = scope
-        self.ended = False
-        self.answered = False  # by the callee: there is nothing left to cancel
         self._caller = caller
-        self._modules = modules
-        self._fold = Fold()
-        self._chunks: list[msgspec.Raw | str] = []  # a str is where one lies in the store
-        self._value: msgspec.Raw | str = NOTHING
-        self._error: Exception | None = None
-        self._waiters: list[asyncio.Future[None]] = []
-        self._awaits_stored = self._nudged = False
-        self._taken = self._taken_size = 0  # by the reader of the stream
-        self._granted = self._granted_size = 0  # of these, what the worker was told
-
-    async def result(self) -> msgspec.Raw:
-        """Wait for the end of a unary call."""
-        while not self.ended:
-            await self._wait()
-        if self._error is not None:
-            raise self._error
-        if isinstance(self._value, str):
-            self._value = await self._caller.fetch(self._value)
-        return self._value
-
-    async def next(self) -> list[msgspec.Raw] | None:
-        """Wait for a chunk of a stream, and give all that are there, up to a part of the window; None at the end.
-
-        Whoever comes back is done with those of the time before: only then the worker may send as many more.
-        """
-        if self._caller.wants_credit(self, self._taken - self._granted, self._taken_size - self._granted_size):
-            self._grant()
-        self._nudged = False
-        while True:
-            while not self._chunks:
-                if self._nudged:
-                    return []
-                if self.ended:
-                    if self._error is not None:
-                        raise self._error
-                    return None
-                await self._wait()
-            head = self._chunks[0]
-            if not isinstance(head, str):
-                return self._take(self._caller.at_once(self))
-            chunk = await self._caller.fetch(head)
-            if self._chunks and self._chunks[0] is head:  # else another worker has begun it again meanwhile
-                self._chunks[0] = chunk
-                return self._take((1, 0))
-
-    def nudge(self) -> None:
-        """Have whoever waits for a chunk now be given none."""
-        self._nudged = True
-        self._wake()
-
-    def _take(self, limits: tuple[int, int]) -> list[msgspec.Raw]:
-        """Take chunks from the head, one at least, until there are so many, or so many bytes."""
-        most, size = limits
-        taken: list[msgspec.Raw] = []
-        before = self._taken_size
-        for chunk in self._chunks:
-            if isinstance(chunk, str) or len(taken) >= most or (taken and self._taken_size - before >= size):
-                break
-            taken.append(chunk)
-            self._taken_size += len(memoryview(chunk))
-        self._taken += len(taken)
-        del self._chunks[: len(taken)]
-        return taken
-
-    def _grant(self) -> None:
-        self._granted, self._granted_size = self._taken, self._taken_size
-        if not self.ended:
-            self._caller.tell(self, Credit(self.id, self._taken, self._taken_size))
+        self._awaits_stored = False
+        self._granted = self._granted_size = 0  # of what its reader has taken, what the worker was told
 
     async def stored(self) -> None:
         """Wait until the broker has stored the request, or the call ended without."""
@@ -182,72 +96,21 @@ class Call:
         """Forget the call; if it has not ended, have it cancelled where it runs. May be called again."""
         self._caller.forget(self)
 
-    def fail(self, error: Exception) -> None:
-        """End the call with an error of this side."""
+    def _fetch(self, reference: str) -> Awaitable[msgspec.Raw]:
+        return self._caller.fetch(reference)
+
+    def _at_once(self) -> tuple[int, int]:
+        return self._caller.at_once(self.window_bytes)
+
+    def _credit(self) -> None:
+        if not self._caller.wants_credit(self, self._taken - self._granted, self._taken_size - self._granted_size):
+            return
+        self._granted, self._granted_size = self._taken, self._taken_size
         if not self.ended:
-            self._end(error)
+            self._caller.tell(self, Credit(self.id, self._taken, self._taken_size))
 
-    def feed(self, frame: Frame, reference: str | None = None) -> None:
-        """Take one frame from the log; `reference` is where its value lies if that is in the store."""
-        if self.ended:
-            return
-        if self._fold.begins_again(frame) and not self._begin_again():
-            return
-        step = self._fold.take(frame)
-        if step is Step.GAP:
-            self._end(self._interrupted("chunks of it are missing"))
-            return
-        if step is Step.DROP:
-            return
-        match frame:
-            case Chunk(value=value):
-                self._chunks.append(reference or value)
-                self._wake()
-            case Done(value=value):
-                self._value = reference or value
-                self._answer(None)
-            case Failed(error=detail):
-                self._answer(from_detail(detail, modules=self._modules))
-            case Cancelled():
-                self._answer(CallCancelledError("the request was cancelled"))
-            case Started() | Undelivered():
-                pass
-
-    def _answer(self, error: Exception | None) -> None:
-        self.answered = True
-        self._end(error)
-
-    def _begin_again(self) -> bool:
-        """Another worker runs a stream from its beginning: False if something of it was shown, and must not change."""
-        if self._taken:
-            self._end(self._interrupted("its worker was lost"))
-            return False
-        self._chunks.clear()
-        return True
-
-    def _interrupted(self, reason: str) -> StreamInterruptedError:
-        received = self._fold.chunks
-        return StreamInterruptedError(f"the stream broke off after {received} chunks: {reason}", chunks=received)
-
-    def _end(self, error: Exception | None) -> None:
-        self.ended = True
-        self._error = error
-        if self.answered:
-            self._caller.forget(self)
-        self._wake()
-
-    def _wake(self) -> None:
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    async def _wait(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        try:
-            await waiter
-        finally:
-            self._waiters.remove(waiter)
+    def _over(self) -> None:
+        self._caller.forget(self)
 
 
 class Caller:
@@ -331,14 +194,18 @@ class Caller:
         modules: tuple[str, ...] = (),
         *,
         streaming: bool = True,
+        correlation_id: bytes | None = None,
     ) -> Call:
-        """Publish a request on a topic that `use` has prepared, and give its call. Close it, whatever happens."""
+        """Publish a request on a topic that `use` has prepared, and give its call. Close it, whatever happens.
+
+        The correlation id may be one that `new_id` gave, after `reply_position` was asked.
+        """
         if self._broken is not None:
             raise self._broken
         claim: Headers = ()
         if len(arguments) > self._broker.max_record_bytes:
             arguments, claim = b"", await self.store.put_arguments(arguments)
-        call = Call(self, topic, scope, modules)
+        call = Call(self, topic, scope, modules, correlation_id or new_id())
         window = offset = None
         if streaming:
             call.window_bytes = self._window_bytes()
@@ -387,6 +254,20 @@ class Caller:
         self._calls[call.id] = call
         return self._replies, self._reply_partition, self._settings.stream_window, call.window_bytes
 
+    async def post(self, topic: str, arguments: bytes, request: Request, key: bytes | None) -> None:
+        """Publish a request that this process does not wait for; return once the broker has stored it.
+
+        The topic is one that `use` has prepared. Raises BrokerError, StoreError.
+        """
+        if self._broken is not None:
+            raise self._broken
+        claim: Headers = ()
+        if len(arguments) > self._broker.max_record_bytes:
+            arguments, claim = b"", await self.store.put_arguments(arguments)
+        partition = self._balancers[topic].choose(key)
+        headers = request.to_headers() + claim
+        await (await self._broker.publish(topic, arguments, partition=partition, key=key, headers=headers))
+
     async def fetch(self, reference: str) -> msgspec.Raw:
         """Fetch a result or a chunk that was too large for its record. Raises StoreError."""
         return msgspec.Raw(await self.store.get(reference))
@@ -395,9 +276,14 @@ class Caller:
         """Tell whether a reader that took this much since it last said so should say so again."""
         return chunks * 2 >= self._settings.stream_window or size * 2 >= call.window_bytes
 
-    def at_once(self, call: Call) -> tuple[int, int]:
+    def at_once(self, window_bytes: int) -> tuple[int, int]:
         """Give how many chunks, and how many bytes, of a stream its reader is given at once."""
-        return max(1, self._settings.stream_window // AT_ONCE), call.window_bytes // AT_ONCE
+        return max(1, self._settings.stream_window // AT_ONCE), window_bytes // AT_ONCE
+
+    def reply_position(self) -> tuple[int, int]:
+        """Give the partition of our answers, and an offset of it before which no answer to a later request lies."""
+        assert self._reader is not None, "started"
+        return self._reply_partition, self._reader.position(self._reply_partition)
 
     def _window_bytes(self) -> int:
         """Give how much of a stream may be on its way to us: the more streams, the less, down to a minimum."""
@@ -415,13 +301,13 @@ class Caller:
         if not call.answered and self._broken is None:
             self.tell(call, Cancel(call.id, call.partition, call.offset or 0))
 
-    def tell(self, call: Call, message: Message) -> None:
-        """Send the workers a message about a call, without waiting for it."""
+    def tell(self, call: "Told", message: Message) -> None:
+        """Send those that have to do with a call a message about it, without waiting for it."""
         task = asyncio.get_running_loop().create_task(self._send(call, message), name="tell")
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
 
-    async def _send(self, call: Call, message: Message) -> None:
+    async def _send(self, call: "Told", message: Message) -> None:
         attempt = 1
         while True:
             try:
@@ -499,15 +385,19 @@ class RemoteTarget:
     """Calls a Chainlet over the broker; `modules` are where the user's exceptions may be found."""
 
     def __init__(self, caller: Caller, topic: str, modules: tuple[str, ...] = (), *, streaming: bool = True) -> None:
+        self.topic = topic
+        self.modules = modules
         self._caller = caller
-        self._topic = topic
-        self._modules = modules
         self._streaming = streaming
 
-    def open(self, arguments: bytes, scope: Scope, attempt: int) -> Coroutine[Any, Any, Call]:
+    def open(
+        self, arguments: bytes, scope: Scope, attempt: int, correlation_id: bytes | None = None
+    ) -> Coroutine[Any, Any, Call]:
         """Publish a request; whoever asked for the call closes it."""
-        caller, streaming = self._caller, self._streaming
-        return caller.open(self._topic, arguments, scope, attempt, self._modules, streaming=streaming)
+        caller, topic, modules = self._caller, self.topic, self.modules
+        return caller.open(
+            topic, arguments, scope, attempt, modules, streaming=self._streaming, correlation_id=correlation_id
+        )
 
     async def call(self, arguments: bytes, scope: Scope, attempt: int) -> msgspec.Raw:
         call = await self.open(arguments, scope, attempt)

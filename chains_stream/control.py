@@ -59,7 +59,14 @@ class Load(msgspec.Struct, tag=3, array_like=True, frozen=True):
     capacity: int
 
 
-Message = Cancel | Credit | CancelRequest | Load
+class Reading(msgspec.Struct, tag=4, array_like=True, frozen=True):
+    """Somebody has come to read an answer from the log, or, if it is not `here`, has left."""
+
+    correlation_id: bytes
+    here: bool
+
+
+Message = Cancel | Credit | CancelRequest | Load | Reading
 Handler = Callable[[Message], None]
 
 _encoder = msgspec.msgpack.Encoder()

@@ -67,7 +67,7 @@ class ReadBack:
         self._reading: dict[tuple[str, int], asyncio.Task[None]] = {}
 
     async def frames(self, topic: str, partition: int, begin: int, end: int, correlation_id: bytes) -> list[Found]:
-        """Give the frames of a call that lie from `begin` on, and before a record at `end`, which exists.
+        """Give the frames of a call that lie from `begin` on and before `end`, which the log reaches.
 
         Raises BrokerError; OffsetExpiredError if the log does not hold `begin` any more.
         """
@@ -105,9 +105,9 @@ class ReadBack:
         end = max(one.end for one in wanted)
         reader = await self._broker.read(topic, {partition: min(one.begin for one in wanted)})
         try:
-            while reader.position(partition) <= end:
+            while reader.position(partition) < end:
                 for record in await reader.fetch():
-                    for frame, reference in _frames(record):
+                    for frame, reference in found_in(record):
                         for one in by_id.get(frame.correlation_id, ()):
                             if one.begin <= record.offset < one.end:
                                 one.frames.append((frame, reference))
@@ -118,11 +118,12 @@ class ReadBack:
 
 def _tell(wanted: Sequence[_Wanted], position: int) -> None:
     for one in wanted:
-        if one.end < position and not one.read.done():
+        if one.end <= position and not one.read.done():
             one.read.set_result(None)
 
 
-def _frames(record: Record) -> Iterator[Found]:
+def found_in(record: Record) -> Iterator[Found]:
+    """Give the frames of a reply record; none of one that is not ours."""
     try:
         frames = decode_frames(record.value)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):  # a stranger's, or an answer to one

@@ -17,7 +17,7 @@ from chains_stream.errors import (
     WebSocketClosedError,
 )
 from chains_stream.log import get_logger
-from chains_stream.messages import Frame
+from chains_stream.messages import Frame, new_id
 from chains_stream.policy import Scope
 from chains_stream.replies import Reply
 from chains_stream.websocket import (
@@ -48,7 +48,7 @@ class Inbox(Call):
     """The messages of a client, as a stream that its gateway sends. A `Started` frame is a sign of life."""
 
     def __init__(self, caller: Caller, topic: str, scope: Scope) -> None:
-        super().__init__(caller, topic, scope, ())
+        super().__init__(caller, topic, scope, (), new_id())
         self.silent = False  # was ended because nothing was heard of the gateway
         self.on_end: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -92,7 +92,7 @@ class Session:
 
     def __init__(self, handshake: Handshake, inbox: Inbox, reply: Reply) -> None:
         self.headers = Fields(handshake.headers)
-        self.query_params = dict(parse_qsl(handshake.query, keep_blank_values=True))
+        self.query_params = dict(reversed(parse_qsl(handshake.query, keep_blank_values=True)))
         self._inbox = inbox
         self._reply = reply
         self._pending: deque[msgspec.Raw] = deque()

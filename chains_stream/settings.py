@@ -52,6 +52,7 @@ class Settings(pydantic.BaseModel):
     reply_partitions: PositiveInt = 16
     request_retention_ms: _Millis = 7 * 24 * _HOUR_MS
     reply_retention_ms: _Millis = _HOUR_MS
+    results_retention_ms: _Millis = 48 * _HOUR_MS  # of asynchronous requests
     deadline: PositiveFloat = 600.0  # of a request that names none
     websocket_deadline: PositiveFloat = 3600.0  # of a WebSocket, from its handshake to its end
     grace_period: PositiveFloat = 30.0  # for running work, after SIGTERM
@@ -62,6 +63,7 @@ class Settings(pydantic.BaseModel):
     store: str | None = (
         None  # a URL of fsspec for values over max_record_bytes; a folder of this machine if none is named
     )
+    secret: pydantic.SecretStr | None = None  # that gateways share: it seals request ids
     instance_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")] | None = None  # for static membership
     max_uncommitted: Annotated[int, Field(ge=1, le=1_500)] = (
         1_000  # records of a partition taken beyond the first open one

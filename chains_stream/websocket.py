@@ -41,7 +41,7 @@ class WebSocketProtocol(Protocol):
 
     @property
     def query_params(self) -> Mapping[str, str]:
-        """The parameters in the URL; of many of one name the last. A browser can't send headers."""
+        """The parameters in the URL; of many of one name the first. A browser can't send headers."""
 
     async def receive(self) -> str | bytes:
         """Wait for a message: text or bytes, as it was sent."""

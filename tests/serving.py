@@ -140,14 +140,28 @@ class Served:
 
     async def start(self) -> None:
         self.broker = await open_connected(self._stack, self.settings)
+        await self.open()
+
+    async def open(self) -> None:
+        """Open the gateway."""
         self.caller = await open_caller(self._stack, self.broker, self.settings)
         gateway = Gateway(self.chain, self.caller, self.broker, self.settings)
+        self._stack.push_async_callback(gateway.close)
         await gateway.start()
         self._stack.push_async_callback(self.server.stop)
         self.url = await self.server.start(gateway.app, gateway.interrupt)
         limits = httpx.Limits(max_connections=None)
         self.http = httpx.AsyncClient(base_url=self.url, timeout=WAIT, limits=limits, trust_env=False)
         self._stack.push_async_callback(self.http.aclose)
+
+    @asynccontextmanager
+    async def beside(self) -> AsyncIterator["Served"]:
+        """Give another gateway of the same Chain, as another process would have it."""
+        async with AsyncExitStack() as stack:
+            other = Served(self.chain.entrypoint, stack, self.settings)
+            other.broker = self.broker
+            await other.open()
+            yield other
 
     async def host(self) -> None:
         """Have the Chainlets served."""
@@ -215,7 +229,13 @@ def request_log() -> Iterator[RequestLog]:
 @asynccontextmanager
 async def serving(entrypoint: type[Any], *, workers: bool = True, **settings: Any) -> AsyncIterator[Served]:
     """Serve a Chain through a gateway; with no `workers`, until `host` is called."""
-    named = {"namespace": f"t{uuid4().hex[:10]}", "partitions": 4, "reply_partitions": 1, "grace_period": 5.0}
+    named = {
+        "namespace": f"t{uuid4().hex[:10]}",
+        "partitions": 4,
+        "reply_partitions": 1,
+        "grace_period": 5.0,
+        "secret": "t",
+    }
     async with AsyncExitStack() as stack:
         served = Served(entrypoint, stack, Settings.of(**{**named, **settings}))
         await served.start()

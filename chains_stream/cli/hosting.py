@@ -100,6 +100,7 @@ async def _watched(stack: AsyncExitStack, settings: Settings) -> Health | None:
 
 async def _open(stack: AsyncExitStack, server: Server, gateway: Gateway) -> str:
     """Let HTTP in, as the first to be stopped; give the URL."""
+    stack.push_async_callback(gateway.close)
     await gateway.start()
     stack.push_async_callback(server.stop)
     return await server.start(gateway.app, gateway.interrupt)

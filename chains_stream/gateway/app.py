@@ -17,19 +17,23 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp
 
 from chains_stream.broker import Broker
-from chains_stream.calls import Caller, remote_target
+from chains_stream.calls import Caller, RemoteTarget, remote_target
 from chains_stream.chain import Chain
 from chains_stream.chainlet import chainlet_name, signature
-from chains_stream.codec import codec_of
+from chains_stream.codec import Codec, codec_of
 from chains_stream.errors import BrokerError
-from chains_stream.gateway import openapi, probes, problems
+from chains_stream.following import Follower
+from chains_stream.gateway import asynchronous, openapi, probes, problems
 from chains_stream.gateway.endpoint import Endpoint, Shared
-from chains_stream.gateway.exchange import Entry, exchange_of
+from chains_stream.gateway.exchange import Entry, Exchange, exchange_of
+from chains_stream.gateway.ids import Ids, RequestId, secret_of
 from chains_stream.gateway.problems import Refusal
+from chains_stream.gateway.results import Results
 from chains_stream.gateway.run_remote import RunRemote
 from chains_stream.gateway.websocket import PATH as WEBSOCKET
 from chains_stream.gateway.websocket import UseWebSocket, WebSocket, elsewhere
 from chains_stream.local import Callee
+from chains_stream.messages import new_id
 from chains_stream.settings import Settings
 
 READY_FOR = 1.0  # seconds that an answer of `/readyz` is kept
@@ -61,6 +65,11 @@ class Gateway:
         self._settings = settings
         self._checkup = probes.Checkup(hosted)
         self._shared = Shared(settings)
+        topic = chain.topic(chain.entrypoint, settings.namespace)
+        self._ids = Ids(secret_of(settings), topic)
+        self._results = Results(broker, settings)
+        modules = (chain.entrypoint.__module__,)
+        self._follower = Follower(broker, caller, settings, modules)
 
     async def start(self) -> None:
         """Make sure that the entrypoint's topic exists, and build `app`.
@@ -71,21 +80,13 @@ class Gateway:
         codec = codec_of(signature(chain.entrypoint))
         document = msgspec.json.encode(openapi.document(chain, codec, settings))
         target = await remote_target(chain, chain.entrypoint, self._caller, settings)
-        run_remote: Endpoint = RunRemote(self._shared, codec, target)
-        own = list[BaseRoute]()
-        if codec.signature.websocket:
-            run_remote = UseWebSocket(self._shared)
-            websocket = WebSocket(self._shared, codec, target, self._caller, self._broker.max_record_bytes)
-            await self._caller.control.follow(
-                {chain.topic(chain.entrypoint, settings.namespace): websocket.handle_control}
-            )
-            own += [Route(WEBSOCKET, websocket, methods=["GET"]), WebSocketRoute(WEBSOCKET, elsewhere)]
-        topic = chain.topic(chain.entrypoint, settings.namespace)
+        topic = target.topic
+        run_remote, routes = await (self._conversing if codec.signature.websocket else self._calling)(codec, target)
         readiness = Readiness(self._broker, self._caller, topic, chainlet_name(chain.entrypoint))
         app = _app(
             [
                 Route(_RUN_REMOTE, run_remote, methods=["POST"]),
-                *own,
+                *routes,
                 Route("/healthz", self._healthz),
                 Route("/metrics", probes.metrics),
                 Route("/readyz", readiness.readyz),
@@ -93,11 +94,47 @@ class Gateway:
                 Route("/docs", _docs(), methods=["GET"]),
             ]
         )
-        self.app = Entry(app, _RUN_REMOTE, run_remote.serve)
+        self.app = Entry(app, _RUN_REMOTE, run_remote.serve, self._identify)
+
+    async def _calling(self, codec: Codec, target: RemoteTarget) -> tuple[Endpoint, list[BaseRoute]]:
+        """Give what answers `/run_remote`, and the other routes, of a Chain that takes arguments."""
+        await self._results.start()
+        await self._caller.use(target.topic + asynchronous.BACKGROUND)
+        await self._caller.control.follow({target.topic: self._shared.kept.handle})
+        parts = asynchronous.Parts(
+            shared=self._shared,
+            codec=codec,
+            target=target,
+            caller=self._caller,
+            broker=self._broker,
+            results=self._results,
+            follower=self._follower,
+            ids=self._ids,
+        )
+        return RunRemote(self._shared, codec, target), [*asynchronous.routes(parts)]
+
+    async def _conversing(self, codec: Codec, target: RemoteTarget) -> tuple[Endpoint, list[BaseRoute]]:
+        """Give the same of one that takes a WebSocket."""
+        websocket = WebSocket(self._shared, codec, target, self._caller, self._broker.max_record_bytes)
+        await self._caller.control.follow({target.topic: websocket.handle_control})
+        routes = [Route(WEBSOCKET, websocket, methods=["GET"]), WebSocketRoute(WEBSOCKET, elsewhere)]
+        return UseWebSocket(self._shared), routes
 
     def interrupt(self) -> None:
         """Answer the requests that are still under way with 503. They are not cancelled: they run to their deadline."""
         self._shared.interrupt()
+
+    async def close(self) -> None:
+        """Let go of what the gateway reads and keeps; after the server has stopped, and before the caller is closed."""
+        await self._shared.kept.close()
+        await self._follower.close()
+        await self._results.close()
+
+    def _identify(self, exchange: Exchange) -> None:
+        """Give a request the ids by which its answer will be found."""
+        correlation_id = exchange.correlation_id = new_id()
+        where = RequestId("replies", *self._caller.reply_position(), correlation_id)
+        exchange.request_id = self._ids.mint(where, exchange.owner)
 
     async def _healthz(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's
         return probes.health(await probes.trouble(self._broker, self._caller) or await self._checkup.complaint())

@@ -13,6 +13,7 @@ from chains_stream.calls import Call, RemoteTarget
 from chains_stream.errors import GatewayError, OverloadedError
 from chains_stream.gateway import problems
 from chains_stream.gateway.exchange import ClientLeftError, Exchange, exchange_of
+from chains_stream.gateway.kept import Kept
 from chains_stream.gateway.limits import Limits, Place
 from chains_stream.gateway.problems import Problem, Refusal
 from chains_stream.gateway.streaming import Pulse
@@ -32,6 +33,7 @@ class Shared:
         self.settings = settings
         self.limits = Limits(settings)
         self.pulse = Pulse()
+        self.kept = Kept()
         self.exchanges: set[Exchange] = set()  # that an endpoint answers
 
     def interrupt(self) -> None:
@@ -50,7 +52,9 @@ class Endpoint:
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - the exchange has both
         if scope["path"].endswith("\n"):  # Starlette's patterns end in `$`, which this may follow
             raise HTTPException(HTTPStatus.NOT_FOUND)
-        await self.serve(exchange_of(scope))
+        exchange = exchange_of(scope)
+        exchange.route = getattr(scope.get("route"), "path", exchange.route)  # a long answer lets go of the scope
+        await self.serve(exchange)
 
     async def serve(self, exchange: Exchange) -> None:
         """Answer a request, whatever comes of it."""
@@ -103,14 +107,16 @@ class Endpoint:
         answer: Callable[[Call], Awaitable[None]],
     ) -> None:
         """Run the Chain, and have `answer` write what comes of it. Whoever leaves before its end has it cancelled."""
-        call = await target.open(arguments, scope, 1)
+        call = await target.open(arguments, scope, 1, exchange.correlation_id or None)
         del arguments  # from here on the broker's own buffer bounds it
         place.hold(0)
         try:
             await answer(call)
         except asyncio.CancelledError:
             # A gateway that ends cancels nothing: the request runs on to its deadline.
-            if not exchange.interrupted:
+            if exchange.left and (seconds := exchange.preference("resume")):
+                self.shared.kept.keep(call, seconds)
+            elif not exchange.interrupted:
                 call.close()
             raise
         except BaseException:

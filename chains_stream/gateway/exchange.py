@@ -13,6 +13,7 @@ from functools import cache
 from http import HTTPStatus
 from types import TracebackType
 from typing import ClassVar, Protocol
+from urllib.parse import parse_qsl
 
 from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Send
@@ -25,7 +26,7 @@ from chains_stream.gateway import problems
 from chains_stream.gateway.problems import Problem, Refusal
 from chains_stream.log import get_logger, log_plain
 from chains_stream.messages import now_ms
-from chains_stream.policy import Scope, new_request_id
+from chains_stream.policy import Scope
 from chains_stream.timeouts import Timeout
 
 TIMEOUT_HEADER = "x-request-timeout"  # seconds that a client gives its request, at most what the gateway gives it
@@ -110,11 +111,13 @@ class Exchange:
 
     Attributes:
         headers: of the request, by their names in lower case; of many of one name the first.
+        correlation_id: of the request to the Chain, if one is made.
         request_id: goes with every answer, and through all hops of the Chain.
         status: of the answer; `CLIENT_CLOSED_REQUEST` once the client has left.
         error: the code of what went wrong, for the log.
         started: whether the status line has gone out.
         complete: whether all of the answer has; the connection may still buffer some of it.
+        owner: the name of the API key that the request came with; empty where there are no keys.
         interrupted: whether the gateway stopped before the answer was complete.
         tell: writes a problem, given as JSON, as the end of an answer that has begun; None if it can't.
         route: the path of the route that was met, for the log: never what a stranger wrote into the URL.
@@ -130,9 +133,11 @@ class Exchange:
         "_scope",
         "_send",
         "complete",
+        "correlation_id",
         "error",
         "headers",
         "interrupted",
+        "owner",
         "request_id",
         "route",
         "started",
@@ -142,7 +147,9 @@ class Exchange:
 
     def __init__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
-        self.request_id = new_request_id()
+        self.correlation_id = b""
+        self.owner = ""
+        self.request_id = ""
         self.status = 0
         self.error: str | None = None
         self.started = False
@@ -174,6 +181,33 @@ class Exchange:
     @property
     def _announced(self) -> int:
         return int(self.headers.get(b"content-length", b"0"))  # the server has checked it
+
+    @property
+    def left(self) -> bool:
+        """Whether the client has left before it had the whole answer."""
+        return isinstance(self._reason, ClientLeftError)
+
+    @property
+    def path_parameters(self) -> dict[str, str]:
+        """What the route found in the path."""
+        found: dict[str, str] = self._scope.get("path_params", {})
+        return found
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The parameters of the query; of many of one name the first."""
+        return dict(reversed(parse_qsl(self._scope["query_string"].decode("latin-1"), keep_blank_values=True)))
+
+    def preference(self, name: str) -> float | None:
+        """Give the seconds that the header `prefer` has for a name (RFC 7240); None for a value that is none."""
+        value = self.headers.get(b"prefer")
+        if value is None:
+            return None
+        for part in value.decode("latin-1").split(","):
+            found, _, seconds = part.partition(";")[0].partition("=")
+            if found.strip().lower() == name and _SECONDS.fullmatch(seconds.strip(' "').encode("latin-1")):
+                return float(seconds.strip(' "'))
+        return None
 
     def begin(self, deadline: float) -> Scope:
         """Begin a request to the Chain with `deadline` seconds, or fewer if the client says so. Raises Refusal."""
@@ -266,19 +300,9 @@ class Exchange:
         return self._own is not None
 
     @property
-    def target(self) -> tuple[str, bytes]:
-        """The path and the query that were asked for."""
-        return self._scope["path"], self._scope["query_string"]
-
-    @property
-    def fields(self) -> list[Header]:
-        """All headers of the request, in their order."""
-        return list(self._scope["headers"])
-
-    @property
-    def version(self) -> str:
-        """The version of HTTP that the request is in."""
-        return str(self._scope["http_version"])
+    def request(self) -> ASGIScope:
+        """The request as ASGI has it."""
+        return self._scope
 
     def end(self, reason: Exception) -> None:
         """End the block that is `wanted`, which raises the reason."""
@@ -310,7 +334,8 @@ class Exchange:
 
     def forget_request(self) -> None:
         """Let go of what was read of the request, for as long as the answer to it takes."""
-        self.headers = {}
+        prefer = self.headers.get(b"prefer")
+        self.headers = {} if prefer is None else {b"prefer": prefer}
         if self._own is not None:  # another server may still look at it
             self._scope.clear()
 
@@ -453,6 +478,7 @@ class Entry:
         app: takes all requests but those that go to `endpoint`.
         path: that is posted to most often.
         endpoint: answers such requests, with no routing in between.
+        identify: gives a request its ids.
 
     Attributes:
         under_way: requests in this process.
@@ -460,8 +486,15 @@ class Entry:
 
     under_way: ClassVar[int] = 0
 
-    def __init__(self, app: ASGIApp, path: str, endpoint: Callable[[Exchange], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        path: str,
+        endpoint: Callable[[Exchange], Awaitable[None]],
+        identify: Callable[[Exchange], None],
+    ) -> None:
         self._app = app
+        self._identify = identify
         self._path = path
         self._endpoint = endpoint
 
@@ -471,6 +504,7 @@ class Entry:
             return
         began, method = time.perf_counter(), scope["method"]
         exchange = Exchange(scope, receive, send)
+        self._identify(exchange)
         Entry.under_way += 1
         clear_contextvars()
         bind_contextvars(request_id=exchange.request_id)

@@ -6,13 +6,12 @@ together; when they fill its window the caller returns no credit, and the stream
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Annotated, Any, Protocol, get_args, get_origin
 
 import msgspec
 
-from chains_stream.calls import Call
 from chains_stream.codec import Buffer, Codec
 from chains_stream.errors import InvalidResultError
 from chains_stream.gateway.exchange import PIECE, Exchange, Header
@@ -153,10 +152,12 @@ def form_of(media_type: str, codec: Codec) -> Form:
 class Forms:
     """The forms that the answers of one Chainlet can be had in."""
 
-    def __init__(self, codec: Codec) -> None:
-        streaming = codec.signature.streaming
-        self.media_types = tuple(media_types(codec)) if streaming else (JSON,)
-        self._forms = {kind: form_of(kind, codec) for kind in self.media_types if streaming}
+    def __init__(self, codec: Codec, offered: Sequence[str] | None = None) -> None:
+        """Offer the `media_types` of a Chainlet, or others, the default first."""
+        if offered is None:
+            offered = media_types(codec) if codec.signature.streaming else [JSON]
+        self.media_types = tuple(offered)
+        self._forms = {kind: form_of(kind, codec) for kind in offered if kind != JSON}
         self._choices: dict[bytes, str] = {}
 
     def choose(self, accept: bytes) -> Form | None:
@@ -184,24 +185,38 @@ class Forms:
         return chosen
 
 
+class Source(Protocol):
+    """What a stream is made of: see `answers.Answer`."""
+
+    async def next(self) -> list[msgspec.Raw] | None: ...
+
+    def nudge(self) -> None: ...
+
+
 class Stream:
-    """One stream on its way from a call to a client."""
+    """One stream on its way to a client; `first` is the number of its first chunk."""
 
     __slots__ = ("_call", "_exchange", "_form", "_pulse", "_sequence", "_waits", "_written")
 
-    def __init__(self, exchange: Exchange, call: Call, form: Form, pulse: "Pulse") -> None:
+    def __init__(self, exchange: Exchange, call: Source, form: Form, pulse: "Pulse", first: int = 0) -> None:
         self._exchange = exchange
         self._call = call
         self._form = form
         self._pulse = pulse
-        self._sequence = 0  # of the next chunk
+        self._sequence = first  # of the next chunk
         self._written = 0.0  # when something last was
         self._waits = False  # for chunks
 
-    async def run(self) -> None:
-        """Answer with the stream. What fails before the first chunk is raised before the answer has begun."""
+    async def run(self, *, at_once: bool = False) -> None:
+        """Answer with the stream. What fails before the first chunk is raised before the answer has begun.
+
+        Unless it begins `at_once`: then the client knows that it is heard, however long the first chunk takes.
+        """
         call, form = self._call, self._form
         try:
+            if at_once:
+                await self._write(b"")
+                self._waits = True
             while (chunks := await call.next()) is not None:
                 self._waits = False
                 await self._pass_on(chunks)

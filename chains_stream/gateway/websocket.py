@@ -89,7 +89,8 @@ class WebSocket(Endpoint):
         await exchange.body(0, place.hold)
         handshake = _handshake(exchange)
         with exchange.wanted(request):
-            call = await self._target.open(self._codec.encode_arguments((handshake,), {}), request, 1)
+            arguments = self._codec.encode_arguments((handshake,), {})
+            call = await self._target.open(arguments, request, 1, exchange.correlation_id or None)
             try:
                 opened, session = await self._opened(call, exchange, place)
             except BaseException:
@@ -189,7 +190,7 @@ def _accept(exchange: Exchange) -> bytes:
         text = "this gateway speaks version 13 of WebSocket (RFC 6455)"
         raise _refuse(HTTPStatus.UPGRADE_REQUIRED, "upgrade-required", text)
     key = headers.get(b"sec-websocket-key", b"")
-    if not _is_key(key) or exchange.version != "1.1":
+    if not _is_key(key) or exchange.request["http_version"] != "1.1":
         text = "a WebSocket is opened in HTTP/1.1, with 16 bytes in base64 in `sec-websocket-key`"
         raise Refusal(HTTPStatus.BAD_REQUEST, "invalid-handshake", text)
     if not origin_allowed(headers):
@@ -221,8 +222,10 @@ def _is_key(key: bytes) -> bool:
 
 def _handshake(exchange: Exchange) -> Handshake:
     """Give what the worker is told of the request."""
-    path, query = exchange.target
-    fields = [(name, value) for name, value in exchange.fields if name not in _OURS]
+    request = exchange.request
+    headers = [(name, value) for name, value in request["headers"] if name not in _OURS]
     return Handshake(
-        [(name.decode("latin-1"), value.decode("latin-1")) for name, value in fields], path, query.decode("latin-1")
+        headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers],
+        path=request["path"],
+        query=request["query_string"].decode("latin-1"),
     )

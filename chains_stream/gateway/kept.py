@@ -1,0 +1,77 @@
+"""Requests that go on after their client has left, because it asked for that: ``Prefer: resume=<seconds>``."""
+
+import asyncio
+
+from chains_stream.calls import Call
+from chains_stream.control import Message, Reading
+from chains_stream.errors import ChainsError, remote_detail
+
+
+class Kept:
+    """Takes what comes of such requests, so that their workers go on, and cancels those that nobody comes back to.
+
+    Who reads one again may do so through any gateway: the control topic tells of them. What a gateway keeps when it
+    ends runs on to its deadline.
+    """
+
+    def __init__(self) -> None:
+        self._waits: dict[bytes, _Wait] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def keep(self, call: Call, seconds: float) -> None:
+        """Let a call run on, for as long as it is read, and at most `seconds` after nobody did."""
+        task = asyncio.create_task(self._keep(call, seconds), name="keep")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def handle(self, message: Message) -> None:
+        """Hear of readers."""
+        if isinstance(message, Reading) and (wait := self._waits.get(message.correlation_id)) is not None:
+            wait.readers = max(0, wait.readers + (1 if message.here else -1))
+            wait.changed.set()
+
+    async def close(self) -> None:
+        """Let go of all. They are not cancelled."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _keep(self, call: Call, seconds: float) -> None:
+        wait = self._waits[call.id] = _Wait()
+        draining = asyncio.create_task(_drain(call), name="drain")
+        try:
+            while not draining.done():
+                changed = asyncio.create_task(wait.changed.wait())
+                limit = None if wait.readers else seconds
+                done, _ = await asyncio.wait({draining, changed}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+                wait.changed.clear()
+                if not done:
+                    break
+            call.close()  # which cancels it unless it has ended
+        finally:
+            del self._waits[call.id]
+            draining.cancel()
+            await asyncio.wait([draining])
+
+
+class _Wait:
+    """For a reader of one request."""
+
+    def __init__(self) -> None:
+        self.readers = 0
+        self.changed = asyncio.Event()
+
+
+async def _drain(call: Call) -> None:
+    """Take the chunks of a stream until its end."""
+    try:
+        async with asyncio.timeout(max(0.0, call.scope.remaining)):
+            while await call.next() is not None:
+                pass
+    except TimeoutError:
+        pass  # its deadline: whoever reads it from the log is told so by its worker
+    except Exception as error:
+        if not (isinstance(error, ChainsError) or remote_detail(error) is not None):
+            raise
