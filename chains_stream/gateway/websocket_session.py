@@ -237,15 +237,20 @@ class Session:
     def _count(self) -> None:
         """Keep what is held for this client within bounds."""
         try:
-            self._hold(self.outbox.size + len(self._parts))
+            self._hold(self._held)
         except OverloadedError as error:
             self._fail(Close(1013, shortened(str(error))))
         if self.outbox.size > HIGH_WATER and not self._paused:
             self._paused = True
             self._tunnel.pause_reading()
 
+    @property
+    def _held(self) -> int:
+        """Bytes that count as held: the largest message that is allowed fits, if nobody else holds any."""
+        return min(self.outbox.size + len(self._parts), self._limit)
+
     def _resume(self) -> None:
-        self._hold(self.outbox.size + len(self._parts))
+        self._hold(self._held)
         if self._paused:
             self._paused = False
             self._heard = self._loop.time()  # what it sent meanwhile was not read
