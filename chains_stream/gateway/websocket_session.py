@@ -175,6 +175,7 @@ class Session:
         self._tunnel: Tunnel
         self._parts = bytearray()  # of a message that is not complete
         self._paused = False
+        self._deaf = False  # what comes after a bad frame can't be read
         self._over = False  # nothing more is taken from the client
         self._parted = asyncio.Event()  # the client has said that it leaves, or is gone
         self._pong: Ping | None = None  # to be answered once there is room
@@ -197,7 +198,7 @@ class Session:
         """Take what arrives on the socket."""
         self._heard = self._loop.time()
         frames = self._frames
-        if frames.state in (ConnectionState.CLOSED, ConnectionState.REMOTE_CLOSING):
+        if self._deaf or frames.state in (ConnectionState.CLOSED, ConnectionState.REMOTE_CLOSING):
             return
         frames.receive_data(data)
         for event in frames.events():
@@ -265,10 +266,10 @@ class Session:
 
     def _leave(self, close: Close) -> None:
         """The client has closed it, or has sent what is none of the protocol."""
-        if self._frames.state is ConnectionState.OPEN:
-            self._fail(close)
-            return
-        self._parted.set()
+        if self._frames.state in (ConnectionState.REMOTE_CLOSING, ConnectionState.CLOSED):
+            self._parted.set()
+        else:
+            self._deaf = True
         self._fail(close)
 
     def _fail(self, close: Close) -> None:
@@ -359,8 +360,10 @@ class Session:
             transport.write(self._frames.send(CloseConnection(close.code, close.reason or None)))
             if not by_client:  # it answers: closed before, the connection would be reset by what the client sends
                 self._resume()
+                if self._deaf:
+                    transport.write_eof()
                 with suppress(TimeoutError):
-                    async with asyncio.timeout_at(end):
+                    async with asyncio.timeout_at(min(end, self._loop.time() + FAREWELL) if self._deaf else end):
                         await self._parted.wait()
         transport.close()
         if not self._call.ended:
