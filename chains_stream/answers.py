@@ -55,6 +55,11 @@ class Answer:
         self._nudged = False
         self._taken = self._taken_size = 0  # by the reader of the stream
 
+    @property
+    def chunks(self) -> int:
+        """How many chunks of the stream have arrived, those that its reader had among them."""
+        return self._fold.chunks
+
     async def result(self) -> msgspec.Raw:
         """Wait for the end of a unary call."""
         while not self.ended:

@@ -165,6 +165,12 @@ class Broker(Protocol):
         Raises OffsetExpiredError for one beyond the end.
         """
 
+    async def backlog(self, topic: str, group: str) -> int:
+        """Count the records of a topic that a group has yet to commit, taken or not, as the ends and commits tell.
+
+        Raises UnknownTopicError, BrokerError.
+        """
+
     def trouble(self) -> str | None:
         """Say what has kept a consumer or a reader of this broker from moving on for too long; None if all is well."""
 

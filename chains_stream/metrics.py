@@ -1,14 +1,16 @@
 """What a process counts, in the words of Prometheus. `/metrics` of a gateway and of a worker show it.
 
-`chainlet` is a Chainlet's name. Counters only grow, and begin at 0 with the process.
+`chainlet` is a Chainlet's name; with `.background` it is about the requests that it takes while there are no others.
+Counters only grow, and begin at 0 with the process.
 """
 
+import os
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sized
 from itertools import accumulate
 from typing import Protocol
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Info
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -66,9 +68,12 @@ FINISHED = Counter(
 REDELIVERED = Counter("chains_redelivered", "Requests that another worker may have begun before.", ["chainlet"])
 DEAD_LETTERED = Counter("chains_dead_lettered", "Requests put into the dead-letter topic.", ["chainlet", "reason"])
 EXPIRED = Counter("chains_expired", "Requests whose deadline passed before they were run.", ["chainlet"])
+RETRIED = Counter("chains_retried", "Requests put off after a try that failed, to be tried again.", ["chainlet"])
 CANCELLED = Counter("chains_cancelled", "Requests cancelled: running, or still queued.", ["chainlet", "state"])
 
 # --- of all that serve
+PROCESS = Info("chains_process", "The process that answered: of several on one port, each counts for itself.")
+PROCESS.info({"pid": str(os.getpid())})
 LOOP_LAG = Histogram(
     "chains_loop_lag_seconds", "How late the event loop was, looked at ten times a second.", buckets=_SECONDS
 )
@@ -76,7 +81,7 @@ LOOP_LAG = Histogram(
 # --- of gateways
 SHED = Counter(
     "chains_shed",
-    "Requests turned away with 429: too many requests, too many of a key, too many bytes of bodies.",
+    "Requests turned away with 429: too many requests, too many of a key, too many bytes of bodies, a key's rate.",
     ["reason"],
 )
 HTTP_IN_FLIGHT = Gauge("chains_http_requests_in_flight", "HTTP requests that are being served.")

@@ -34,8 +34,18 @@ NO_HEADERS: Headers = ()
 class Reply(Protocol):
     """The answer to one request. Of the last three methods exactly one is called, once, and last.
 
-    Each of these returns when the broker has stored the whole answer: from then on the request may be committed.
+    Each of these returns when the broker has stored the whole answer: from then on the request may be committed. It
+    gives the offset of the end of an answer in frames.
     """
+
+    async def begins(self) -> None:
+        """Say that the request begins to run: its caller may miss it."""
+
+    async def sent_before(self, read_back: ReadBack) -> tuple[list[Frame], int]:
+        """Have what other workers still send overtaken; give the frames sent so far, and an offset behind them.
+
+        Raises BrokerError; OffsetExpiredError if the log no longer holds them.
+        """
 
     async def resume(self, read_back: ReadBack) -> Answered | None:
         """Find out what other workers have sent of a stream, and have them overtaken; None if some of it is missing.
@@ -52,13 +62,13 @@ class Reply(Protocol):
     def credit(self, chunks: int, size: int) -> None:
         """Note what the reader of the stream has taken in all."""
 
-    async def done(self, value: bytes | None) -> None:
+    async def done(self, value: bytes | None) -> int | None:
         """Send the result, or the end of a stream for None."""
 
-    async def failed(self, error: BaseException, chainlet: str) -> None:
+    async def failed(self, error: BaseException, chainlet: str) -> int | None:
         """Send the error, as raised in the named Chainlet."""
 
-    async def cancelled(self) -> None:
+    async def cancelled(self) -> int | None:
         """Say that the request was cancelled."""
 
 
@@ -101,6 +111,19 @@ class FrameReply:
         self._store = store
         self._largest = largest
 
+    async def begins(self) -> None:
+        await self._frames.send(self._topic, self._partition, self._started(), 0, durable=False)
+
+    async def sent_before(self, read_back: ReadBack) -> tuple[list[Frame], int]:
+        fence = await self._send_durably(self._started(), 0)
+        if self._begin is None:
+            return [], fence
+        found = await read_back.frames(self._topic, self._partition, self._begin, fence, self._id)
+        return [frame for frame, _ in found], fence
+
+    def _started(self) -> Started:
+        return Started(self._id, self._attempt, resumes=False)
+
     async def resume(self, read_back: ReadBack) -> Answered | None:
         if self._begin is None:
             return Answered([], ended=False)
@@ -141,7 +164,7 @@ class FrameReply:
         if self._credited is not None:
             self._credited.set()
 
-    async def done(self, value: bytes | None) -> None:
+    async def done(self, value: bytes | None) -> int:
         if not value:
             raw, claim = NIL, NO_HEADERS
         elif len(value) > self._largest:
@@ -150,16 +173,15 @@ class FrameReply:
             raw, claim = msgspec.Raw(value), NO_HEADERS
         frame = Done(self._id, self._attempt, self._sent, raw)
         if self._sent:
-            await self._end(frame, len(raw), claim)
-        else:
-            await self._send_durably(frame, len(raw), claim)
+            return await self._end(frame, len(raw), claim)
+        return await self._send_durably(frame, len(raw), claim)
 
-    async def failed(self, error: BaseException, chainlet: str | None) -> None:
+    async def failed(self, error: BaseException, chainlet: str | None) -> int:
         detail = fitting(to_detail(error, chainlet), self._largest)
-        await self._end(Failed(self._id, self._attempt, detail, self._sent), len(msgspec.msgpack.encode(detail)))
+        return await self._end(Failed(self._id, self._attempt, detail, self._sent), len(msgspec.msgpack.encode(detail)))
 
-    async def cancelled(self) -> None:
-        await self._end(Cancelled(self._id, self._attempt, self._sent), 0)
+    async def cancelled(self) -> int:
+        return await self._end(Cancelled(self._id, self._attempt, self._sent), 0)
 
     def _stored(self, stored: asyncio.Future[int]) -> None:
         if self._unstored is not None:
@@ -173,16 +195,15 @@ class FrameReply:
         """Put a value into the store; give what stands for it in its frame, and the headers for the record."""
         return NIL, await self._store.put_answer(value)
 
-    async def _end(self, frame: Frame, size: int, claim: Headers = ()) -> None:
+    async def _end(self, frame: Frame, size: int, claim: Headers = ()) -> int:
         # Chunks go out by another producer than the end does: it may follow only when all of them are stored.
         if unstored := tuple(self._unstored or ()):
             await asyncio.wait(unstored)
             for stored in unstored:
                 self._stored(stored)
         if self._lost is not None and isinstance(frame, Done):
-            await self.failed(self._lost, None)
-        else:
-            await self._send_durably(frame, size, claim)
+            return await self.failed(self._lost, None)
+        return await self._send_durably(frame, size, claim)
 
     async def _send_durably(self, frame: Frame, size: int, claim: Headers = ()) -> int:
         """Send a frame, wait until it is stored, and give its record's offset."""
@@ -207,6 +228,12 @@ class BareReply:
         self._json = request.content_type == JSON
         self._codec = codec
         self._store = store
+
+    async def begins(self) -> None:
+        """Nothing: such a caller waits for a value."""
+
+    async def sent_before(self, read_back: ReadBack) -> tuple[list[Frame], int]:  # noqa: ARG002 - Reply's
+        return [], 0
 
     async def resume(self, read_back: ReadBack) -> Answered | None:  # noqa: ARG002 - Reply's
         return Answered([], ended=False)  # such a caller can't tell one run from another
@@ -247,6 +274,11 @@ class BareReply:
 
 class NoReply:
     """For a request that named no reply topic: it is run for its effect."""
+
+    async def begins(self) -> None: ...
+
+    async def sent_before(self, read_back: ReadBack) -> tuple[list[Frame], int]:  # noqa: ARG002 - Reply's
+        return [], 0
 
     async def resume(self, read_back: ReadBack) -> Answered | None:  # noqa: ARG002 - Reply's
         return Answered([], ended=False)

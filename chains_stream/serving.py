@@ -2,17 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from contextlib import aclosing
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 from structlog.contextvars import bind_contextvars
 
 from chains_stream import metrics, policy
+from chains_stream.async_requests import AsyncRequest, AsyncRequests, is_async
 from chains_stream.batching import FrameBatcher
 from chains_stream.broker import Broker, Record
 from chains_stream.calls import Caller
+from chains_stream.delays import Delays
 from chains_stream.errors import (
     BrokerError,
     ChainsError,
@@ -33,48 +35,24 @@ from chains_stream.local import Callee
 from chains_stream.log import get_logger
 from chains_stream.messages import JSON, MSGPACK, REQUEST_ID, Request, now_ms
 from chains_stream.offsets import Ledger
+from chains_stream.outcome import Outcome
+from chains_stream.patience import persist, place_of
 from chains_stream.policy import Scope
 from chains_stream.readback import ReadBack
 from chains_stream.replies import Reply, reply_to
 from chains_stream.sessions import converse
 from chains_stream.settings import Settings
-from chains_stream.store import reference_in
+from chains_stream.signature import BACKGROUND
+from chains_stream.store import Store, reference_in
 from chains_stream.timeouts import Timeout
 
 ANSWER_GRACE = 60.0  # seconds after a request's deadline in which its answer is still tried to be stored
+TRY_BITS = 20  # of the attempt of a frame, for workers that die; above them is which try of the request it is of
 CHUNKS_A_TURN = 32  # of a generator that never waits, until others have their turn of the event loop
 
-T = TypeVar("T")
 Stop = Literal["cancelled", "lost", "drained"]
 
 log = get_logger(__name__)
-
-
-class Outcome(msgspec.Struct, frozen=True, eq=False):
-    """How a request ended: a result (None for a stream), an error, or its cancellation.
-
-    `answered` says that its caller has had the end of its answer from another worker, `undecodable` that its arguments
-    could not be read.
-    """
-
-    value: bytes | None = None
-    error: Exception | None = None
-    cancelled: bool = False
-    answered: bool = False
-    undecodable: bool = False
-
-    @property
-    def kind(self) -> str:
-        """In a word, for the metrics."""
-        match self.error:
-            case None:
-                return "cancelled" if self.cancelled else "done"
-            case DeadlineExceededError():
-                return "expired"
-            case DeadLetteredError():
-                return "dead_lettered"
-            case _:
-                return "failed"
 
 
 def request_id_of(record: Record) -> str:
@@ -87,20 +65,35 @@ class Service:
     """What all requests to a Chainlet have in common."""
 
     def __init__(
-        self, callee: Callee, topic: str, broker: Broker, *, frames: FrameBatcher, caller: Caller, settings: Settings
+        self,
+        callee: Callee,
+        topic: str,
+        broker: Broker,
+        *,
+        frames: FrameBatcher,
+        store: Store,
+        settings: Settings,
+        delays: Delays | None = None,
+        caller: Caller | None = None,
     ) -> None:
+        """Serve `topic`; `delays` are of requests that are tried again, and a `caller` takes what WebSockets bring."""
+        self.name = callee.name + (BACKGROUND if topic.endswith(BACKGROUND) else "")  # of metrics and in logs
         self.callee = callee
         self.caller = caller
         self.topic = topic
         self.broker = broker
         self.frames = frames
-        self.store = caller.store
+        self.store = store
         self.settings = settings
         self.read_back = ReadBack(broker)
+        delays = delays or Delays(broker, settings)
+        self.async_requests = AsyncRequests(
+            self.name, topic, broker, delays=delays, read_back=self.read_back, settings=settings
+        )
         self.resumable = callee.signature.streaming and callee.resumable
-        self.queue_wait = metrics.QUEUE_WAIT.labels(callee.name)
-        self.run_time = metrics.RUN_TIME.labels(callee.name)
-        self.expired = metrics.EXPIRED.labels(callee.name)
+        self.queue_wait = metrics.QUEUE_WAIT.labels(self.name)
+        self.run_time = metrics.RUN_TIME.labels(self.name)
+        self.expired = metrics.EXPIRED.labels(self.name)
         self.partitions: dict[str | None, int] = {None: 0}  # of the reply topics met so far
 
     def reply_to(self, request: Request, attempt: int) -> Reply:
@@ -118,9 +111,11 @@ class Job:
     """
 
     __slots__ = (
+        "_async",
         "_attempt",
         "_callee",
         "_deadline_ms",
+        "_epoch",
         "_reply",
         "_running",
         "_service",
@@ -138,10 +133,11 @@ class Job:
         self.stop: Stop | None = None
         self.redelivered = record.offset < ledger.redelivered_to
         self.deaths = ledger.deaths(record.offset)
-        self._attempt = ledger.epoch
+        self._epoch = self._attempt = ledger.epoch
         self._service = service
         self._callee = service.callee
         self._reply: Reply | None = None
+        self._async: AsyncRequest | None = None  # if nobody waits for it
         self.task: asyncio.Task[None]  # that serves it
         self._running = False  # user code, which `cancel` may stop
         self._deadline_ms = record.timestamp_ms + int(service.settings.deadline * 1000)
@@ -164,6 +160,8 @@ class Job:
             self._deadline_ms = request.deadline_ms or self._deadline_ms
             if request.reply_topic not in self._service.partitions:
                 await self._find(request.reply_topic)
+            if request.attempt > 1:  # later tries overtake earlier ones, wherever they run
+                self._attempt = self._epoch + ((request.attempt - 1) << TRY_BITS)
             self._reply = self._service.reply_to(request, self._attempt)
         except (ValueError, BrokerError) as error:
             log.error("request.refused", **self._place, reason=str(error))  # noqa: TRY400 - a stranger's has no stack
@@ -173,6 +171,10 @@ class Job:
         if not request.request_id:
             request = msgspec.structs.replace(request, request_id=policy.new_request_id())
         self.request = request
+        if is_async(request):
+            self._async = AsyncRequest(
+                self.record, request, self._reply, self._service.async_requests, redelivered=self.redelivered
+            )
         bind_contextvars(request_id=request.request_id, correlation_id=request.correlation_id.hex())
         return request
 
@@ -182,7 +184,8 @@ class Job:
         outcome: Outcome | None = None
         try:
             if self.stop is None:
-                outcome = await self._run_in_time()
+                outcome = await self._async.begin() if self._async is not None else None
+                outcome = outcome or await self._run_in_time()
         except asyncio.CancelledError as error:
             if self.stop is None:
                 if self.task.cancelling():
@@ -212,18 +215,21 @@ class Job:
         """Tell the caller of a defect of ours, if that can be done."""
         try:
             if self._reply is not None:
-                await self._reply.failed(ChainsRuntimeError(f"the worker failed: {error!r}"), self._callee.name)
+                apology = ChainsRuntimeError(f"the worker failed: {error!r}")
+                end = await self._reply.failed(apology, self._callee.name)
+                if self._async is not None:
+                    await self._async.tell(Outcome(error=apology), end)
         except Exception as unsent:  # noqa: BLE001 - it is logged, and the caller has a deadline
             log.error("answer.unsent", **self._place, reason=repr(unsent))  # noqa: TRY400 - `error` has the stack
 
     async def bury(self, error: Exception, reason: str) -> tuple[str, int] | None:
         """Put the record into the dead-letter topic, and say where; None if that can't be done."""
         group = self._service.topic
-        metrics.DEAD_LETTERED.labels(self._callee.name, reason).inc()
+        metrics.DEAD_LETTERED.labels(self._service.name, reason).inc()
         deaths = self.deaths or None
         try:
-            place = await self._persist(
-                lambda: send_letter(self._service.broker, self.record, group, error, deaths), None
+            place = await persist(
+                lambda: send_letter(self._service.broker, self.record, group, error, deaths), self.record
             )
         except BrokerError as unsent:
             log.error("letter.unsent", **self._place, reason=str(unsent))  # noqa: TRY400 - the message says it all
@@ -231,8 +237,18 @@ class Job:
         log.warning("request.dead_lettered", **self._place, letter=f"{place[0]}@{place[1]}", reason=message_of(error))
         return place
 
+    async def put_off(self, error: Exception) -> bool:
+        """Have a request that nobody waits for tried again later, instead of answered, if that may be."""
+        delay = await self._async.put_off(error) if self._async is not None else None
+        if delay is not None:
+            self._log(error, again_in=delay)
+        return delay is not None
+
     async def answer(self, outcome: Outcome) -> None:
-        """Send the answer, and return when it is stored, or cannot be; what could not be read is put aside first."""
+        """Send the answer, and return when it is stored, or cannot be; what could not be read is put aside first.
+
+        The webhook is told next, if there is one.
+        """
         if outcome.undecodable and outcome.error is not None:
             await self.bury(outcome.error, "undecodable")
         attempt = 1
@@ -265,30 +281,15 @@ class Job:
 
     @property
     def _place(self) -> dict[str, Any]:
-        return {"topic": self.record.topic, "partition": self.record.partition, "offset": self.record.offset}
+        return place_of(self.record)
 
     async def _find(self, topic: str | None) -> None:
         """Find out how many partitions a reply topic has."""
         if topic is not None:
             broker = self._service.broker
-            self._service.partitions[topic] = await self._persist(lambda: broker.partitions(topic), ANSWER_GRACE)
-
-    async def _persist(self, action: Callable[[], Awaitable[T]], grace: float | None) -> T:
-        """Do something with the broker, again while it is away, until `grace` seconds after the deadline, if any.
-
-        Raises BrokerError.
-        """
-        attempt = 1
-        while True:
-            try:
-                return await action()
-            except BrokerError as error:
-                late = grace is not None and now_ms() > self._deadline_ms + grace * 1000
-                if late or not error.retryable:
-                    raise
-                log.warning("broker.retry", **self._place, attempt=attempt, reason=str(error))
-                await asyncio.sleep(policy.backoff(attempt))
-                attempt += 1
+            self._service.partitions[topic] = await persist(
+                lambda: broker.partitions(topic), self.record, self._deadline_ms + ANSWER_GRACE * 1000
+            )
 
     async def _run_in_time(self) -> Outcome:
         request = self.request
@@ -299,7 +300,7 @@ class Job:
             traceparent=request.traceparent,
             tracestate=request.tracestate,
             affinity=self.record.key,
-            attempt=self._attempt,
+            attempt=self._epoch,
         )
         now = now_ms()
         remaining = (self._deadline_ms - now) / 1000
@@ -361,12 +362,14 @@ class Job:
     async def _converse(self, request: Request, arguments: Mapping[str, Any], scope: Scope) -> Outcome:
         service, reply = self._service, self._reply
         assert reply is not None, "read before it is run"
+        assert service.caller is not None, "a host has one"
         if not request.frames:
             raise InvalidArgumentError(f"{self._name} takes a WebSocket, which a gateway opens and no record can")
         if self.redelivered:
-            answered = await self._persist(lambda: reply.resume(service.read_back), 0.0)
-            if answered is None or answered.chunks or answered.ended:
-                raise StreamInterruptedError("the WebSocket broke off: its worker was lost")
+            if await self._resume(reply, scope):
+                return Outcome(answered=True)
+            if scope.emitted:  # it was open, and what the client has sent since is lost
+                raise StreamInterruptedError("the WebSocket broke off: its worker was lost", chunks=len(scope.emitted))
         (handshake,) = arguments.values()
         run = self._callee.converse
         await converse(run, handshake, service.caller, topic=service.topic, scope=scope, reply=reply)
@@ -384,7 +387,7 @@ class Job:
     async def _resume(self, reply: Reply, scope: Scope) -> bool:
         """Find out what the reader of a stream has of it; True if it has it all."""
         try:
-            answered = await self._persist(lambda: reply.resume(self._service.read_back), 0.0)
+            answered = await persist(lambda: reply.resume(self._service.read_back), self.record, self._deadline_ms)
         except OffsetExpiredError as error:
             raise StreamInterruptedError(f"what was sent of the stream is no longer in the log: {error}") from error
         if answered is None:
@@ -399,19 +402,20 @@ class Job:
         return answered.ended
 
     async def _send(self, outcome: Outcome) -> None:
-        assert self._reply is not None, "read before it is answered"
-        if outcome.answered:
-            return
+        reply, end = self._reply, None
+        assert reply is not None, "read before it is answered"
         if outcome.cancelled:
             log.info("request.cancelled", chainlet=self._callee.name)
-            await self._reply.cancelled()
+            end = await reply.cancelled()
         elif outcome.error is not None:
             self._log(outcome.error)
-            await self._reply.failed(outcome.error, self._callee.name)
-        else:
-            await self._reply.done(outcome.value)
+            end = await reply.failed(outcome.error, self._callee.name)
+        elif not outcome.answered:
+            end = await reply.done(outcome.value)
+        if self._async is not None:
+            await self._async.tell(outcome, end)
 
-    def _log(self, error: Exception) -> None:
+    def _log(self, error: Exception, again_in: float | None = None) -> None:
         frames = user_frames(error.__traceback__)
         log.warning(
             "request.failed",
@@ -420,6 +424,7 @@ class Job:
             status=http_status(error),
             message=message_of(error),
             at=f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None,
+            **({} if again_in is None else {"again_in": again_in}),
         )
 
     def _expired(self, when: str) -> DeadlineExceededError:

@@ -71,11 +71,20 @@ class Settings(pydantic.BaseModel):
     max_deliveries: PositiveInt = 3  # of a request that was alone each time its worker died
     max_requests: PositiveInt = 10_000  # under way in a gateway
     max_requests_per_key: PositiveInt | None = None  # of one API key
+    rate_per_key: Annotated[float, Field(gt=0, le=1e6)] | None = None  # requests a second, in each gateway process
+    rate_burst: Annotated[int, Field(ge=1, le=1_000_000)] | None = None  # at once; those of a second if not given
     max_body_bytes: PositiveInt = 16 << 20  # of an HTTP request
     max_buffered_bytes: PositiveInt = 256 << 20  # of bodies that a gateway holds; and as much for streams under way
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000  # of the gateway; 0 picks a free one
     health_port: Annotated[int, Field(ge=0, le=65_535)] | None = None  # of a worker's /healthz, /readyz and /metrics
+    workers: Annotated[int, Field(ge=1, le=256)] = 1  # processes of one `chains gateway`
+    api_keys: pydantic.SecretStr | None = None  # entries NAME:SHA256, or @ and a file with one a line
+    allow_anonymous: bool = False  # a gateway without keys may listen where others reach it
+    cors_origins: str | None = None  # of pages that may call a gateway, separated by commas; * for all
+    tls_certfile: str | None = None  # PEM, the certificate first, then those that it depends on
+    tls_keyfile: str | None = None  # PEM; in the same file as the certificate if not given
+    tls_key_password: pydantic.SecretStr | None = None
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     kafka: KafkaSettings = KafkaSettings()
@@ -153,5 +162,5 @@ def _nested_names() -> list[str]:
 
 
 _PLAIN = frozenset(
-    name for name in (*Settings.model_fields, *_nested_names()) if not re.search("password|secret", name)
+    name for name in (*Settings.model_fields, *_nested_names()) if not re.search("password|secret|api_keys", name)
 )

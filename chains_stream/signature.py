@@ -22,7 +22,8 @@ MISSING: Final = inspect.Parameter.empty
 
 _METHOD = "run_remote"
 _TOPIC_LIMIT = 249  # Kafka's: a topic is a folder, and its files' names have 255 characters
-_LONGEST_SUFFIX = ".background.dlq"
+BACKGROUND = ".background"  # ends the topic of requests that may wait
+_LONGEST_SUFFIX = f"{BACKGROUND}.dlq"
 _STREAMS = (abc.AsyncIterator, abc.AsyncGenerator)
 _SYNC_ITERATORS = (abc.Iterator, abc.Generator, abc.Iterable)
 _BY_POSITION = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -78,6 +79,11 @@ class Signature:
             msg = f"the topic `{topic}` is {over} characters longer than Kafka allows; shorten a name"
             raise ChainsUsageError(msg)
         return topic
+
+
+def background_topic(request_topic: str) -> str:
+    """Name the topic of the requests that are taken only while there are no others."""
+    return request_topic + BACKGROUND
 
 
 def topic_part(name: str) -> str:

@@ -5,8 +5,8 @@ stored its whole answer, and only when all requests before it on its partition a
 """
 
 import asyncio
-import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 
 from chains_stream import metrics
 from chains_stream.assignment import Assignment
@@ -17,56 +17,89 @@ from chains_stream.calls import Caller, remote_target
 from chains_stream.chain import Chain
 from chains_stream.chainlet import ChainletBase, chainlet_name, dependencies, instantiate, signature
 from chains_stream.control import Cancel, CancelRequest, Credit, Message
+from chains_stream.delays import Delays
+from chains_stream.deliveries import webhooks_spec
 from chains_stream.errors import ChainsUsageError, user_frames
 from chains_stream.letters import dead_letter_spec
 from chains_stream.local import Callee, LocalTarget
 from chains_stream.log import get_logger
-from chains_stream.messages import Request
 from chains_stream.offsets import Ledger
 from chains_stream.options import DeploymentContext, RPCOptions
+from chains_stream.outcome import Outcome
 from chains_stream.quarantine import Quarantine
-from chains_stream.serving import Job, Outcome, Service, request_id_of
+from chains_stream.serving import Job, Service, request_id_of
 from chains_stream.settings import Settings
+from chains_stream.signature import background_topic
 from chains_stream.stub import Stub
 
 MAX_TAKEN = 256  # records at once: see `offsets.MOST_OPEN`
 MAX_UNSTORED_ANSWERS = 1024  # a worker: answers that the broker has not acknowledged yet
-MAX_CANCELLED = 50_000  # a worker: cancelled requests remembered until they are met in the queue
+IDLE_SECONDS = 0.5  # without a record, after which a worker is idle though the broker seems to hold more for it
+LOOK_SECONDS = 0.1  # from one look at that to the next
 CALLERS_SHARE = 0.75  # of the grace period that is left, for a Chainlet that calls others of the process
 CANCEL_PATIENCE = 5.0  # seconds for cancelled work to end, when the process does
 
 log = get_logger(__name__)
 
 
+class Places:
+    """The places of one Chainlet in this process, as many as its `predict_concurrency`: its workers share them."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.taken = 0
+        self.changed = asyncio.Event()  # some place was freed, or a worker has nothing more to take
+
+    async def change(self, seconds: float | None = None) -> None:
+        """Wait until something has changed; for so long at most."""
+        self.changed.clear()
+        if seconds is None:
+            await self.changed.wait()
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.changed.wait()
+
+
 class Worker:
     """Serves one Chainlet from its topic, up to its `predict_concurrency` requests at once.
 
-    `quarantine` is that of its process.
+    `quarantine` is that of its process. One that stands `behind` another takes only while that one is idle, and shares
+    its places: the Chainlet is the same.
     """
 
-    def __init__(self, service: Service, quarantine: Quarantine) -> None:
+    def __init__(self, service: Service, quarantine: Quarantine, behind: "Worker | None" = None) -> None:
         callee, settings = service.callee, service.settings
         self.topic = service.topic
         self.callee = callee
         self.in_flight = 0  # requests that run
+        self._behind = behind
+        self._places: Places = Places(callee.concurrency) if behind is None else behind._places  # noqa: SLF001 - of its kind
+        self._shared = False  # places
+        self._waits_since: float | None = None  # in `fetch`
         self._settings = settings
         self._service = service
         self._assignment = Assignment(callee.name, service.topic, service.broker, settings, self._lose)
         self._consumer: GroupConsumer | None = None
         self._jobs: dict[asyncio.Task[None], Job] = {}
         self._by_id: dict[bytes, Job] = {}  # a stranger's requests may have no id, or repeat one
-        self._cancellations = Cancellations(settings.deadline)
-        self._freed = asyncio.Event()
+        self._cancellations = service.async_requests.cancellations
         self._quarantine = quarantine
         quarantine.join(self._running)
         self._tasks: list[asyncio.Task[None]] = []
-        self._metrics = metrics.OfWorker(callee.name)
+        self._metrics = metrics.OfWorker(self.name)
+        if behind is not None:
+            behind._shared = self._shared = True  # noqa: SLF001 - as above
 
     async def start(self) -> None:
-        """Join the group and begin to take requests."""
+        """Join the group and begin to take requests.
+
+        The control topic must have been read back by now, for as long as `settings.deadline`.
+        """
         self._loop = asyncio.get_running_loop()
+        self._cancellations.heard_back(min(self._settings.deadline, self._settings.reply_retention_ms / 1000))
         self._consumer = await self._assignment.join()
-        name = self.callee.name
+        name = self.name
         self._tasks = [
             asyncio.create_task(self._take(self._consumer), name=f"take {name}"),
             asyncio.create_task(self._assignment.commit_regularly(), name=f"commit {name}"),
@@ -85,21 +118,32 @@ class Worker:
         if self._jobs:
             await asyncio.wait(self._jobs, timeout=grace)
         if self._jobs:
-            log.warning("worker.unfinished", chainlet=self.callee.name, requests=len(self._jobs))
+            log.warning("worker.unfinished", chainlet=self.name, requests=len(self._jobs))
             for task, job in self._jobs.items():
                 job.cancel("drained")
                 task.cancel()
             _, ignoring = await asyncio.wait(self._jobs, timeout=CANCEL_PATIENCE)
             if ignoring:
-                log.warning("worker.abandoned", chainlet=self.callee.name, requests=len(ignoring))
+                log.warning("worker.abandoned", chainlet=self.name, requests=len(ignoring))
         await _end(*self._tasks[1:])
         await self._service.read_back.close()
         await self._assignment.leave()
-        log.info("worker.stopped", chainlet=self.callee.name)
+        log.info("worker.stopped", chainlet=self.name)
 
     @property
     def name(self) -> str:
-        return self.callee.name
+        return self._service.name
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has room, waits for something to take, and there is nothing, as far as is known."""
+        if self._waits_since is None:
+            return False
+        paused = self.paused
+        if not any(records for partition, records in self.lag().items() if partition not in paused):
+            return True
+        # What the broker holds is given in no time, or is nothing to give: the marker at a transaction's end.
+        return self._loop.time() - self._waits_since >= IDLE_SECONDS
 
     @property
     def paused(self) -> Collection[int]:
@@ -130,27 +174,48 @@ class Worker:
                 pass  # for callers
 
     def busy(self) -> Busy:
-        """Say how busy it is, for callers to choose by."""
-        return Busy(sorted(self._assignment.held), self.in_flight, sum(self.lag().values()), self.callee.concurrency)
+        """Say how busy it is, for callers to choose by: the places that are taken, by whomever, are no longer free."""
+        return Busy(sorted(self._assignment.held), self._places.taken, sum(self.lag().values()), self._places.size)
 
     # --- taking
 
     async def _take(self, consumer: GroupConsumer) -> None:
-        concurrency = self.callee.concurrency
         while True:
             unstored = len(self._jobs) - self.in_flight
-            free = min(concurrency - self.in_flight, MAX_UNSTORED_ANSWERS - unstored, MAX_TAKEN)
-            if free <= 0:
-                self._freed.clear()
-                await self._freed.wait()
+            free = min(self._places.size - self._places.taken, MAX_UNSTORED_ANSWERS - unstored, MAX_TAKEN)
+            if free <= 0 or not self._may_begin():
+                await self._change()
                 continue
-            await self._start(await self._assignment.take(await consumer.fetch(free)))
+            self._waits_since = self._loop.time()
+            if self._shared:
+                self._places.changed.set()  # the one behind it may go on, if nothing is there
+            try:
+                records = await consumer.fetch(free)
+            finally:
+                self._waits_since = None
+            await self._start(await self._assignment.take(records))
+
+    def _may_begin(self) -> bool:
+        """Tell whether there is a place for one more request of ours."""
+        return self._places.taken < self._places.size and (self._behind is None or self._behind.idle)
+
+    async def _change(self) -> None:
+        """Wait for something that `_may_begin` depends on."""
+        # That the one before it has waited for long enough is not told, and must be looked at.
+        look = self._behind is not None and self._behind._waits_since is not None  # noqa: SLF001 - of its kind
+        await self._places.change(LOOK_SECONDS if look and self._places.taken < self._places.size else None)
+
+    async def _room(self, record: Record) -> None:
+        """Wait for a place that others have taken since there was one, and for a suspect that needs to be alone."""
+        while not self._may_begin():
+            await self._change()
+            if self._quarantine.busy:
+                await self._quarantine.stand_aside([request_id_of(record)])
 
     async def _start(self, taken: Sequence[tuple[Record, Ledger]]) -> None:
         """Begin what was taken; what may have killed a worker goes first, and alone."""
         if not self._quarantine.busy and all(self._assignment.ordinary(record, ledger) for record, ledger in taken):
-            for record, ledger in taken:
-                self._begin(record, ledger)
+            await self._begin_all(taken)
             return
         suspects = [(record, ledger) for record, ledger in taken if self._is_suspect(record, ledger)]
         for record, ledger in suspects:
@@ -161,7 +226,12 @@ class Worker:
         named = {record.partition: ledger for record, ledger in others if self._assignment.to_be_named(record, ledger)}
         if named:
             await self._assignment.name(named)
-        for record, ledger in others:
+        await self._begin_all(others)
+
+    async def _begin_all(self, taken: Sequence[tuple[Record, Ledger]]) -> None:
+        for record, ledger in taken:
+            if self._shared:
+                await self._room(record)
             if self._assignment.of(record) is ledger:  # else its partition went to another worker
                 self._begin(record, ledger)
 
@@ -175,6 +245,7 @@ class Worker:
             ledger.alone = None
             await self._assignment.name({record.partition: ledger})
 
+        await self._room(record)
         async with self._quarantine.alone(request_id_of(record), take_back) as claim:
             if self._assignment.of(record) is not ledger:
                 return
@@ -205,6 +276,7 @@ class Worker:
 
     def _begin(self, record: Record, ledger: Ledger) -> "asyncio.Task[None]":
         self.in_flight += 1
+        self._places.taken += 1
         job = Job(record, ledger, self._service)
         task = job.task = self._loop.create_task(self._serve(job, ledger))
         self._jobs[task] = job
@@ -217,16 +289,16 @@ class Worker:
             outcome = await self._run(job)
             if job.stop in ("lost", "drained"):
                 return  # it is not finished: another worker takes it up
-            if outcome is not None:
+            if outcome is not None and not (outcome.error is not None and await job.put_off(outcome.error)):
                 await job.answer(outcome)
                 self._metrics.finished[outcome.kind].inc()
         except Exception as error:
             # A defect of ours. Left open, the record would hold up its partition for ever.
-            log.exception("worker.defect", chainlet=self.callee.name, offset=job.record.offset)
+            log.exception("worker.defect", chainlet=self.name, offset=job.record.offset)
             await job.apologize(error)
         finally:
             del self._jobs[job.task]
-            self._freed.set()
+            self._places.changed.set()
         self._assignment.finish(job.record, ledger)
 
     async def _run(self, job: Job) -> Outcome | None:
@@ -240,6 +312,12 @@ class Worker:
             if self._cancellations.meet(request):
                 self._metrics.cancelled["queued"].inc()
                 return Outcome(cancelled=True)
+            if request.retry is not None and request.correlation_id in self._by_id:
+                # Published again by a worker that was killed before it could commit: the one that runs ends it.
+                log.info(
+                    "request.repeated", chainlet=self.name, partition=job.record.partition, offset=job.record.offset
+                )
+                return None
             self._by_id[request.correlation_id] = job
             try:
                 outcome = await job.run()
@@ -251,34 +329,8 @@ class Worker:
             return outcome
         finally:
             self.in_flight -= 1
-            self._freed.set()
-
-
-class Cancellations:
-    """Requests that were cancelled before this process met them, kept for as long as anybody may wait for them.
-
-    Bounded: beyond `MAX_CANCELLED` the oldest is forgotten, and its request runs to its deadline.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._known: dict[bytes | str, float] = {}  # when each was heard of, the oldest first
-
-    def add(self, request: bytes | str) -> None:
-        """Note a correlation id, or the id of a request and all that belongs to it."""
-        now = time.monotonic()
-        while self._known and (len(self._known) >= MAX_CANCELLED or self._oldest() < now - self._seconds):
-            del self._known[next(iter(self._known))]
-        self._known.pop(request, None)
-        self._known[request] = now
-
-    def meet(self, request: Request) -> bool:
-        """Tell whether a request was cancelled."""
-        # By its own id it comes once; by the request's it may come again: a retry, or another Chainlet's part of it.
-        return self._known.pop(request.correlation_id, None) is not None or request.request_id in self._known
-
-    def _oldest(self) -> float:
-        return next(iter(self._known.values()))
+            self._places.taken -= 1
+            self._places.changed.set()
 
 
 async def _end(*tasks: "asyncio.Task[None]") -> None:
@@ -297,7 +349,10 @@ class Host:
         broker: Broker,
         caller: Caller,
         settings: Settings,
+        *,
+        delays: Delays | None = None,
     ) -> None:
+        """Host the `served` Chainlets; `delays` are those of requests that are tried again."""
         self._chain = chain
         self._served = [cls for cls in chain.chainlets if cls in served]
         self._broker = broker
@@ -305,31 +360,32 @@ class Host:
         self._settings = settings
         self._frames = FrameBatcher(broker)
         self._callees: dict[type[ChainletBase], Callee] = {}
+        self._delays = delays or Delays(broker, settings)
         self.workers: list[Worker] = []
-        self._reporter = Reporter(caller.control, self.workers)
+        self._all: list[Worker] = []
+        self.background: Worker | None = None  # of the entrypoint
+        self._reporter = Reporter(caller.control, self._all)
 
     async def start(self) -> None:
         """Create the topics, build the Chainlets, dependencies first, then take requests."""
-        settings = self._settings
+        settings, entrypoint = self._settings, self._chain.entrypoint
         topics = {cls: self._chain.topic(cls, settings.namespace) for cls in self._served}
-        await self._broker.ensure_topics(
-            [
-                *(TopicSpec(topic, settings.partitions, settings.request_retention_ms) for topic in topics.values()),
-                *(dead_letter_spec(topic, settings) for topic in topics.values()),
-            ]
-        )
+        await self._ensure(topics)
         called = {each.chainlet for cls in self._served for each in dependencies(cls).values()}
         await self._caller.use(*(self._chain.topic(cls, settings.namespace) for cls in called))
-        quarantine, caller = Quarantine(), self._caller
+        quarantine = Quarantine()
         for cls, topic in topics.items():
             callee = self._callees[cls] = Callee(cls, await self._build(cls))
-            service = Service(callee, topic, self._broker, frames=self._frames, caller=caller, settings=settings)
-            self.workers.append(Worker(service, quarantine))
+            worker = Worker(self._service(callee, topic), quarantine)
+            self.workers.append(worker)
+            if cls is entrypoint:
+                self.background = Worker(self._service(callee, background_topic(topic)), quarantine, behind=worker)
+        self._all += self.workers if self.background is None else [*self.workers, self.background]
         # As far back as work can have waited: what was cancelled while nobody was there is not run.
-        await self._caller.control.follow({w.topic: w.handle for w in self.workers}, since=settings.deadline)
+        await self._caller.control.follow({w.topic: w.handle for w in self._all}, since=settings.deadline)
         try:
             async with asyncio.TaskGroup() as joining:
-                for worker in self.workers:
+                for worker in self._all:
                     joining.create_task(worker.start())
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None  # one is enough to know, and the others follow from it
@@ -339,7 +395,7 @@ class Host:
         """Wait until a worker can't go on. Raises what stopped it."""
         control = self._caller.control
         await asyncio.gather(
-            *(worker.failed() for worker in self.workers),
+            *(worker.failed() for worker in self._all),
             control.failed(),
             self._caller.failed(),
             self._reporter.failed(),
@@ -352,12 +408,40 @@ class Host:
         for left, worker in reversed(list(enumerate(self.workers))):
             remaining = max(0.0, end - loop.time())
             # What is called by other processes too goes on meanwhile, and needs some of it for itself.
-            async with self._reporter.leaving(worker):
-                await worker.drain(remaining * CALLERS_SHARE if left else remaining)
+            workers = [worker]
+            if self.background is not None and self.background.callee is worker.callee:
+                workers.append(self.background)
+            async with AsyncExitStack() as stack:
+                for one in workers:
+                    await stack.enter_async_context(self._reporter.leaving(one))
+                grace = remaining * CALLERS_SHARE if left else remaining
+                await asyncio.gather(*(one.drain(grace) for one in workers))
         await self._frames.close()
         await self._reporter.close()
         for callee in self._callees.values():
             callee.close()
+
+    async def _ensure(self, topics: Mapping[type[ChainletBase], str]) -> None:
+        """Create the topics that are taken from, and those that workers publish to."""
+        settings, topic = self._settings, topics.get(self._chain.entrypoint)
+        taken = [*topics.values(), *([] if topic is None else [background_topic(topic)])]
+        specs = [TopicSpec(name, settings.partitions, settings.request_retention_ms) for name in taken]
+        specs += [dead_letter_spec(name, settings) for name in taken]
+        await self._broker.ensure_topics([*specs, *([] if topic is None else [webhooks_spec(topic, settings)])])
+        await self._delays.ensure()
+
+    def _service(self, callee: Callee, topic: str) -> Service:
+        frames, store = self._frames, self._caller.store
+        return Service(
+            callee,
+            topic,
+            self._broker,
+            frames=frames,
+            store=store,
+            settings=self._settings,
+            delays=self._delays,
+            caller=self._caller,
+        )
 
     async def _build(self, cls: type[ChainletBase]) -> ChainletBase:
         stubs = {

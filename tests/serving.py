@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from http import HTTPStatus
@@ -21,6 +22,7 @@ from chains_stream.client import open_caller, open_connected
 from chains_stream.gateway import exchange
 from chains_stream.gateway.app import Gateway
 from chains_stream.gateway.server import Server
+from chains_stream.gateway.tls import Tls
 from chains_stream.settings import Settings
 from chains_stream.worker import Host
 from tests.sample import Seen
@@ -124,14 +126,31 @@ class Slow(chains.ChainletBase):
         return name
 
 
+class Count(chains.ChainletBase):
+    """Counts how often it ran, and fails until then if it is told to."""
+
+    async def run_remote(self, name: str, succeed_at: int = 0) -> int:
+        Seen.note(name)
+        if Seen.counts[name] < succeed_at:
+            raise ValueError(name)
+        return Seen.counts[name]
+
+
 class Served:
     """A gateway that runs, and what stands around it."""
 
-    def __init__(self, entrypoint: type[chains.ChainletBase], stack: AsyncExitStack, settings: Settings) -> None:
+    def __init__(
+        self,
+        entrypoint: type[chains.ChainletBase],
+        stack: AsyncExitStack,
+        settings: Settings,
+        trust: ssl.SSLContext | None = None,
+    ) -> None:
+        self.trust = trust
         self.chain = Chain.of(entrypoint)
         self.settings = settings
         self.url = ""
-        self.server = Server("127.0.0.1", 0, settings.grace_period)
+        self.server = Server("127.0.0.1", 0, settings.grace_period, tls=Tls.of(settings))
         self.broker: Broker
         self.caller: Caller
         self.http: httpx.AsyncClient
@@ -151,7 +170,8 @@ class Served:
         self._stack.push_async_callback(self.server.stop)
         self.url = await self.server.start(gateway.app, gateway.interrupt)
         limits = httpx.Limits(max_connections=None)
-        self.http = httpx.AsyncClient(base_url=self.url, timeout=WAIT, limits=limits, trust_env=False)
+        verify: ssl.SSLContext | bool = True if self.trust is None else self.trust
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=WAIT, limits=limits, trust_env=False, verify=verify)
         self._stack.push_async_callback(self.http.aclose)
 
     @asynccontextmanager
@@ -186,7 +206,7 @@ class Served:
         if narrow:
             assert self.server._socket is not None
             self.server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, NARROW)  # of those accepted from now on
-        return RawClient(self.url, narrow=narrow)
+        return RawClient(self.url, narrow=narrow, trust=self.trust)
 
 
 class RequestLog(logging.Handler):
@@ -227,8 +247,10 @@ def request_log() -> Iterator[RequestLog]:
 
 
 @asynccontextmanager
-async def serving(entrypoint: type[Any], *, workers: bool = True, **settings: Any) -> AsyncIterator[Served]:
-    """Serve a Chain through a gateway; with no `workers`, until `host` is called."""
+async def serving(
+    entrypoint: type[Any], *, workers: bool = True, trust: ssl.SSLContext | None = None, **settings: Any
+) -> AsyncIterator[Served]:
+    """Serve a Chain through a gateway; with no `workers`, until `host` is called. `trust` is for clients, with TLS."""
     named = {
         "namespace": f"t{uuid4().hex[:10]}",
         "partitions": 4,
@@ -237,7 +259,7 @@ async def serving(entrypoint: type[Any], *, workers: bool = True, **settings: An
         "secret": "t",
     }
     async with AsyncExitStack() as stack:
-        served = Served(entrypoint, stack, Settings.of(**{**named, **settings}))
+        served = Served(entrypoint, stack, Settings.of(**{**named, **settings}), trust)
         await served.start()
         if workers:
             await served.host()
@@ -247,9 +269,10 @@ async def serving(entrypoint: type[Any], *, workers: bool = True, **settings: An
 class RawClient:
     """A client that does what an HTTP library would not: leaves early, reads slowly, speaks badly."""
 
-    def __init__(self, url: str, *, narrow: bool = False) -> None:
+    def __init__(self, url: str, *, narrow: bool = False, trust: ssl.SSLContext | None = None) -> None:
         self._narrow = narrow
-        host, _, port = url.removeprefix("http://").rpartition(":")
+        self._trust = trust
+        host, _, port = url.rpartition("//")[2].rpartition(":")
         self._address = host, int(port)
 
     async def __aenter__(self) -> Self:
@@ -260,7 +283,10 @@ class RawClient:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NARROW)
         await asyncio.get_running_loop().sock_connect(connection, self._address)
         limit = 1 << 10 if self._narrow else 16 << 10
-        self.reader, self.writer = await asyncio.open_connection(sock=connection, limit=limit)
+        name = None if self._trust is None else self._address[0]
+        self.reader, self.writer = await asyncio.open_connection(
+            sock=connection, limit=limit, ssl=self._trust, server_hostname=name
+        )
         return self
 
     async def __aexit__(

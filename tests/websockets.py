@@ -124,7 +124,12 @@ def url_of(served: Served, **query: object) -> str:
 def talk(served: Served, *, headers: dict[str, str] | None = None, max_queue: int = 16, **query: object) -> connect:
     """Open a WebSocket with the usual client."""
     return connect(
-        url_of(served, **query), additional_headers=headers, max_queue=max_queue, max_size=None, proxy=None, open_timeout=WAIT
+        url_of(served, **query),
+        additional_headers=headers,
+        max_queue=max_queue,
+        max_size=None,
+        proxy=None,
+        open_timeout=WAIT,
     )
 
 

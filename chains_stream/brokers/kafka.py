@@ -172,6 +172,16 @@ class KafkaBroker:
     async def delete_before(self, topic: str, positions: Mapping[int, int]) -> None:
         await self._cluster.delete_before(topic, positions)
 
+    async def backlog(self, topic: str, group: str) -> int:
+        numbers = range(await self._cluster.partitions(topic))
+        committed, begins, ends = await asyncio.gather(
+            self._cluster.committed(group, topic, numbers),
+            self._cluster.offsets(topic, numbers, BEGIN),
+            self._cluster.offsets(topic, numbers, END),
+        )
+        done = {number: committed[number].offset for number in committed}
+        return sum(max(0, ends[number] - max(begins[number], done.get(number, 0))) for number in numbers)
+
     def trouble(self) -> str | None:
         return next((trouble for feed in self._feeds if (trouble := feed.trouble()) is not None), None)
 

@@ -432,6 +432,12 @@ class MemoryBroker:
         for partition, offset in wanted.items():
             partition.drop_before(offset)
 
+    async def backlog(self, topic: str, group: str) -> int:
+        found = self._topic(topic)
+        joined = found.groups.get(group)
+        positions = [log.begin if joined is None else joined.position(log) for log in found.partitions]
+        return sum(log.end - position for log, position in zip(found.partitions, positions, strict=True))
+
     def trouble(self) -> str | None:
         return None
 

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import click
 
 from chains_stream import __version__
-from chains_stream.cli.author import check, graph, init, topics
+from chains_stream.cli.author import check, graph, init, openapi_document, topics
 from chains_stream.cli.bench import bench
 from chains_stream.cli.call import call
 from chains_stream.cli.cancel import cancel
 from chains_stream.cli.dlq import dlq
+from chains_stream.cli.key import key
 from chains_stream.cli.options import Ordered
 from chains_stream.cli.report import StoppedError, give_up, report
 from chains_stream.cli.serve import gateway, run, worker
@@ -52,7 +53,7 @@ def chains() -> None:
     """
 
 
-for command in (init, check, run, call, gateway, worker, graph, topics, dlq, cancel, bench):
+for command in (init, check, run, call, gateway, worker, key, graph, topics, openapi_document, dlq, cancel, bench):
     chains.add_command(command)
 
 

@@ -115,3 +115,19 @@ def topics(file: str, **flags: str | None) -> None:
         click.echo(chain.topic(cls, settings.namespace))
     for shared in ("replies", "control"):
         click.echo(f"{settings.namespace}.{shared}")
+
+
+@click.command("openapi", short_help="Print the OpenAPI document of a Chain's gateway.")
+@file_argument
+def openapi_document(file: str) -> None:
+    """Print the OpenAPI 3.1 document that the gateway of a Chain serves at /openapi.json."""
+    settings = read_settings({}, quiet=True)
+    import msgspec
+
+    from chains_stream.chainlet import signature
+    from chains_stream.codec import codec_of
+    from chains_stream.gateway import openapi
+
+    chain = load_chain(file)
+    described = openapi.document(chain, codec_of(signature(chain.entrypoint)), settings)
+    click.echo(msgspec.json.format(msgspec.json.encode(described), indent=2))

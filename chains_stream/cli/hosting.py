@@ -1,9 +1,12 @@
 """The parts of a serving process, put together: what `chains run`, `gateway` and `worker` start."""
 
+import asyncio
 import shlex
+import signal
+import socket
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chains_stream.chain import Chain
 from chains_stream.chainlet import ChainletBase, chainlet_name, signature
@@ -14,10 +17,16 @@ from chains_stream.cli.process import Serving, Signals, connect, run, serve
 from chains_stream.codec import codec_of
 from chains_stream.errors import ChainsUsageError
 from chains_stream.gateway.app import Gateway
-from chains_stream.gateway.server import Server
+from chains_stream.gateway.auth import Keys
+from chains_stream.gateway.gate import Gate
+from chains_stream.gateway.server import Server, is_local
+from chains_stream.gateway.tls import Tls
 from chains_stream.log import get_logger
 from chains_stream.settings import Settings
 from chains_stream.worker import Host
+
+if TYPE_CHECKING:
+    from chains_stream.cli.workers import Link
 
 log = get_logger(__name__)
 
@@ -32,28 +41,28 @@ def run_all(chain: Chain, settings: Settings) -> None:
         stack.push_async_callback(host.drain)
         await host.start()
         hosted = [worker.callee for worker in host.workers]
-        url = await _open(stack, server, Gateway(chain, caller, broker, settings, hosted))
+        url = await _open(stack, server, Gateway(chain, caller, broker, settings, hosted), settings)
         return Serving(f"{_ready(chain, url)}\n{try_it(chain, url)}", host.failed)
 
     _serve(chain, start)
 
 
-def run_gateway(chain: Chain, settings: Settings) -> None:
-    """Serve a Chain's entrypoint over HTTP; its Chainlets are elsewhere."""
-    _need_cluster(settings)
+def run_gateway(chain: Chain, settings: Settings, link: "Link | None" = None) -> None:
+    """Serve a Chain's entrypoint over HTTP; its Chainlets are elsewhere. `link` is to the parent of several."""
+    need_cluster(settings)
 
     async def start(stack: AsyncExitStack) -> Serving:
-        server = await _bound(stack, settings)
+        server = await _bound(stack, settings, None if link is None else link.socket)
         broker, caller = await connect(stack, settings)
-        url = await _open(stack, server, Gateway(chain, caller, broker, settings))
+        url = await _open(stack, server, Gateway(chain, caller, broker, settings), settings)
         return Serving(_ready(chain, url), caller.failed)
 
-    _serve(chain, start)
+    _serve(chain, start, link)
 
 
 def run_worker(chain: Chain, served: Sequence[type[ChainletBase]], settings: Settings) -> None:
     """Take requests for some Chainlets of a Chain."""
-    _need_cluster(settings)
+    need_cluster(settings)
 
     async def start(stack: AsyncExitStack) -> Serving:
         health = await _watched(stack, settings)
@@ -69,23 +78,55 @@ def run_worker(chain: Chain, served: Sequence[type[ChainletBase]], settings: Set
     _serve(chain, start)
 
 
-def _serve(chain: Chain, start: Callable[[AsyncExitStack], Coroutine[Any, Any, Serving]]) -> None:
+def _serve(
+    chain: Chain, start: Callable[[AsyncExitStack], Coroutine[Any, Any, Serving]], link: "Link | None" = None
+) -> None:
     for cls in chain.chainlets:
         for hint in advice(cls):
             log.warning("chain.advice", hint=str(hint))
 
     async def work(signals: Signals) -> None:
-        await serve(start, signals)
+        if link is None:
+            await serve(start, signals)
+            return
+        async with link.followed(signals):
+            await serve(start, signals, link.announce)
 
     run(work)
 
 
-async def _bound(stack: AsyncExitStack, settings: Settings) -> Server:
-    """Take the port, before anything slow is done."""
-    server = Server(settings.host, settings.port, settings.grace_period)
+async def _bound(stack: AsyncExitStack, settings: Settings, given: socket.socket | None = None) -> Server:
+    """Take the port, before anything slow is done; `given` is one that whoever took it has looked at."""
+    server = Server(settings.host, settings.port, settings.grace_period, tls=Tls.of(settings), bound=given)
     stack.push_async_callback(server.stop)
     await server.bind()
+    if given is None:
+        guard(settings, server.bound)
     return server
+
+
+def guard(settings: Settings, bound: socket.socket) -> None:
+    """Refuse to serve whoever reaches us from elsewhere without a key; say so where there are none.
+
+    Raises ChainsUsageError, for a wrong setting of keys, origins or certificates too.
+    """
+    gate, tls = Gate.of(settings), Tls.of(settings)
+    if gate is not None and gate.keys is not None:
+        if settings.secret is None and not settings.broker.startswith("memory:"):
+            what = "an id tells nobody whose request it is of: whoever learns it can read the answer with another key"
+            log.warning("gateway.no_secret", reason=f"CHAINS_SECRET is not set, so {what}")
+        return
+    host, port = bound.getsockname()[:2]
+    where = f"{'http' if tls is None else 'https'} on {host}, port {port}"
+    if is_local(bound):
+        log.info("gateway.no_keys", reason=f"no API keys are set: any program of this machine may call ({where})")
+    elif settings.allow_anonymous:
+        log.warning("gateway.no_keys", reason=f"no API keys are set: whoever reaches it may call ({where})")
+    else:
+        raise ChainsUsageError(
+            f"without API keys a gateway listens on loopback only, and {settings.host or 'all addresses'} is not: set "
+            "CHAINS_API_KEYS (`chains key NAME` makes one), or CHAINS_ALLOW_ANONYMOUS=true behind something that checks"
+        )
 
 
 async def _watched(stack: AsyncExitStack, settings: Settings) -> Health | None:
@@ -98,12 +139,35 @@ async def _watched(stack: AsyncExitStack, settings: Settings) -> Health | None:
     return health
 
 
-async def _open(stack: AsyncExitStack, server: Server, gateway: Gateway) -> str:
+async def _open(stack: AsyncExitStack, server: Server, gateway: Gateway, settings: Settings) -> str:
     """Let HTTP in, as the first to be stopped; give the URL."""
     stack.push_async_callback(gateway.close)
     await gateway.start()
     stack.push_async_callback(server.stop)
+    _reload_on_hangup(stack, server, gateway, settings)
     return await server.start(gateway.app, gateway.interrupt)
+
+
+def _reload_on_hangup(stack: AsyncExitStack, server: Server, gateway: Gateway, settings: Settings) -> None:
+    """Read certificate and keys again at SIGHUP, if there are any; without, the signal ends the process as ever."""
+    gate, tls = gateway.gate, server.tls
+
+    def reload() -> None:
+        try:
+            keys = Keys.of(settings)
+            if tls is not None:
+                tls.reload()
+        except ChainsUsageError as error:
+            log.warning("gateway.not_reloaded", reason=str(error))
+            return
+        if gate is not None:
+            gate.keys = keys
+        log.info("gateway.reloaded")
+
+    if tls is not None or (gate is not None and gate.keys is not None):
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, reload)
+        stack.callback(loop.remove_signal_handler, signal.SIGHUP)
 
 
 def _ready(chain: Chain, url: str) -> str:
@@ -121,7 +185,8 @@ def try_it(chain: Chain, url: str) -> str:
     return f"{text}\n  {shlex.join(command)}"
 
 
-def _need_cluster(settings: Settings) -> None:
+def need_cluster(settings: Settings) -> None:
+    """Raise ChainsUsageError for a broker that no other process reaches."""
     if settings.broker.startswith("memory:"):
         raise ChainsUsageError(
             "memory:// lives in one process: use `chains run`, or name a cluster with --broker kafka://host:port"

@@ -21,6 +21,7 @@ _OPTIONS = {
     "namespace": ("NAME", "Prefix of all topics; default chains."),
     "host": ("ADDRESS", "Where to listen; default 127.0.0.1."),
     "port": ("NUMBER", "Where to listen; default 8000, and 0 picks a free one."),
+    "workers": ("NUMBER", "Gateway processes on the one port; default 1."),
     "health_port": ("NUMBER", "Serve /healthz, /readyz and /metrics here; 0 picks a free one."),
     "log_format": ("console|json", "How to log, on stderr; default console."),
     "log_level": ("debug|info|warning|error", "How much to log; default info."),

@@ -61,6 +61,12 @@ class Signals:
     async def wait(self) -> None:
         await self._stopped.wait()
 
+    def stop(self, number: int) -> None:
+        """Do as if the signal had come, unless one has."""
+        if self.received is None:
+            self.received = number
+            self._stopped.set()
+
     def _take(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:
             os._exit(128 + number)
@@ -136,7 +142,7 @@ async def until_stopped(work: Coroutine[Any, Any, None], signals: Signals) -> No
             raise StoppedError(signals.received)
         task.result()
     finally:
-        await _end(task, stopped)
+        await end(task, stopped)
 
 
 class Serving(NamedTuple):
@@ -146,7 +152,17 @@ class Serving(NamedTuple):
     failed: Callable[[], Awaitable[None]]
 
 
-async def serve(start: Callable[[AsyncExitStack], Coroutine[Any, Any, Serving]], signals: Signals) -> None:
+def print_line(text: str) -> None:
+    """Write to stdout at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+async def serve(
+    start: Callable[[AsyncExitStack], Coroutine[Any, Any, Serving]],
+    signals: Signals,
+    announce: Callable[[str], None] = print_line,
+) -> None:
     """Start a server, say that it is ready, and keep it until a signal; then end it in order, through its stack.
 
     Raises what kept it from starting, or from going on.
@@ -160,8 +176,7 @@ async def serve(start: Callable[[AsyncExitStack], Coroutine[Any, Any, Serving]],
             if serving is None:
                 log.info("stopping", signal=signals.name, reason="before all was ready")
                 return
-            sys.stdout.write(serving.ready + "\n")
-            sys.stdout.flush()
+            announce(serving.ready)
             failed = asyncio.ensure_future(serving.failed())
             watch = asyncio.create_task(watch_loop(), name="loop lag")  # not before: models may load for minutes
             await asyncio.wait({failed, watch, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -172,7 +187,7 @@ async def serve(start: Callable[[AsyncExitStack], Coroutine[Any, Any, Serving]],
         log.info("stopped")
     finally:
         # Only now: workers that lose their watcher stop, and answers that the gateway still waits for come from them.
-        await _end(stopped, failed, watch)
+        await end(stopped, failed, watch)
 
 
 async def _started(start: Coroutine[Any, Any, Serving], stopped: "asyncio.Task[None]") -> Serving | None:
@@ -182,10 +197,10 @@ async def _started(start: Coroutine[Any, Any, Serving], stopped: "asyncio.Task[N
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         return starting.result() if starting.done() else None
     finally:
-        await _end(starting)
+        await end(starting)
 
 
-async def _end(*tasks: "asyncio.Future[Any] | None") -> None:
+async def end(*tasks: "asyncio.Future[Any] | None") -> None:
     """Cancel tasks and wait for their end; what they raise no longer matters to anybody."""
     ending = [task for task in tasks if task is not None]
     for task in ending:

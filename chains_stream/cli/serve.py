@@ -28,20 +28,28 @@ def run(file: str, **flags: str | None) -> None:
 @click.command(
     short_help="Serve a Chain's entrypoint over HTTP.",
     epilog="""\b
-Example:
-  chains gateway chain.py --broker kafka://127.0.0.1:9092 --host 0.0.0.0""",
+Examples:
+  chains gateway chain.py --broker kafka://127.0.0.1:9092
+  CHAINS_API_KEYS=@keys.txt chains gateway chain.py --broker kafka://127.0.0.1:9092 --host 0.0.0.0 --workers 4""",
 )
 @file_argument
-@options("cluster", "namespace", "host", "port")
-def gateway(file: str, **flags: str | None) -> None:
+@click.option("--link", hidden=True)  # of a child: the descriptors of its socket and of the channel to its parent
+@options("cluster", "namespace", "host", "port", "workers")
+def gateway(file: str, link: str | None, **flags: str | None) -> None:
     """Serve a Chain's entrypoint over HTTP. The Chainlets run in workers; any number of gateways may run.
 
-    SIGTERM or Ctrl-C ends it once the requests under way are answered, a second one at once.
+    SIGTERM or Ctrl-C ends it once the requests under way are answered, a second one at once. With --workers, SIGHUP
+    starts the processes anew, one after another; else it has certificates and API keys read again.
     """
     settings = read_settings(flags)
-    from chains_stream.cli import hosting
+    from chains_stream.cli import hosting, workers
 
-    hosting.run_gateway(load_chain(file), settings)
+    if settings.workers > 1:
+        workers.supervise(file, flags, settings)
+    else:
+        chain = load_chain(file)
+        linked = None if link is None else workers.Link(*map(int, link.split(",")))
+        hosting.run_gateway(chain, settings, linked)
 
 
 @click.command(

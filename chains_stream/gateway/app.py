@@ -22,19 +22,21 @@ from chains_stream.chain import Chain
 from chains_stream.chainlet import chainlet_name, signature
 from chains_stream.codec import Codec, codec_of
 from chains_stream.errors import BrokerError
-from chains_stream.following import Follower
-from chains_stream.gateway import asynchronous, openapi, probes, problems
+from chains_stream.gateway import asynchronous, openai, openapi, probes, problems
+from chains_stream.gateway.claims import Claims
 from chains_stream.gateway.endpoint import Endpoint, Shared
 from chains_stream.gateway.exchange import Entry, Exchange, exchange_of
-from chains_stream.gateway.ids import Ids, RequestId, secret_of
+from chains_stream.gateway.gate import Gate
+from chains_stream.gateway.ids import RequestId
+from chains_stream.gateway.past import Past
 from chains_stream.gateway.problems import Refusal
-from chains_stream.gateway.results import Results
 from chains_stream.gateway.run_remote import RunRemote
 from chains_stream.gateway.websocket import PATH as WEBSOCKET
 from chains_stream.gateway.websocket import UseWebSocket, WebSocket, elsewhere
 from chains_stream.local import Callee
 from chains_stream.messages import new_id
 from chains_stream.settings import Settings
+from chains_stream.signature import background_topic
 
 READY_FOR = 1.0  # seconds that an answer of `/readyz` is kept
 READY_WITHIN = 2.0  # seconds that the broker has to answer: less than a probe's usual patience
@@ -52,6 +54,11 @@ class Gateway:
         broker: that the caller uses.
         settings: of the process.
         hosted: the Chainlets that this process serves too; `/healthz` asks their `is_healthy`.
+
+    Attributes:
+        gate: what each request has to pass; None if there are no keys, no rates and no CORS.
+
+    Raises ChainsUsageError for keys or origins that are none.
     """
 
     app: ASGIApp
@@ -64,12 +71,11 @@ class Gateway:
         self._broker = broker
         self._settings = settings
         self._checkup = probes.Checkup(hosted)
-        self._shared = Shared(settings)
         topic = chain.topic(chain.entrypoint, settings.namespace)
-        self._ids = Ids(secret_of(settings), topic)
-        self._results = Results(broker, settings)
-        modules = (chain.entrypoint.__module__,)
-        self._follower = Follower(broker, caller, settings, modules)
+        self._past = Past(broker, caller, settings, topic, (chain.entrypoint.__module__,))
+        self._claims = Claims(broker, settings)
+        self._shared = Shared(settings, self._past, self._claims)
+        self.gate = Gate.of(settings)
 
     async def start(self) -> None:
         """Make sure that the entrypoint's topic exists, and build `app`.
@@ -87,6 +93,7 @@ class Gateway:
             [
                 Route(_RUN_REMOTE, run_remote, methods=["POST"]),
                 *routes,
+                *await openai.routes(self._shared, chain, self._caller, settings),
                 Route("/healthz", self._healthz),
                 Route("/metrics", probes.metrics),
                 Route("/readyz", readiness.readyz),
@@ -94,24 +101,16 @@ class Gateway:
                 Route("/docs", _docs(), methods=["GET"]),
             ]
         )
-        self.app = Entry(app, _RUN_REMOTE, run_remote.serve, self._identify)
+        gate = None if self.gate is None else self.gate.check
+        self.app = Entry(app, _RUN_REMOTE, run_remote.serve, self._identify, gate)
 
     async def _calling(self, codec: Codec, target: RemoteTarget) -> tuple[Endpoint, list[BaseRoute]]:
         """Give what answers `/run_remote`, and the other routes, of a Chain that takes arguments."""
-        await self._results.start()
-        await self._caller.use(target.topic + asynchronous.BACKGROUND)
+        await self._past.start()
+        await self._claims.start()
+        await self._caller.use(background_topic(target.topic))
         await self._caller.control.follow({target.topic: self._shared.kept.handle})
-        parts = asynchronous.Parts(
-            shared=self._shared,
-            codec=codec,
-            target=target,
-            caller=self._caller,
-            broker=self._broker,
-            results=self._results,
-            follower=self._follower,
-            ids=self._ids,
-        )
-        return RunRemote(self._shared, codec, target), [*asynchronous.routes(parts)]
+        return RunRemote(self._shared, codec, target), [*asynchronous.routes(self._shared, codec, target)]
 
     async def _conversing(self, codec: Codec, target: RemoteTarget) -> tuple[Endpoint, list[BaseRoute]]:
         """Give the same of one that takes a WebSocket."""
@@ -127,14 +126,14 @@ class Gateway:
     async def close(self) -> None:
         """Let go of what the gateway reads and keeps; after the server has stopped, and before the caller is closed."""
         await self._shared.kept.close()
-        await self._follower.close()
-        await self._results.close()
+        await self._claims.close()
+        await self._past.close()
 
     def _identify(self, exchange: Exchange) -> None:
         """Give a request the ids by which its answer will be found."""
         correlation_id = exchange.correlation_id = new_id()
         where = RequestId("replies", *self._caller.reply_position(), correlation_id)
-        exchange.request_id = self._ids.mint(where, exchange.owner)
+        exchange.request_id = self._past.ids.mint(where, exchange.owner)
 
     async def _healthz(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's
         return probes.health(await probes.trouble(self._broker, self._caller) or await self._checkup.complaint())

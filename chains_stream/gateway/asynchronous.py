@@ -7,34 +7,36 @@ three take the id of any request, that of a ``/run_remote`` too, for as long as 
 import asyncio
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import msgspec
 from starlette.routing import Route
+from starlette.types import Receive, Send
+from starlette.types import Scope as ASGIScope
 
-from chains_stream.broker import Broker
-from chains_stream.calls import Caller, RemoteTarget
+from chains_stream.calls import RemoteTarget
 from chains_stream.codec import Codec
 from chains_stream.control import Cancel, Reading
 from chains_stream.errors import InvalidArgumentError, OffsetExpiredError
-from chains_stream.following import Follower, Following
+from chains_stream.following import Following
 from chains_stream.gateway import problems
 from chains_stream.gateway.endpoint import JSON, Endpoint, Shared
-from chains_stream.gateway.exchange import PIECE, Exchange, Header
-from chains_stream.gateway.ids import Ids, RequestId
+from chains_stream.gateway.exchange import Exchange, Header
+from chains_stream.gateway.ids import RequestId
 from chains_stream.gateway.limits import Place
+from chains_stream.gateway.past import outcome
 from chains_stream.gateway.problems import Refusal
-from chains_stream.gateway.results import LAST_ATTEMPT, Known, Results, Status
+from chains_stream.gateway.results import LAST_ATTEMPT, Known, Status
 from chains_stream.gateway.streaming import EVENTS, LINES, Forms, Stream, media_types
 from chains_stream.messages import Cancelled, Request, Retry, encode_frames, now_ms
 from chains_stream.policy import Scope
+from chains_stream.signature import background_topic
 
 MAX_QUEUE_SECONDS = 72 * 3600  # that a request may wait, as with Baseten
 QUEUE_SECONDS = 600
 MARGIN = 1.0  # seconds of a request's time that are left for its answer
 MAX_DIGITS = 15  # of the number of a chunk
 RETRY_AFTER = b"1"  # seconds until it is worth asking again
-BACKGROUND = ".background"  # the topic of requests that others go before
 
 _IS_JSON: Header = (b"content-type", JSON.encode())
 
@@ -74,6 +76,13 @@ class Report(msgspec.Struct, kw_only=True, omit_defaults=True):
     error: problems.Problem | None = None
 
 
+class Queue(msgspec.Struct):
+    """How much there is to do: requests that wait, of both classes, and those that run."""
+
+    num_queued_requests: int
+    num_in_progress_requests: int
+
+
 class Cancellation(msgspec.Struct):
     """What became of a request that was to be cancelled; `canceled` says whether that came before its end."""
 
@@ -82,57 +91,49 @@ class Cancellation(msgspec.Struct):
     canceled: bool
 
 
-class Parts(NamedTuple):
-    """What these routes work with."""
-
-    shared: Shared
-    codec: Codec
-    target: RemoteTarget
-    caller: Caller
-    broker: Broker
-    results: Results
-    follower: Follower
-    ids: Ids
-
-
-def routes(parts: Parts) -> list[Route]:
+def routes(shared: Shared, codec: Codec, target: RemoteTarget) -> list[Route]:
+    """Give the routes; `codec` and `target` are those of the entrypoint."""
     one = "/async_request/{request_id}"
     return [
-        Route("/async_run_remote", Submit(parts), methods=["POST"]),
-        Route(one, Ask(parts), methods=["GET"]),
-        Route(one, Stop(parts), methods=["DELETE"]),
-        Route(f"{one}/events", Replay(parts), methods=["GET"]),
+        Route("/async_run_remote", Submit(shared, codec, target), methods=["POST"]),
+        Route(one, _One(Ask(shared, codec), Stop(shared, codec)), methods=["GET", "DELETE"]),
+        Route(f"{one}/events", Replay(shared, codec), methods=["GET"]),
     ]
 
 
 class Submit(Endpoint):
     """The endpoint of `/async_run_remote`."""
 
-    def __init__(self, parts: Parts) -> None:
-        super().__init__(parts.shared)
-        self._parts = parts
+    def __init__(self, shared: Shared, codec: Codec, target: RemoteTarget) -> None:
+        super().__init__(shared)
+        self._codec = codec
+        self._topic = target.topic
         self._fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
         self._decoder = msgspec.json.Decoder(Submission)
 
     async def handle(self, exchange: Exchange, place: Place) -> None:
-        parts = self._parts
+        past = self.shared.past
         scope = exchange.begin(self.settings.deadline)
-        where = parts.results.place(exchange.correlation_id)
-        exchange.request_id = scope.request_id = parts.ids.mint(where, exchange.owner)
+        where = past.results.place(exchange.correlation_id)
+        exchange.request_id = scope.request_id = past.ids.mint(where, exchange.owner)
         with exchange.wanted(scope):
-            submission = self._read(await self.body(exchange, place) or b"{}")
-            arguments = parts.codec.arguments_from_json(submission.model_input)
-            parts.results.expect(exchange.correlation_id)
-            topic = parts.target.topic + (BACKGROUND if submission.priority else "")
+            body = await self.body(exchange, place) or b"{}"
+            submission = self._read(body)
+            arguments = self._codec.arguments_from_json(submission.model_input)
+            claim = await self.claim(exchange, body)
+            if claim is not None and claim.earlier is not None:
+                await _accept(exchange, claim.earlier)
+                return
+            past.results.expect(exchange.correlation_id)
+            topic = background_topic(self._topic) if submission.priority else self._topic
             request = self._request(where, submission, scope)
-            await parts.caller.post(topic, arguments, request, scope.affinity)
-            await _write(
-                exchange,
-                HTTPStatus.ACCEPTED,
-                msgspec.json.encode(Accepted(scope.request_id, Status.QUEUED)),
-                (b"location", f"/async_request/{scope.request_id}".encode()),
-                (b"retry-after", RETRY_AFTER),
-            )
+            try:
+                await past.caller.post(topic, arguments, request, scope.affinity)
+            except BaseException:
+                if claim is not None:
+                    claim.release()
+                raise
+            await _accept(exchange, scope.request_id)
 
     def _read(self, body: bytes) -> Submission:
         """Read a body: Baseten's if it has a `model_input`, else the arguments. Raises InvalidArgumentError."""
@@ -150,7 +151,7 @@ class Submit(Endpoint):
         retry = submission.inference_retry_config
         return Request(
             correlation_id=where.correlation_id,
-            reply_topic=self._parts.results.topic,
+            reply_topic=self.shared.past.results.topic,
             reply_partition=where.partition,
             reply_offset=where.offset,
             deadline_ms=start_by + max(0, scope.deadline_ms - now_ms()),
@@ -168,13 +169,13 @@ class Submit(Endpoint):
 class _OfOne(Endpoint):
     """An endpoint about one request, which its path names."""
 
-    def __init__(self, parts: Parts) -> None:
-        super().__init__(parts.shared)
-        self._parts = parts
+    def __init__(self, shared: Shared, codec: Codec) -> None:
+        super().__init__(shared)
+        self._codec = codec
 
     async def handle(self, exchange: Exchange, place: Place) -> None:
         text = exchange.path_parameters["request_id"]
-        found = self._parts.ids.read(text, exchange.owner)
+        found = self.shared.past.ids.read(text, exchange.owner)
         if found is None:
             raise Refusal(HTTPStatus.NOT_FOUND, "unknown-request", "there is no request of this id, or it is not yours")
         scope = exchange.begin(self.settings.deadline)
@@ -190,35 +191,12 @@ class _OfOne(Endpoint):
     async def about(self, exchange: Exchange, place: Place, text: str, found: RequestId, scope: Scope) -> None:
         raise NotImplementedError
 
-    def _topic(self, found: RequestId) -> str:
-        return f"{self.settings.namespace}.{found.kind}"
-
-    async def _known(self, found: RequestId) -> Known:
-        """Find out what became of a request so far."""
-        parts = self._parts
-        if found.kind == "results":
-            return await parts.results.find(found)
-        topic, known = self._topic(found), Known()
-        await parts.results.scan(topic, found, await parts.broker.end_offset(topic, found.partition), known)
-        return known
-
-    def _follow(self, found: RequestId, scope: Scope, *, offset: int | None = None, had: int = 0) -> Following:
-        return self._parts.follower.follow(
-            (self._topic(found), found.partition),
-            found.offset if offset is None else offset,
-            found.correlation_id,
-            topic=self._parts.target.topic,
-            scope=scope,
-            had=had,
-            credits_worker=found.kind == "replies",
-        )
-
 
 class Ask(_OfOne):
     """`GET /async_request/{id}`: what became of it; with ``Prefer: wait=<seconds>`` once it has ended, or then."""
 
     async def about(self, exchange: Exchange, place: Place, text: str, found: RequestId, scope: Scope) -> None:
-        known = await self._known(found)
+        known = await self.shared.past.known(found)
         seconds = exchange.preference("wait")
         headers: list[Header] = []
         if seconds is not None:
@@ -234,7 +212,7 @@ class Ask(_OfOne):
 
     async def _wait(self, found: RequestId, known: Known, scope: Scope, seconds: float) -> Known:
         """Wait for the end of a request, and give what is known of it then."""
-        following = None if found.kind == "results" else self._follow(found, scope)
+        following = None if found.kind == "results" else self.shared.past.follow(found, scope)
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, seconds)):
@@ -242,14 +220,14 @@ class Ask(_OfOne):
         finally:
             if following is not None:
                 following.close()
-        return known if following is None else await self._known(found)
+        return known if following is None else await self.shared.past.known(found)
 
     async def _add_outcome(self, report: Report, place: Place, known: Known, found: RequestId, scope: Scope) -> None:
         """Read the result, or the error, from the log."""
-        streaming = self._parts.codec.signature.streaming
-        following = self._follow(found, scope, offset=None if streaming else known.end)
+        streaming = self._codec.signature.streaming
+        following = self.shared.past.follow(found, scope, offset=None if streaming else known.end)
         try:
-            report.result = msgspec.Raw(await (self._chunks if streaming else self._value)(following, place))
+            report.result = msgspec.Raw(await outcome(following, self._codec, place))
         except Exception as error:
             if not problems.is_known(error) or isinstance(error, OffsetExpiredError):
                 raise
@@ -257,65 +235,58 @@ class Ask(_OfOne):
         finally:
             following.close()
 
-    async def _value(self, following: Following, place: Place) -> bytes:
-        result = self._parts.codec.result_to_json(await following.result())
-        if len(result) > PIECE:
-            place.hold_result(len(result))
-        return result
-
-    async def _chunks(self, following: Following, place: Place) -> bytes:
-        """Give all chunks of a stream as a JSON array."""
-        parts, size = list[bytes](), 0
-        while (chunks := await following.next()) is not None:
-            for chunk in chunks:
-                parts.append(self._parts.codec.result_to_json(chunk))
-                size += len(parts[-1])
-            if size > PIECE:
-                place.hold_result(size)
-        return b"[%b]" % b",".join(parts)
-
 
 class Stop(_OfOne):
     """`DELETE /async_request/{id}`: it is not begun, or it is stopped where it runs."""
 
     async def about(self, exchange: Exchange, place: Place, text: str, found: RequestId, scope: Scope) -> None:  # noqa: ARG002 - _OfOne's
-        parts = self._parts
-        known = await self._known(found)
+        past = self.shared.past
+        known = await self.shared.past.known(found)
         canceled = False
         if not known.status.final:
             # For readers the log decides: the first end that it has of an answer is the end.
             frame = encode_frames([Cancelled(found.correlation_id, LAST_ATTEMPT)])
-            stored = await parts.broker.publish(self._topic(found), frame, partition=found.partition)
+            stored = await past.broker.publish(past.topic_of(found), frame, partition=found.partition)
             cancel = Cancel(found.correlation_id, 0, 0)
-            for topic in (parts.target.topic, parts.target.topic + BACKGROUND):
-                await parts.caller.control.send(topic, cancel)
+            for topic in (past.topic, background_topic(past.topic)):
+                await past.caller.control.send(topic, cancel)
             at = await stored
             if found.kind == "results":
                 await known.final()
             else:
-                known = await self._known(found)
+                known = await self.shared.past.known(found)
             canceled = known.end == at
         body = msgspec.json.encode(Cancellation(text, known.status, canceled))
         await _write(exchange, HTTPStatus.OK, body)
 
 
+class _One:
+    """The endpoint of a path that is asked about, and deleted."""
+
+    def __init__(self, ask: Ask, stop: Stop) -> None:
+        self._ask = ask
+        self._stop = stop
+
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        await (self._stop if scope["method"] == "DELETE" else self._ask)(scope, receive, send)
+
+
 class Replay(_OfOne):
     """`GET /async_request/{id}/events`: the answer as a stream, from its beginning or after what the reader has."""
 
-    def __init__(self, parts: Parts) -> None:
-        super().__init__(parts)
-        kinds = media_types(parts.codec) if parts.codec.signature.streaming else [EVENTS, LINES]
-        self._forms = Forms(parts.codec, sorted(kinds, key=lambda kind: kind != EVENTS))
+    def __init__(self, shared: Shared, codec: Codec) -> None:
+        super().__init__(shared, codec)
+        kinds = media_types(codec) if codec.signature.streaming else [EVENTS, LINES]
+        self._forms = Forms(codec, sorted(kinds, key=lambda kind: kind != EVENTS))
 
     async def about(self, exchange: Exchange, place: Place, text: str, found: RequestId, scope: Scope) -> None:  # noqa: ARG002 - _OfOne's
         form = self._forms.choose(exchange.accept)
         assert form is not None, "a stream has one"
-        had, parts = _had(exchange), self._parts
-        if found.offset < await parts.broker.begin_offset(self._topic(found), found.partition):
-            raise OffsetExpiredError("the log no longer holds the answer to this request")
-        following = self._follow(found, scope, had=had)
-        source = following if parts.codec.signature.streaming else _Single(following, had)
-        parts.caller.tell(following, Reading(found.correlation_id, here=True))
+        had, past = _had(exchange), self.shared.past
+        await past.check(found)
+        following = self.shared.past.follow(found, scope, had=had)
+        source = following if self._codec.signature.streaming else _Single(following, had)
+        past.caller.tell(following, Reading(found.correlation_id, here=True))
         try:
             await Stream(exchange, source, form, self.shared.pulse, first=had).run(at_once=True)
         except asyncio.CancelledError:
@@ -323,11 +294,13 @@ class Replay(_OfOne):
             raise
         finally:
             following.close()
-            parts.caller.tell(following, Reading(found.correlation_id, here=False))
+            past.caller.tell(following, Reading(found.correlation_id, here=False))
 
 
 class _Single:
     """A result as a stream of one chunk."""
+
+    chunks = 1
 
     def __init__(self, following: Following, had: int) -> None:
         self._following = following
@@ -336,6 +309,7 @@ class _Single:
 
     async def next(self) -> list[msgspec.Raw] | None:
         if self._given:
+            await self._following.result()
             return None
         self._waiting = asyncio.get_running_loop().create_future()
         result: asyncio.Future[Any] = asyncio.ensure_future(self._following.result())
@@ -368,18 +342,24 @@ async def _ended(following: Following) -> None:
 
 def _had(exchange: Exchange) -> int:
     """Give how many chunks the reader has: it names the last one. Raises Refusal."""
-    last = exchange.query.get("starting_after")
-    if last is None:
-        last = exchange.headers.get(b"last-event-id", b"").decode("latin-1") or None
-    if last is None:
-        return 0
-    if not (last.isascii() and last.isdigit() and len(last) <= MAX_DIGITS):
-        raise Refusal(
-            HTTPStatus.BAD_REQUEST,
-            "invalid-position",
-            "`last-event-id`, or `starting_after`, should be the number of the last chunk that was read, such as 41",
-        )
-    return int(last) + 1
+    named = [
+        exchange.query.get("starting_after"),
+        exchange.headers.get(b"last-event-id", b"").decode("latin-1") or None,
+    ]
+    for last in named:
+        if last is not None and not (last.isascii() and last.isdigit() and len(last) <= MAX_DIGITS):
+            raise Refusal(
+                HTTPStatus.BAD_REQUEST,
+                "invalid-position",
+                "`last-event-id`, or `starting_after`, should be the number of the last chunk that was read, say 41",
+            )
+    return next((int(last) + 1 for last in named if last is not None), 0)
+
+
+async def _accept(exchange: Exchange, request_id: str) -> None:
+    body = msgspec.json.encode(Accepted(request_id, Status.QUEUED))
+    where = (b"location", f"/async_request/{request_id}".encode())
+    await _write(exchange, HTTPStatus.ACCEPTED, body, where, (b"retry-after", RETRY_AFTER))
 
 
 async def _write(exchange: Exchange, status: int, body: bytes, *headers: Header) -> None:

@@ -57,8 +57,9 @@ class Listener:
         stopping: whether no more connections are taken.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, scheme: str = "http") -> None:
         self.app = app
+        self.scheme = scheme
         self.loop = asyncio.get_running_loop()
         self.connections: set[Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
@@ -185,7 +186,9 @@ class Connection(asyncio.Protocol):
         self._addresses = _address(transport, "sockname"), _address(transport, "peername")
         # Writing pauses as soon as the socket is full: what is sent next, and the end of a request, wait until nothing
         # is buffered here, so that a client which does not read costs no more than one piece of an answer.
-        self.transport.set_write_buffer_limits(high=0)
+        # With TLS that is what is not encrypted yet; some 64 KB are in the transport below, of which nobody can ask. It
+        # takes 0 bytes for more than none, and would pause for ever.
+        self.transport.set_write_buffer_limits(high=int(self._listener.scheme == "https"), low=0)
         if self._listener.stopping:  # it was accepted just before
             self.transport.close()
 
@@ -327,7 +330,7 @@ class Connection(asyncio.Protocol):
             "http_version": version,
             "server": self._addresses[0],
             "client": self._addresses[1],
-            "scheme": "http",
+            "scheme": self._listener.scheme,
             "method": method,
             "root_path": "",
             "path": unquote(text) if "%" in text else text,
@@ -452,7 +455,8 @@ class Connection(asyncio.Protocol):
         self._open = False
         if self.transport.is_closing():
             return
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # in TLS there is none
+            self.transport.write_eof()
         self.resume_reading()
         self._listener.loop.call_later(FAREWELL, self.transport.close)
 

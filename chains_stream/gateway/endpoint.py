@@ -1,6 +1,7 @@
 """What every route that runs a Chain does around its own work: a place, a deadline, the end that a failure makes."""
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 
@@ -10,17 +11,21 @@ from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from chains_stream.calls import Call, RemoteTarget
-from chains_stream.errors import GatewayError, OverloadedError
+from chains_stream.errors import GatewayError, OffsetExpiredError, OverloadedError
 from chains_stream.gateway import problems
-from chains_stream.gateway.exchange import ClientLeftError, Exchange, exchange_of
+from chains_stream.gateway.claims import Claim, Claims
+from chains_stream.gateway.exchange import KEY_HEADER, ClientLeftError, Exchange, exchange_of
+from chains_stream.gateway.ids import RequestId
 from chains_stream.gateway.kept import Kept
 from chains_stream.gateway.limits import Limits, Place
+from chains_stream.gateway.past import Past
 from chains_stream.gateway.problems import Problem, Refusal
 from chains_stream.gateway.streaming import Pulse
 from chains_stream.policy import Scope
 from chains_stream.settings import Settings
 
 JSON = "application/json"
+ENDED_AFTER = 60.0  # seconds after its deadline when a request has its answer, or never will
 
 _JSON = JSON.encode()
 _HINT = f"send a JSON object with `content-type: {JSON}` (curl --json does)"
@@ -29,8 +34,10 @@ _HINT = f"send a JSON object with `content-type: {JSON}` (curl --json does)"
 class Shared:
     """What the endpoints of one gateway have in common."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, past: Past, claims: Claims) -> None:
         self.settings = settings
+        self.past = past
+        self.claims = claims
         self.limits = Limits(settings)
         self.pulse = Pulse()
         self.kept = Kept()
@@ -60,7 +67,7 @@ class Endpoint:
         """Answer a request, whatever comes of it."""
         shared = self.shared
         try:
-            place = shared.limits.enter(exchange.headers)
+            place = shared.limits.enter(exchange.headers, exchange.owner)
         except OverloadedError as error:
             await self._fail(exchange, error)
             return
@@ -96,6 +103,39 @@ class Endpoint:
         _check_content(exchange.headers)
         return await exchange.body(self.settings.max_body_bytes, place.hold)
 
+    async def claim(self, exchange: Exchange, body: bytes) -> Claim | None:
+        """Claim the idempotency key that a request may have. Raises Refusal, BrokerError."""
+        key = exchange.headers.get(KEY_HEADER)
+        if key is None:
+            return None
+        digest = hashlib.sha256(exchange.route.encode() + b"\0" + body).digest()
+        claim = await self.shared.claims.claim(key, exchange.owner, digest, exchange.request_id)
+        if claim.earlier is not None:
+            exchange.request_id = claim.earlier
+        return claim
+
+    async def earlier(self, exchange: Exchange, claim: Claim) -> RequestId:
+        """Give the request that was first with a key, which has ended. Raises Refusal."""
+        past = self.shared.past
+        assert claim.earlier is not None, "another one was first"
+        found = past.ids.read(claim.earlier, exchange.owner)
+        if found is None:
+            raise Refusal(HTTPStatus.CONFLICT, "idempotency-key-used", "this idempotency key is not yours")
+        try:
+            known = await past.known(found)
+        except OffsetExpiredError:
+            raise Refusal(HTTPStatus.GONE, "gone", "the answer to this request is not kept any more") from None
+        if not known.status.final:
+            if claim.age > self.settings.deadline + ENDED_AFTER:  # its gateway died before the request was sent
+                claim.release()
+            raise Refusal(
+                HTTPStatus.CONFLICT,
+                "idempotency-key-in-use",
+                f"the request with this idempotency key is still under way, as /async_request/{claim.earlier}",
+                headers={"retry-after": "1", "location": f"/async_request/{claim.earlier}"},
+            )
+        return found
+
     async def run(
         self,
         exchange: Exchange,
@@ -114,7 +154,7 @@ class Endpoint:
             await answer(call)
         except asyncio.CancelledError:
             # A gateway that ends cancels nothing: the request runs on to its deadline.
-            if exchange.left and (seconds := exchange.preference("resume")):
+            if exchange.left and (seconds := self._resume_seconds(exchange, call)):
                 self.shared.kept.keep(call, seconds)
             elif not exchange.interrupted:
                 call.close()
@@ -123,6 +163,12 @@ class Endpoint:
             call.close()
             raise
         call.close()
+
+    def _resume_seconds(self, exchange: Exchange, call: Call) -> float | None:
+        """Give how long a request goes on after its client has left; one with an idempotency key may be asked again."""
+        if exchange.keyed:
+            return max(0.0, call.scope.remaining)
+        return exchange.preference("resume")
 
     async def _fail(self, exchange: Exchange, error: Exception) -> None:
         """Tell the client of an error, in the way that is left at this point of the answer."""

@@ -39,6 +39,9 @@ PIECE = 64 << 10  # bytes of an answer that are handed to the connection at once
 TAKEN_WITHIN = 10.0  # seconds that a client has to take an answer that has no deadline: of an error, of a probe
 FAREWELL = 1.0  # seconds that a client has to take the end of an answer that was cut short
 
+KEY_HEADER = b"idempotency-key"
+
+_LASTING = (b"prefer", KEY_HEADER)  # headers that matter until the end
 _NOSNIFF = (b"x-content-type-options", b"nosniff")
 _EXCHANGE = "chains.exchange"  # in the ASGI scope of a request
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.{0,100})?")  # W3C Trace Context
@@ -120,6 +123,7 @@ class Exchange:
         owner: the name of the API key that the request came with; empty where there are no keys.
         interrupted: whether the gateway stopped before the answer was complete.
         tell: writes a problem, given as JSON, as the end of an answer that has begun; None if it can't.
+        common: headers that its answer gets, whatever it is.
         route: the path of the route that was met, for the log: never what a stranger wrote into the URL.
     """
 
@@ -132,6 +136,7 @@ class Exchange:
         "_receive",
         "_scope",
         "_send",
+        "common",
         "complete",
         "correlation_id",
         "error",
@@ -156,6 +161,8 @@ class Exchange:
         self.complete = False
         self.interrupted = False
         self.tell: Callable[[bytes], bytes | None] | None = None
+        self.owner = ""
+        self.common: tuple[Header, ...] = (_NOSNIFF,)
         self.route = "unknown"
         self._scope = scope
         self._receive = receive
@@ -181,6 +188,11 @@ class Exchange:
     @property
     def _announced(self) -> int:
         return int(self.headers.get(b"content-length", b"0"))  # the server has checked it
+
+    @property
+    def keyed(self) -> bool:
+        """Whether the request has an idempotency key."""
+        return KEY_HEADER in self.headers
 
     @property
     def left(self) -> bool:
@@ -276,7 +288,7 @@ class Exchange:
         own = self._own
         tunnel = None
         if own is not None:
-            tunnel = own.upgrade([*headers, (b"x-request-id", self.request_id.encode())], receive)
+            tunnel = own.upgrade([*headers, (b"x-request-id", self.request_id.encode()), *self.common], receive)
         if own is None or tunnel is None:
             raise Refusal(
                 HTTPStatus.BAD_REQUEST,
@@ -317,7 +329,7 @@ class Exchange:
         """Send a message to the client, with what all answers have in common."""
         if message["type"] == "http.response.start":
             own = (b"x-request-id", self.request_id.encode())
-            await self._send({**message, "headers": [*message.get("headers", ()), own, _NOSNIFF]})
+            await self._send({**message, "headers": [*message.get("headers", ()), own, *self.common]})
             self.started = True
             self.status = int(message["status"])
         else:
@@ -334,8 +346,7 @@ class Exchange:
 
     def forget_request(self) -> None:
         """Let go of what was read of the request, for as long as the answer to it takes."""
-        prefer = self.headers.get(b"prefer")
-        self.headers = {} if prefer is None else {b"prefer": prefer}
+        self.headers = {name: self.headers[name] for name in _LASTING if name in self.headers}
         if self._own is not None:  # another server may still look at it
             self._scope.clear()
 
@@ -479,6 +490,7 @@ class Entry:
         path: that is posted to most often.
         endpoint: answers such requests, with no routing in between.
         identify: gives a request its ids.
+        gate: that each request has to pass first, if there is one: gives what answers those that don't.
 
     Attributes:
         under_way: requests in this process.
@@ -492,9 +504,11 @@ class Entry:
         path: str,
         endpoint: Callable[[Exchange], Awaitable[None]],
         identify: Callable[[Exchange], None],
+        gate: Callable[[Exchange, ASGIScope], Callable[[], Awaitable[None]] | None] | None = None,
     ) -> None:
         self._app = app
         self._identify = identify
+        self._gate = gate
         self._path = path
         self._endpoint = endpoint
 
@@ -504,12 +518,15 @@ class Entry:
             return
         began, method = time.perf_counter(), scope["method"]
         exchange = Exchange(scope, receive, send)
-        self._identify(exchange)
+        answer = None if self._gate is None else self._gate(exchange, scope)
+        self._identify(exchange)  # by its owner, which the gate has found
         Entry.under_way += 1
         clear_contextvars()
         bind_contextvars(request_id=exchange.request_id)
         try:
-            if scope["path"] == self._path and method == "POST":
+            if answer is not None:
+                await answer()
+            elif scope["path"] == self._path and method == "POST":
                 exchange.route = self._path
                 await self._endpoint(exchange)
             else:
@@ -558,6 +575,8 @@ def _note(exchange: Exchange, method: str, seconds: float) -> None:
         "duration_ms": round(seconds * 1000, 1),
         "request_id": exchange.request_id,
     }
+    if exchange.owner:
+        event["owner"] = exchange.owner
     if exchange.error is not None:
         event["error"] = exchange.error
     log_plain(_requests, event)

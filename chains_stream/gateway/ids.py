@@ -13,6 +13,7 @@ import re
 import secrets
 from typing import NamedTuple
 
+from chains_stream.errors import ChainsUsageError
 from chains_stream.settings import Settings
 
 LENGTH = 48  # characters
@@ -65,10 +66,15 @@ class Ids:
 
 
 def secret_of(settings: Settings) -> bytes:
-    """Give the secret that the ids are sealed with."""
+    """Give the secret that the ids are sealed with. Raises ChainsUsageError where one has to be chosen."""
     if settings.secret is not None:
         return settings.secret.get_secret_value().encode()
     if settings.broker.startswith("memory:"):
         return secrets.token_bytes(32)  # the answers go with the process, and so may the ids
+    if settings.api_keys is not None:
+        raise ChainsUsageError(
+            "CHAINS_SECRET is missing: gateways with API keys share a secret, which binds a request id to the key that "
+            "made it (openssl rand -hex 32 makes one)"
+        )
     # Without keys anybody may call, and read what has an id that can't be guessed: nothing is left to seal.
     return settings.namespace.encode()

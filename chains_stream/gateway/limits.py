@@ -1,7 +1,11 @@
-"""What a gateway takes on at once. What goes beyond is turned away with 429, if it can before it is read."""
+"""What a gateway takes on, at once and over time. What goes beyond is turned away with 429, before it is read."""
 
 import hashlib
-from collections.abc import Mapping
+import ipaddress
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Literal, Never
 
 from chains_stream import metrics
@@ -11,8 +15,10 @@ from chains_stream.settings import Settings
 
 CREDENTIALS = (b"authorization", b"x-api-key")  # headers that say whose a request is; the first one there counts
 
-_Reason = Literal["requests", "key", "bytes"]
-_SHED = {reason: metrics.SHED.labels(reason) for reason in ("requests", "key", "bytes")}
+MAX_CALLERS = 10_000  # whose rates are remembered; of more, those that were away for longest begin anew
+
+_Reason = Literal["requests", "key", "bytes", "rate"]
+_SHED = {reason: metrics.SHED.labels(reason) for reason in ("requests", "key", "bytes", "rate")}
 
 
 class Limits:
@@ -21,9 +27,9 @@ class Limits:
     Bodies count as far as they are here, until they are published; large results while they are written, until the
     client has taken them.
 
-    The key is the credential that a request presents, whether it is a good one or not; those without share one. As
-    nothing checks it, the limit of a key keeps honest clients from each other: whoever invents a credential for each
-    request has a key for each.
+    A key is the name of an API key, where there are any. Without, it is the credential that a request presents, a good
+    one or not; those without share one. As nothing checks it then, the limit of a key keeps honest clients from each
+    other: whoever invents a credential for each request has a key for each.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -35,18 +41,19 @@ class Limits:
         self._bytes = 0
         self._by_key: dict[bytes, int] = {}
 
-    def enter(self, headers: Mapping[bytes, bytes]) -> "Place":
-        """Give a request its place; whoever asked leaves it. Raises OverloadedError."""
+    def enter(self, headers: Mapping[bytes, bytes], owner: str = "") -> "Place":
+        """Give a request its place; whoever asked leaves it. `owner` names its API key. Raises OverloadedError."""
         if self._requests >= self._max_requests:
             _shed(
                 "requests",
                 f"the gateway has {self._requests} requests under way, as many as it takes (CHAINS_MAX_REQUESTS)",
             )
-        key = None if self._max_per_key is None else _key(headers)
+        key = None if self._max_per_key is None else owner.encode() or _key(headers)
         if key is not None:
             count = self._by_key.get(key, 0)
             if self._max_per_key is not None and count >= self._max_per_key:
-                text = f"{count} requests with the same credential are under way, as many as one may have"
+                what = f"the API key {owner}" if owner else "the same credential"
+                text = f"{count} requests with {what} are under way, as many as one may have"
                 _shed("key", f"{text} (CHAINS_MAX_REQUESTS_PER_KEY)")
             self._by_key[key] = count + 1
         self._requests += 1
@@ -105,6 +112,59 @@ class Place:
         self._limits.leave(self._key)
 
 
+class Rates:
+    """How often each caller may call, in this process: a bucket that fills at `rate`, and holds `burst` requests.
+
+    Kept as one time a caller, when its bucket is full again (the generic cell rate algorithm, ITU-T I.371): one that is
+    full by now is forgotten.
+    """
+
+    def __init__(self, rate: float, burst: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._interval = 1 / rate
+        self._burst = max(1, math.ceil(rate)) if burst is None else burst
+        self._holds = self._burst * self._interval  # seconds that an empty bucket takes to fill
+        self._clock = clock
+        self._full: OrderedDict[str, float] = OrderedDict()  # those that called last stand last
+        # Structured fields of draft-ietf-httpapi-ratelimit-headers: the quota, and the seconds in which it comes back.
+        self.policy = b'"requests";q=%d;w=%d' % (self._burst, math.ceil(self._holds))
+
+    def take(self, caller: str) -> bytes:
+        """Take one from the caller's bucket; give what is left, as a `RateLimit` field. Raises OverloadedError."""
+        now, full = self._clock(), self._full
+        for _ in range(2):  # more than come
+            if full and (len(full) > MAX_CALLERS or full[next(iter(full))] <= now):
+                full.popitem(last=False)
+        filled = max(now, full.get(caller, now)) + self._interval - now
+        # Some slack: the differences of large floats are not exact.
+        if filled > self._holds * (1 + 1e-9) + 1e-6:
+            text = f"more than {1 / self._interval:g} requests a second, and {self._burst} at once"
+            _shed("rate", f"{text} (CHAINS_RATE_PER_KEY)", retry_after=filled - self._holds)
+        full[caller] = now + filled
+        full.move_to_end(caller)
+        return self.field(filled)
+
+    def refused(self, error: OverloadedError) -> bytes:
+        """Give the `RateLimit` field of an answer that refuses: nothing is left until `retry_after` has passed."""
+        return b'"requests";r=0;t=%d' % max(1, math.ceil(error.retry_after or 0.0))
+
+    def field(self, filled: float) -> bytes:
+        left = max(0, int((self._holds - filled) / self._interval + 1e-6))
+        return b'"requests";r=%d;t=%d' % (left, math.ceil(filled))
+
+    def __len__(self) -> int:
+        return len(self._full)
+
+
+def caller_of(address: str) -> str:
+    """Name a caller by its address; by the network of an IPv6 address, of which one machine has as many as it likes."""
+    if ":" not in address:
+        return address
+    try:
+        return str(ipaddress.IPv6Network((address.partition("%")[0], 64), strict=False))
+    except ValueError:
+        return address
+
+
 def _key(headers: Mapping[bytes, bytes]) -> bytes:
     """Give a hash of the credential: nothing here keeps what could be used to call."""
     for name in CREDENTIALS:
@@ -113,6 +173,6 @@ def _key(headers: Mapping[bytes, bytes]) -> bytes:
     return b""
 
 
-def _shed(reason: _Reason, text: str) -> Never:
+def _shed(reason: _Reason, text: str, retry_after: float = RETRY_AFTER) -> Never:
     _SHED[reason].inc()
-    raise OverloadedError(text, retry_after=RETRY_AFTER)
+    raise OverloadedError(text, retry_after=retry_after)

@@ -188,6 +188,9 @@ class Forms:
 class Source(Protocol):
     """What a stream is made of: see `answers.Answer`."""
 
+    @property
+    def chunks(self) -> int: ...
+
     async def next(self) -> list[msgspec.Raw] | None: ...
 
     def nudge(self) -> None: ...
@@ -223,7 +226,7 @@ class Stream:
                 self._waits = True
         finally:
             self._pulse.streams.discard(self)
-        data = form.end(self._sequence)
+        data = form.end(call.chunks)
         if not self._exchange.started:
             await self._start()
             data = form.head + data

@@ -5,7 +5,7 @@ The upgrade is answered with 101 once a worker has begun the request; what fails
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from http import HTTPStatus
 
 from starlette.websockets import WebSocket as StarletteWebSocket
@@ -26,9 +26,10 @@ from chains_stream.errors import (
     WorkerLostError,
 )
 from chains_stream.gateway import problems
+from chains_stream.gateway.cors import Cors
 from chains_stream.gateway.endpoint import Endpoint, Shared
 from chains_stream.gateway.exchange import FAREWELL, ClientLeftError, Exchange
-from chains_stream.gateway.limits import Place
+from chains_stream.gateway.limits import CREDENTIALS, Place
 from chains_stream.gateway.problems import Refusal
 from chains_stream.gateway.websocket_session import LINGER, EndedError, Session
 from chains_stream.log import get_logger
@@ -49,7 +50,7 @@ PATH = "/websocket"
 _KEY_BYTES = 16
 _VERSION = b"13"
 _UPGRADE = {"upgrade": "websocket", "connection": "upgrade", "sec-websocket-version": _VERSION.decode()}
-_OURS = (b"connection", b"upgrade", b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-extensions")
+_OURS = {b"connection", b"upgrade", b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-extensions"}
 
 log = get_logger(__name__)
 
@@ -76,6 +77,9 @@ class WebSocket(Endpoint):
         self._target = target
         self._caller = caller
         self._largest = largest  # bytes of a record
+        self._cors = Cors.of(shared.settings)
+        # Where keys are checked they are the gateway's: what is shown to user code lies in a topic, for days.
+        self._hidden = _OURS if shared.settings.api_keys is None else _OURS | set(CREDENTIALS)
         self._sessions: dict[bytes, Session] = {}  # by the ids of their clients' streams
 
     def handle_control(self, message: ControlMessage) -> None:
@@ -84,10 +88,10 @@ class WebSocket(Endpoint):
             session.outbox.credit(message.chunks, message.size)
 
     async def handle(self, exchange: Exchange, place: Place) -> None:
-        accept = _accept(exchange)
+        accept = _accept(exchange, self._cors)
         request = exchange.begin(self.settings.websocket_deadline)
         await exchange.body(0, place.hold)
-        handshake = _handshake(exchange)
+        handshake = _handshake(exchange, self._hidden)
         with exchange.wanted(request):
             arguments = self._codec.encode_arguments((handshake,), {})
             call = await self._target.open(arguments, request, 1, exchange.correlation_id or None)
@@ -172,16 +176,16 @@ async def elsewhere(websocket: StarletteWebSocket) -> None:
         await websocket.close(1011, str(_other_server()))
 
 
-def origin_allowed(headers: Mapping[bytes, bytes]) -> bool:  # noqa: ARG001 - what one that decides would look at
-    """Tell whether a page of the `origin` in a handshake may talk to this gateway. All may.
+def origin_allowed(headers: Mapping[bytes, bytes], cors: Cors | None) -> bool:
+    """Tell whether a page of the `origin` in a handshake may talk to this gateway: with no origins configured all may.
 
     Browsers let any page open a WebSocket to anywhere, and leave it to the server to look at `origin` (RFC 6455,
     section 10.2). As nothing here goes by cookies, a page gets no further than any other program that has no key.
     """
-    return True
+    return cors is None or cors.allows(headers.get(b"origin"))
 
 
-def _accept(exchange: Exchange) -> bytes:
+def _accept(exchange: Exchange, cors: Cors | None) -> bytes:
     """Check a client's handshake (RFC 6455, section 4.2.1), and give the token that accepts it. Raises Refusal."""
     headers = exchange.headers
     if not (_has(headers, b"upgrade", b"websocket") and _has(headers, b"connection", b"upgrade")):
@@ -193,8 +197,9 @@ def _accept(exchange: Exchange) -> bytes:
     if not _is_key(key) or exchange.request["http_version"] != "1.1":
         text = "a WebSocket is opened in HTTP/1.1, with 16 bytes in base64 in `sec-websocket-key`"
         raise Refusal(HTTPStatus.BAD_REQUEST, "invalid-handshake", text)
-    if not origin_allowed(headers):
-        raise Refusal(HTTPStatus.FORBIDDEN, "origin", "pages of this origin may not open a WebSocket here")
+    if not origin_allowed(headers, cors):
+        text = "pages of this origin may not call; CHAINS_CORS_ORIGINS names those that may"
+        raise Refusal(HTTPStatus.FORBIDDEN, "origin-not-allowed", text)
     if not exchange.can_upgrade:
         raise _other_server()
     return generate_accept_token(key)
@@ -220,10 +225,10 @@ def _is_key(key: bytes) -> bool:
         return False
 
 
-def _handshake(exchange: Exchange) -> Handshake:
-    """Give what the worker is told of the request."""
+def _handshake(exchange: Exchange, hidden: Container[bytes]) -> Handshake:
+    """Give what the worker is told of the request: all but some headers."""
     request = exchange.request
-    headers = [(name, value) for name, value in request["headers"] if name not in _OURS]
+    headers = [(name, value) for name, value in request["headers"] if name not in hidden]
     return Handshake(
         headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers],
         path=request["path"],

@@ -360,7 +360,7 @@ class Session:
             transport.write(self._frames.send(CloseConnection(close.code, close.reason or None)))
             if not by_client:  # it answers: closed before, the connection would be reset by what the client sends
                 self._resume()
-                if self._deaf:
+                if self._deaf and transport.can_write_eof():  # in TLS there is none
                     transport.write_eof()
                 with suppress(TimeoutError):
                     async with asyncio.timeout_at(min(end, self._loop.time() + FAREWELL) if self._deaf else end):

@@ -17,7 +17,7 @@ import pytest
 
 CHAINS = Path(sys.executable).with_name("chains")
 HERE = Path(__file__).parent
-READY = re.compile(r"(?:Chain .+ is ready on (?P<url>http://\S+)|Worker of .+ is ready)$")
+READY = re.compile(r"(?:Chain .+ is ready on (?P<url>https?://\S+)|Worker of .+ is ready)$")
 DEADLINE = 40.0  # seconds: more than any step takes on a busy machine, and less than a test's own timeout
 
 

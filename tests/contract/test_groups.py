@@ -6,7 +6,7 @@ from collections import defaultdict
 import pytest
 
 from chains_stream.broker import Broker, Committed, TopicSpec
-from chains_stream.errors import BrokerError, OffsetExpiredError
+from chains_stream.errors import BrokerError, OffsetExpiredError, UnknownTopicError
 from tests.members import HOUR_MS, Member, fill
 
 
@@ -340,3 +340,24 @@ async def test_what_lies_before_an_offset_can_be_deleted(broker: Broker, topic: 
     assert left == [(0, 7), (0, 8), (0, 9), (1, 1), (1, 2)]
     await reader.close()
     await member.consumer.close()
+
+
+async def test_the_backlog_is_what_is_not_committed(broker: Broker, topic: str) -> None:
+    assert await broker.backlog(topic, topic) == 0
+    await fill(broker, topic, 5)
+    await fill(broker, topic, 3, partition=2)
+    assert await broker.backlog(topic, topic) == 8, "before anybody has joined"
+    member = await Member(broker, topic).join()
+    await member.take(8)
+    assert await broker.backlog(topic, topic) == 8, "taken is not done"
+    await member.consumer.commit({0: Committed(4), 2: Committed(3)})
+    assert await broker.backlog(topic, topic) == 1
+    await member.consumer.close()
+    assert await broker.backlog(topic, topic) == 1, "and when nobody is there any more"
+    await broker.delete_before(topic, {0: 5})
+    assert await broker.backlog(topic, topic) == 0, "what is gone does not wait"
+
+
+async def test_a_topic_that_is_not_there_has_no_backlog(broker: Broker) -> None:
+    with pytest.raises(UnknownTopicError):
+        await broker.backlog("contract.none", "contract.none")

@@ -43,6 +43,7 @@ async def test_a_stream_is_read_again_from_any_point() -> None:
         by_header = await replay(served, request_id, None, **{"last-event-id": "38"})
         assert [event[1] for event in events(by_header.text)] == ["39", ""]
         assert events((await replay(served, request_id, 39)).text) == [("done", "", {"chunks": 40})]
+        assert events((await replay(served, request_id, 10**14)).text) == [("done", "", {"chunks": 40})]
         lines = await replay(served, request_id, 37, accept="application/x-ndjson")
         assert [json.loads(line) for line in lines.text.splitlines()] == ["word 38", "word 39"]
 

@@ -38,7 +38,7 @@ async def served(broker: str) -> AsyncIterator[Served]:
 
 
 async def test_messages_come_back_as_they_were(served: Served) -> None:
-    messages = ["hello", "", "Grüße 茶 🫖", b"", bytes(range(256)), "x" * 70_000, b"y" * 70_000]
+    messages: list[str | bytes] = ["hello", "", "Grüße 茶 🫖", b"", bytes(range(256)), "x" * 70_000, b"y" * 70_000]
     async with talk(served) as websocket:
         for message in messages:
             await websocket.send(message)
@@ -47,8 +47,9 @@ async def test_messages_come_back_as_they_were(served: Served) -> None:
 
 async def test_messages_over_the_limit_of_a_record_go_through_the_store(served: Served) -> None:
     large = "ü" * 1_000_000
+    messages: list[str | bytes] = ["before", large, large.encode(), "after"]
     async with talk(served) as websocket:
-        for message in ("before", large, large.encode(), "after"):
+        for message in messages:
             await websocket.send(message)
             assert await websocket.recv() == message
 

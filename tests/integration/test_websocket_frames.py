@@ -1,4 +1,4 @@
-"""RFC 6455 as the gateway speaks it: handshakes and frames, good ones and others, from a client that sends what it likes."""
+"""RFC 6455 as the gateway speaks it: handshakes and frames, from a client that sends what it likes."""
 
 import asyncio
 import socket
@@ -205,8 +205,11 @@ async def test_pings_are_sent_and_a_client_that_answers_none_is_lost(
 
 
 async def test_what_all_hold_is_bounded() -> None:
-    limits = {"max_body_bytes": LIMIT, "max_buffered_bytes": LIMIT}
-    async with serving(Talk, **limits) as served, Frames(served.url) as first, Frames(served.url) as second:
+    async with (
+        serving(Talk, max_body_bytes=LIMIT, max_buffered_bytes=LIMIT) as served,
+        Frames(served.url) as first,
+        Frames(served.url) as second,
+    ):
         await first.open(b"name=first&do=echo")
         await first.send_frame(BINARY, bytes(LIMIT - 10), final=False)
         await first.send_frame(PING, b"")

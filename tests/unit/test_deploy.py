@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import trustme
 import yaml
 
 from chains_stream.chain import Chain
@@ -83,6 +85,13 @@ def test_variables_are_settings(service: Any, monkeypatch: pytest.MonkeyPatch) -
     assert settings.log_format == "json"
     assert seconds(service["stop_grace_period"]) > settings.grace_period
     assert (settings.health_port == 8081) == (service["command"][0] == "worker")
+
+
+def test_the_gateway_takes_strangers_only_as_its_port_is_published_on_loopback() -> None:
+    gateway = SERVICES["gateway"]
+    assert gateway["environment"]["CHAINS_ALLOW_ANONYMOUS"] == "true"
+    assert all(port.startswith("127.0.0.1:") for port in gateway["ports"])
+    assert all("CHAINS_ALLOW_ANONYMOUS" not in service["environment"] for service in WORKERS.values())
 
 
 @every_service
@@ -159,7 +168,7 @@ def test_what_is_copied_into_the_image_reaches_the_build() -> None:
 
 
 @contextmanager
-def answering(status: int) -> Iterator[str]:
+def answering(status: int, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """A server that answers /healthz with a status; gives its port."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -171,6 +180,8 @@ def answering(status: int) -> Iterator[str]:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -185,6 +196,16 @@ def answering(status: int) -> Iterator[str]:
 def test_the_health_check_asks_the_server_without_a_proxy(variable: str, status: int, *, healthy: bool) -> None:
     with answering(status) as port:
         assert health({variable: port, "http_proxy": "http://127.0.0.1:9"}) == healthy
+
+
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
+def test_the_health_check_speaks_tls_to_a_gateway_with_a_certificate(status: int, *, healthy: bool) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("gateway.example.org").configure_cert(context)
+    with answering(status, context) as port:
+        assert health({"CHAINS_PORT": port, "CHAINS_TLS_CERTFILE": "/run/secrets/tls.pem"}) == healthy
+    with answering(status) as port:  # the probes of a worker have none
+        assert health({"CHAINS_HEALTH_PORT": port, "CHAINS_TLS_CERTFILE": "/run/secrets/tls.pem"}) == healthy
 
 
 def test_the_health_check_of_a_server_that_is_down_fails() -> None:

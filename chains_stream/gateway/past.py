@@ -1,0 +1,83 @@
+"""Requests that were made before, through this gateway or another: what became of them, and their answers."""
+
+from chains_stream.broker import Broker
+from chains_stream.calls import Caller
+from chains_stream.codec import Codec
+from chains_stream.errors import OffsetExpiredError
+from chains_stream.following import Follower, Following
+from chains_stream.gateway.exchange import PIECE
+from chains_stream.gateway.ids import Ids, RequestId, secret_of
+from chains_stream.gateway.limits import Place
+from chains_stream.gateway.results import Known, Results
+from chains_stream.policy import Scope
+from chains_stream.settings import Settings
+
+
+class Past:
+    """Looks back into the log, for requests on one request topic."""
+
+    def __init__(
+        self, broker: Broker, caller: Caller, settings: Settings, topic: str, modules: tuple[str, ...]
+    ) -> None:
+        self.broker = broker
+        self.caller = caller
+        self.topic = topic
+        self.ids = Ids(secret_of(settings), topic)
+        self.results = Results(broker, settings)
+        self._follower = Follower(broker, caller, settings, modules)
+        self._namespace = settings.namespace
+
+    async def start(self) -> None:
+        await self.results.start()
+
+    async def close(self) -> None:
+        await self._follower.close()
+        await self.results.close()
+
+    def topic_of(self, found: RequestId) -> str:
+        """Name the topic that the answer to a request lies in."""
+        return f"{self._namespace}.{found.kind}"
+
+    async def check(self, found: RequestId) -> None:
+        """Raise OffsetExpiredError if the log no longer reaches back to a request."""
+        if found.offset < await self.broker.begin_offset(self.topic_of(found), found.partition):
+            raise OffsetExpiredError("the log no longer holds the answer to this request")
+
+    async def known(self, found: RequestId) -> Known:
+        """Find out what became of a request so far. Raises OffsetExpiredError, BrokerError."""
+        if found.kind == "results":
+            return await self.results.find(found)
+        topic, known = self.topic_of(found), Known()
+        await self.results.scan(topic, found, await self.broker.end_offset(topic, found.partition), known)
+        return known
+
+    def follow(self, found: RequestId, scope: Scope, *, offset: int | None = None, had: int = 0) -> Following:
+        """Give the answer to a request, which may still be coming. Close it."""
+        return self._follower.follow(
+            (self.topic_of(found), found.partition),
+            found.offset if offset is None else offset,
+            found.correlation_id,
+            topic=self.topic,
+            scope=scope,
+            had=had,
+            credits_worker=found.kind == "replies",
+        )
+
+
+async def outcome(following: Following, codec: Codec, place: Place) -> bytes:
+    """Give a result as JSON, or all chunks of a stream as an array; a large one counts for its place.
+
+    Raises what the request failed with.
+    """
+    if not codec.signature.streaming:
+        result = codec.result_to_json(await following.result())
+        if len(result) > PIECE:
+            place.hold_result(len(result))
+        return result
+    parts, size = list[bytes](), 0
+    while (chunks := await following.next()) is not None:
+        parts += [codec.result_to_json(chunk) for chunk in chunks]
+        size += sum(map(len, parts[len(parts) - len(chunks) :]))
+        if size > PIECE:
+            place.hold_result(size)
+    return b"[%b]" % b",".join(parts)

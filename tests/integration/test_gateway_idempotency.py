@@ -1,0 +1,129 @@
+"""Requests with an idempotency key: of those with one key one runs, through whichever gateway they come."""
+
+import asyncio
+from http import HTTPStatus
+from typing import Any
+
+import httpx
+import pytest
+
+import chains_stream as chains
+from tests.sample import Seen
+from tests.serving import Say, Served, Slow, problem_of, serving
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen() -> None:
+    Seen.reset()
+
+
+async def ask(served: Served, key: str, **arguments: Any) -> httpx.Response:
+    return await served.http.post("/run_remote", json=arguments, headers={"idempotency-key": key})
+
+
+class Count(chains.ChainletBase):
+    """Counts how often it ran; fails if it is told to."""
+
+    async def run_remote(self, name: str, status: int = 0) -> int:
+        Seen.note(name)
+        if status == HTTPStatus.TOO_MANY_REQUESTS:
+            raise chains.OverloadedError("not now")
+        if status:
+            raise ValueError(name)
+        return Seen.counts[name]
+
+
+async def test_a_repeated_request_has_the_answer_of_the_first() -> None:
+    async with serving(Count) as served, served.beside() as other:
+        first = await ask(served, "k1", name="once")
+        again = await ask(other, "k1", name="once")
+        assert (first.json(), again.json()) == (1, 1)
+        assert again.headers["x-request-id"] == first.headers["x-request-id"]
+        assert (await ask(other, "k2", name="once")).json() == 2
+        assert (await other.call(name="once")).json() == 3
+
+
+async def test_a_failure_of_the_chain_is_its_answer_too() -> None:
+    async with serving(Count) as served:
+        first = problem_of(await ask(served, "k", name="bad", status=500), 500)
+        again = problem_of(await ask(served, "k", name="bad", status=500), 500)
+        assert first == again
+        assert Seen.counts["bad"] == 1
+
+
+async def test_what_can_be_mended_by_repeating_it_may_be_repeated() -> None:
+    async with serving(Count) as served:
+        for _ in range(2):
+            problem_of(await ask(served, "k", name="busy", status=429), 429)
+        assert Seen.counts["busy"] == 2
+
+
+async def test_many_at_once_through_two_gateways_run_once() -> None:
+    async with serving(Slow) as served, served.beside() as other:
+        waiting = [asyncio.create_task(ask(each, "k", name="race")) for each in (served, other) * 5]
+        await Seen.until("race began")
+        done, running = await asyncio.wait(waiting, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+        while len(running) > 1:
+            more, running = await asyncio.wait(running, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+            done |= more
+        for each in done:
+            problem = problem_of(each.result(), HTTPStatus.CONFLICT)
+            assert problem["code"] == "idempotency-key-in-use"
+            assert each.result().headers["retry-after"] == "1"
+        Seen.note("go")
+        first = await running.pop()
+        assert first.json() == "race"
+        assert Seen.counts["race began"] == 1
+        assert (await ask(other, "k", name="race")).json() == "race"
+
+
+async def test_another_body_is_refused() -> None:
+    async with serving(Count) as served:
+        await ask(served, "k", name="one")
+        problem = problem_of(await ask(served, "k", name="two"), HTTPStatus.UNPROCESSABLE_ENTITY)
+        assert problem["code"] == "idempotency-key-reused"
+        assert Seen.counts["two"] == 0
+
+
+async def test_a_client_that_lost_its_connection_asks_again() -> None:
+    async with serving(Slow) as served:
+        first = asyncio.create_task(ask(served, "k", name="lost"))
+        await Seen.until("lost began")
+        first.cancel()
+        await asyncio.wait([first])
+        problem_of(await ask(served, "k", name="lost"), HTTPStatus.CONFLICT)
+        Seen.note("go")
+        await Seen.until("lost stopped")
+        answer = await ask(served, "k", name="lost")
+        while answer.status_code == HTTPStatus.CONFLICT:  # it has ended, and its answer is on its way into the log
+            answer = await ask(served, "k", name="lost")
+        assert answer.json() == "lost"
+        assert Seen.counts["lost began"] == 1
+
+
+async def test_a_stream_is_told_again() -> None:
+    async with serving(Say) as served:
+        first = await ask(served, "k", texts=["a", "b"])
+        again = await ask(served, "k", texts=["a", "b"])
+        assert first.text == again.text == "ab"
+
+
+async def test_arguments_that_are_wrong_use_no_key_up() -> None:
+    async with serving(Count) as served:
+        problem_of(await ask(served, "k", nothing=1), HTTPStatus.BAD_REQUEST)
+        assert (await ask(served, "k", name="right")).json() == 1
+        problem_of(await ask(served, "", name="right"), HTTPStatus.BAD_REQUEST)
+        problem_of(await ask(served, "k" * 256, name="right"), HTTPStatus.BAD_REQUEST)
+
+
+async def test_an_asynchronous_request_is_made_once() -> None:
+    async with serving(Count) as served, served.beside() as other:
+        ids = set()
+        for each in (served, other, served):
+            headers = {"idempotency-key": "k"}
+            answer = await each.http.post("/async_run_remote", json={"name": "later"}, headers=headers)
+            assert answer.status_code == HTTPStatus.ACCEPTED
+            ids.add(answer.json()["request_id"])
+        assert len(ids) == 1
+        report = await served.http.get(f"/async_request/{ids.pop()}", headers={"prefer": "wait=10"})
+        assert report.json()["result"] == 1
