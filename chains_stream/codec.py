@@ -188,6 +188,13 @@ class Codec:
         return None
 
 
+def explain(error: Exception) -> tuple[str, str | None]:
+    """Say in one line what is wrong with a value that does not decode, and give the path of the field at fault."""
+    faults = list(_faults(error))
+    text = "; ".join(f"{message} - at `{_one_line(where)}`" if where else message for message, where in faults)
+    return text, _field_path(*faults[0])
+
+
 def _arguments_struct(signature: Signature) -> Callable[..., Any]:
     """Make the Struct whose fields are the arguments: it binds a call, and validates what is decoded."""
     name = re.sub(r"\W", "_", f"{signature.chainlet}Arguments")

@@ -106,10 +106,15 @@ def is_known(error: Exception) -> bool:
 
 
 def respond(problem: Problem, headers: dict[str, str] | None = None) -> Response:
-    headers = dict(headers or {})
-    if problem.retry_after is not None:
-        headers["retry-after"] = str(max(1, math.ceil(problem.retry_after)))
+    headers = retry_headers(problem) | (headers or {})
     return Response(msgspec.json.encode(problem), problem.status, headers, MEDIA_TYPE)
+
+
+def retry_headers(problem: Problem) -> dict[str, str]:
+    """Say when to try again, if that can be said."""
+    if problem.retry_after is None:
+        return {}
+    return {"retry-after": str(max(1, math.ceil(problem.retry_after)))}
 
 
 def title(status: int) -> str:

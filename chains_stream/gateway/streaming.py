@@ -57,17 +57,17 @@ class Events:
     heartbeat = b":\n\n"
 
     def __init__(self, codec: Codec) -> None:
-        self.headers = _headers(EVENTS)
+        self.headers = stream_headers(EVENTS)
         self._to_json = json_writer(codec)
 
     def chunk(self, sequence: int, value: Buffer) -> bytes:
-        return b"id: %d\ndata: %b\n\n" % (sequence, _one_line(self._to_json(value)))
+        return b"id: %d\ndata: %b\n\n" % (sequence, one_line(self._to_json(value)))
 
     def end(self, chunks: int) -> bytes:
         return b'event: done\ndata: {"chunks":%d}\n\n' % chunks
 
     def failure(self, problem: bytes) -> bytes:
-        return b"event: error\ndata: %b\n\n" % _one_line(problem)
+        return b"event: error\ndata: %b\n\n" % one_line(problem)
 
 
 class Lines:
@@ -76,17 +76,17 @@ class Lines:
     head = heartbeat = b""
 
     def __init__(self, codec: Codec) -> None:
-        self.headers = _headers(LINES)
+        self.headers = stream_headers(LINES)
         self._to_json = json_writer(codec)
 
     def chunk(self, sequence: int, value: Buffer) -> bytes:  # noqa: ARG002 - Form's
-        return b"%b\n" % _one_line(self._to_json(value))
+        return b"%b\n" % one_line(self._to_json(value))
 
     def end(self, chunks: int) -> bytes:  # noqa: ARG002 - Form's
         return b""
 
     def failure(self, problem: bytes) -> bytes:
-        return b'{"error":%b}\n' % _one_line(problem)
+        return b'{"error":%b}\n' % one_line(problem)
 
 
 class Raw:
@@ -95,7 +95,7 @@ class Raw:
     head = heartbeat = b""
 
     def __init__(self, codec: Codec, media_type: str) -> None:
-        self.headers = _headers(f"{TEXT}; charset=utf-8" if media_type == TEXT else media_type)
+        self.headers = stream_headers(f"{TEXT}; charset=utf-8" if media_type == TEXT else media_type)
         self._decode = codec.decode_result
 
     def chunk(self, sequence: int, value: Buffer) -> bytes:  # noqa: ARG002 - Form's
@@ -128,7 +128,8 @@ def json_writer(codec: Codec) -> Callable[[Buffer], bytes]:
     return write
 
 
-def _headers(content_type: str) -> tuple[Header, ...]:
+def stream_headers(content_type: str) -> tuple[Header, ...]:
+    """Give the headers of a stream."""
     return (
         (b"content-type", content_type.encode()),
         (b"cache-control", b"no-cache"),
@@ -302,8 +303,8 @@ class Pulse:
         self._wait()
 
 
-def _raw_type(kind: Any) -> str | None:
-    """Give the media type of chunks that are text or bytes whatever they hold, or None."""
+def bare(kind: Any) -> Any:
+    """Give a type without what is noted of it: constraints, a name."""
     while True:
         if get_origin(kind) is Annotated:
             kind = get_args(kind)[0]
@@ -312,13 +313,19 @@ def _raw_type(kind: Any) -> str | None:
         elif hasattr(kind, "__value__"):  # of `type X = …`
             kind = kind.__value__
         else:
-            break
+            return kind
+
+
+def _raw_type(kind: Any) -> str | None:
+    """Give the media type of chunks that are text or bytes whatever they hold, or None."""
+    kind = bare(kind)
     if kind is str:
         return TEXT
     return OCTETS if kind in (bytes, bytearray, memoryview) else None
 
 
-def _one_line(data: bytes) -> bytes:
+def one_line(data: bytes) -> bytes:
+    """Give JSON in which nothing ends a line, whatever a client takes for the end of one."""
     if not data.isascii():
         for end, escaped in _LINE_ENDS:
             data = data.replace(end, escaped)

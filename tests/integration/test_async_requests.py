@@ -271,7 +271,7 @@ async def test_one_that_has_ended_does_not_run_again_and_its_webhook_is_told(par
     """Its worker died between its answer and the webhook."""
     sent = await parts.send("one", webhook=HOOK, start_by_ms=now_ms() - 1)
     begun = await parts.send("begun", start_by_ms=now_ms() - 1)
-    frames = [
+    frames: list[Frame] = [
         Started(sent, 1, resumes=False),
         Done(sent, 1, value=msgspec.Raw(b"\xc0")),
         Started(begun, 1, resumes=False),
