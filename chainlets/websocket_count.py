@@ -3,8 +3,8 @@
     chains run chainlets/websocket_count.py
     websocat ws://127.0.0.1:8000/websocket
 
-Each message of text is added to what was sent before, and answered with JSON: how many words there are by now, and which
-come most often. `?top=5` in the URL asks for five of them.
+Each message of text is added to what was sent before, and answered with JSON: how many words there are by now, and
+which come most often. `?top=5` in the URL asks for five of them.
 """
 
 import re

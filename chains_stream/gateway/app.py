@@ -87,6 +87,9 @@ class Gateway:
         document = msgspec.json.encode(openapi.document(chain, codec, settings))
         target = await remote_target(chain, chain.entrypoint, self._caller, settings)
         topic = target.topic
+        await self._past.start()
+        await self._claims.start()
+        await self._caller.control.follow({topic: self._shared.kept.handle})
         run_remote, routes = await (self._conversing if codec.signature.websocket else self._calling)(codec, target)
         readiness = Readiness(self._broker, self._caller, topic, chainlet_name(chain.entrypoint))
         app = _app(
@@ -106,10 +109,7 @@ class Gateway:
 
     async def _calling(self, codec: Codec, target: RemoteTarget) -> tuple[Endpoint, list[BaseRoute]]:
         """Give what answers `/run_remote`, and the other routes, of a Chain that takes arguments."""
-        await self._past.start()
-        await self._claims.start()
         await self._caller.use(background_topic(target.topic))
-        await self._caller.control.follow({target.topic: self._shared.kept.handle})
         return RunRemote(self._shared, codec, target), [*asynchronous.routes(self._shared, codec, target)]
 
     async def _conversing(self, codec: Codec, target: RemoteTarget) -> tuple[Endpoint, list[BaseRoute]]:

@@ -1,17 +1,23 @@
 """A Chain that talks: messages both ways through `/websocket`, on the embedded broker and on Kafka."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
+import trustme
+from openapi_spec_validator import OpenAPIV31SpecValidator
+from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from chains_stream import sessions
 from chains_stream.gateway import websocket_session
+from chains_stream.gateway.auth import new_key
 from tests.members import take
 from tests.sample import Seen
 from tests.serving import WAIT, Greet, Served, problem_of, serving
-from tests.websockets import Talk, closed, json_of, talk
+from tests.websockets import Talk, closed, json_of, talk, url_of
 
 LOAD = 10_000  # messages each way
 
@@ -310,6 +316,54 @@ async def test_it_is_counted(served: Served) -> None:
     async with talk(served):
         assert "\nchains_websockets 1.0\n" in (await served.http.get("/metrics")).text
     await Seen.until("talk ended")
+
+
+async def test_keys_are_asked_for_and_kept_from_the_chain() -> None:
+    key, entry = new_key("ada")
+    async with serving(Talk, api_keys=entry) as served:
+        with pytest.raises(InvalidStatus) as refused:
+            await talk(served).__aenter__()
+        assert refused.value.response.status_code == 401
+        headers = {"authorization": f"Bearer {key}", "x-test": "one"}
+        async with talk(served, do="told", headers=headers) as websocket:
+            assert "authorization" not in json_of(await websocket.recv())["headers"]
+
+
+async def test_it_is_described() -> None:
+    async with serving(Talk) as served:
+        document = (await served.http.get("/openapi.json")).json()
+    OpenAPIV31SpecValidator(document).validate()
+    assert {"/websocket", "/healthz"} <= document["paths"].keys()
+    assert not {"/run_remote", "/async_run_remote"} & document["paths"].keys()
+    assert {"101", "426", "429"} <= document["paths"]["/websocket"]["get"]["responses"].keys()
+
+
+async def test_over_tls(tmp_path: Path) -> None:
+    authority, trust = trustme.CA(), ssl.create_default_context()
+    authority.configure_trust(trust)
+    issued = authority.issue_cert("127.0.0.1")
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    key.write_bytes(issued.private_key_pem.bytes())
+    files = {"tls_certfile": str(certificate), "tls_keyfile": str(key)}
+    async with serving(Talk, workers=True, trust=trust, **files) as served:
+        url = url_of(served)
+        assert url.startswith("wss://")
+        async with connect(url, ssl=trust, proxy=None) as websocket:
+            for size in (1, 1_000_000):
+                await websocket.send("x" * size)
+                assert await websocket.recv() == "x" * size
+            await websocket.send("\ud800".encode("utf-8", "surrogatepass"), text=True)  # no UTF-8
+            assert (await closed(websocket))[0] == 1007
+
+
+async def test_pages_of_other_sites_are_kept_out_where_origins_are_named() -> None:
+    async with serving(Talk, cors_origins="https://good.example") as served:
+        with pytest.raises(InvalidStatus) as refused:
+            await talk(served, headers={"origin": "https://evil.example"}).__aenter__()
+        assert refused.value.response.status_code == 403
+        async with talk(served, headers={"origin": "https://good.example"}), talk(served):
+            pass
 
 
 async def test_another_chain_has_none() -> None:
