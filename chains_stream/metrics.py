@@ -90,6 +90,7 @@ SHED = Counter(
     ["reason"],
 )
 HTTP_IN_FLIGHT = Gauge("chains_http_requests_in_flight", "HTTP requests that are being served.")
+WEBSOCKETS = Gauge("chains_websockets", "WebSockets that are open.")
 HTTP_REQUESTS = Counter("chains_http_requests", "HTTP requests that ended.", ["route", "status"])
 HTTP_SECONDS = Timings("chains_http_seconds", "From an HTTP request to the end of its answer.", "route")
 

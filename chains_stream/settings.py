@@ -57,6 +57,7 @@ class Settings(pydantic.BaseModel):
     reply_retention_ms: _Millis = _HOUR_MS
     results_retention_ms: _Millis = 48 * _HOUR_MS  # of asynchronous requests
     deadline: PositiveFloat = 600.0  # of a request that names none
+    websocket_deadline: PositiveFloat = 3600.0  # of a WebSocket, from its handshake to its end
     grace_period: PositiveFloat = 30.0  # for running work, after SIGTERM
     stream_window: PositiveInt = 1024  # chunks of one stream that may be on their way to its reader
     stream_window_bytes: PositiveInt = 4 << 20

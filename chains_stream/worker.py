@@ -437,7 +437,14 @@ class Host:
     def _service(self, callee: Callee, topic: str) -> Service:
         frames, store = self._frames, self._caller.store
         return Service(
-            callee, topic, self._broker, frames=frames, store=store, settings=self._settings, delays=self._delays
+            callee,
+            topic,
+            self._broker,
+            frames=frames,
+            store=store,
+            settings=self._settings,
+            delays=self._delays,
+            caller=self._caller,
         )
 
     async def _build(self, cls: type[ChainletBase]) -> ChainletBase:

@@ -176,6 +176,8 @@ def _ready(chain: Chain, url: str) -> str:
 
 def try_it(chain: Chain, url: str) -> str:
     """Write a request to try: a command for a shell, with arguments that the entrypoint takes."""
+    if signature(chain.entrypoint).websocket:
+        return f"Try it:\n  websocat ws{url.removeprefix('http')}/websocket"
     arguments, valid = example_arguments(codec_of(signature(chain.entrypoint)))
     text = "Try it:" if valid else "Try it, with arguments of your own:"
     header = "content-type: application/json"
