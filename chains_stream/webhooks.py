@@ -291,5 +291,5 @@ async def open_webhooks(
     stack.push_async_callback(host.drain)
     await host.start()
     if not settings.webhook_keys:
-        log.info("webhooks.unsigned", hint="set CHAINS_WEBHOOK_SECRETS to have them signed")
+        log.debug("webhooks.unsigned", hint="set CHAINS_WEBHOOK_SECRETS to have them signed")
     return host
