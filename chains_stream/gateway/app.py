@@ -206,7 +206,7 @@ async def _on_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
     exchange = exchange_of(request.scope)
     exchange.error = error.code
-    return problems.respond(problems.of_refusal(error, exchange.request_id), error.headers)
+    return exchange.respond(problems.of_refusal(error, exchange.request_id), error.headers)
 
 
 def _docs() -> Response:

@@ -13,11 +13,15 @@ from chains_stream.gateway.streaming import EVENTS
 from chains_stream.settings import Settings
 
 _PREFIX = "openai."  # of our schemas' names: no class of a user's has a name with a dot
+_REFERENCE = f"#/components/schemas/{_PREFIX}"
+_MODELS = "/v1/models"
+_MODEL = "/v1/models/{id}"
 _ANSWERS: dict[str, tuple[str, str, type[Any], type[Any] | None]] = {
     CHAT: ("chat_completions", "Go on with a conversation", api.ChatCompletion, api.ChatCompletionChunk),
     COMPLETIONS: ("completions", "Go on with a text", api.Completion, api.Completion),
     EMBEDDINGS: ("embeddings", "Embed texts", api.EmbeddingResponse, None),
 }
+PATHS = frozenset({*_ANSWERS, _MODELS, _MODEL})
 _FAILURES = {
     400: "The request is wrong; `param` names the field.",
     404: "There is no such model.",
@@ -51,11 +55,11 @@ def added(document: Json, chain: Chain, settings: Settings) -> Json:
     references, schemas = msgspec.json.schema_components(
         kinds,
         schema_hook=lambda _: {},  # of a user's own fields: any value
-        ref_template=f"#/components/schemas/{_PREFIX}{{name}}",
+        ref_template=f"{_REFERENCE}{{name}}",
     )
     of = dict(zip(kinds, references, strict=True))
     paths = {path: {"post": _generation(path, here, of, settings)} for path, here in by_path.items()}
-    paths |= {"/v1/models": {"get": _models(of)}, "/v1/models/{id}": {"get": _model(of)}}
+    paths |= {_MODELS: {"get": _models(of)}, _MODEL: {"get": _model(of)}}
     components = document["components"]
     prefixed = {f"{_PREFIX}{name}": schema for name, schema in schemas.items()}
     return document | {
@@ -86,7 +90,7 @@ def _generation(path: str, here: list[Offer], of: dict[Any, Json], settings: Set
             "required": True,
             "content": {JSON: {"schema": requests[0] if len(requests) == 1 else {"anyOf": requests}}},
         },
-        "responses": {"200": answer("The answer.", content)} | _failures(of, *_FAILURES),
+        "responses": {"200": answer("The answer.", content)} | _failures(*_FAILURES),
     }
 
 
@@ -94,7 +98,7 @@ def _models(of: dict[Any, Json]) -> Json:
     return {
         "operationId": "openai_models",
         "summary": "Which models there are",
-        "responses": {"200": answer("All of them.", {JSON: {"schema": of[api.ModelList]}})} | _failures(of, 429),
+        "responses": {"200": answer("All of them.", {JSON: {"schema": of[api.ModelList]}})} | _failures(429),
     }
 
 
@@ -103,14 +107,18 @@ def _model(of: dict[Any, Json]) -> Json:
         "operationId": "openai_model",
         "summary": "What is known of a model",
         "parameters": [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}],
-        "responses": {"200": answer("The model.", {JSON: {"schema": of[api.Model]}})} | _failures(of, 404, 429),
+        "responses": {"200": answer("The model.", {JSON: {"schema": of[api.Model]}})} | _failures(404, 429),
     }
 
 
-def _failures(of: dict[Any, Json], *statuses: int) -> Json:
-    content = {JSON: {"schema": of[api.ErrorResponse]}}
-    failures = {str(status): answer(_FAILURES[status], content) for status in statuses}
-    for status in RETRY:
-        if str(status) in failures:
-            failures[str(status)]["headers"]["retry-after"] = {"$ref": "#/components/headers/retry-after"}
-    return failures | {"default": answer("Another failure.", content)}
+def failure(status: int, text: str) -> Json:
+    """Describe an answer with an error."""
+    described = answer(text, {JSON: {"schema": {"$ref": f"{_REFERENCE}{api.ErrorResponse.__name__}"}}})
+    if status in RETRY:
+        described["headers"]["retry-after"] = {"$ref": "#/components/headers/retry-after"}
+    return described
+
+
+def _failures(*statuses: int) -> Json:
+    described = {str(status): failure(status, _FAILURES[status]) for status in statuses}
+    return described | {"default": failure(0, "Another failure.")}

@@ -99,7 +99,8 @@ def _ask_for_keys(described: Json) -> None:
             if path in OPEN:
                 operation["security"] = []
             else:
-                refused = failure(401, "There is no API key, or a wrong one.")
+                describe = openai_paths.failure if path in openai_paths.PATHS else failure
+                refused = describe(401, "There is no API key, or a wrong one.")
                 refused["headers"]["www-authenticate"] = {"schema": {"const": "Bearer"}}
                 operation["responses"]["401"] = refused
 

@@ -16,6 +16,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from chainlets.openai_chat import UNKNOWN, Answer
 from chains_stream.gateway import streaming
+from chains_stream.gateway.auth import new_key
 from tests.sample import Seen
 from tests.serving import WAIT, Greet, Served, serving
 from tests.talking import (
@@ -44,12 +45,10 @@ def nothing_seen() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def client_of(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
+async def client_of(served: Served, key: str = "none") -> AsyncIterator[openai.AsyncOpenAI]:
     http = openai.DefaultAsyncHttpxClient(trust_env=False)
     url = f"{served.url}/v1"
-    async with openai.AsyncOpenAI(
-        base_url=url, api_key="none", max_retries=0, timeout=WAIT, http_client=http
-    ) as client:
+    async with openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=WAIT, http_client=http) as client:
         yield client
 
 
@@ -389,6 +388,26 @@ async def test_errors_of_the_chain() -> None:
     assert (busy.value.type, busy.value.code) == ("rate_limit_error", "overloaded")
     assert final.value.response.headers["x-should-retry"] == "false"
     assert wrong.value.param == "messages"
+
+
+async def test_keys() -> None:
+    key, entry = new_key("ada")
+    async with serving(Talk, api_keys=str(entry)) as served:
+        async with client_of(served, key) as client:
+            answer = await client.chat.completions.create(model="any", messages=say("a"))
+            assert answer.choices[0].message.content == "a "
+            assert [model.id async for model in client.models.list()] == ["Talk"]
+        async with client_of(served, "ck_wrong") as client:
+            with pytest.raises(openai.AuthenticationError) as error:
+                await client.chat.completions.create(model="any", messages=say("a"))
+            with pytest.raises(openai.AuthenticationError):
+                await client.models.list()
+        document = (await served.http.get("/openapi.json")).json()
+    assert (error.value.type, error.value.code) == ("authentication_error", "unauthorized")
+    OpenAPIV31SpecValidator(document).validate()
+    refused = document["paths"][CHAT]["post"]["responses"]["401"]["content"]
+    schema = {**refused["application/json"]["schema"], "components": document["components"]}
+    jsonschema.validate(error.value.response.json(), schema)
 
 
 async def test_a_gateway_that_is_full() -> None:
