@@ -348,6 +348,7 @@ async def test_what_is_not_served_is_said_so() -> None:
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": []}, "messages"),
         ({"temperature": "hot"}, "temperature"),
+        ({"model": "m" * 2000}, "model"),
         ({"messages": say("x"), "n": 0}, "n"),
         ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "messages[0].content[0].type"),
     ],
@@ -548,6 +549,8 @@ async def test_the_example() -> None:
         chunks = [chunk async for chunk in stream]
         unknown = await client.chat.completions.create(model="extract", messages=say("Who are you?"))
         vectors = (await client.embeddings.create(model="hash", input=["a b", "b a"], dimensions=8)).data
+        with pytest.raises(openai.BadRequestError) as too_many:
+            await client.embeddings.create(model="hash", input="a", dimensions=10**9)
     assert whole.choices[0].message.content == text_of(chunks) == "The office opens at nine."
     assert whole.usage is not None
     assert whole.usage == chunks[-1].usage
@@ -556,5 +559,6 @@ async def test_the_example() -> None:
     assert (cut.choices[0].message.content, cut.choices[0].finish_reason) == ("The office", "length")
     assert (stopped.choices[0].message.content, stopped.choices[0].finish_reason) == ("The office opens", "stop")
     assert unknown.choices[0].message.content == UNKNOWN
+    assert too_many.value.param == "dimensions"
     assert vectors[0].embedding == vectors[1].embedding
     assert len(vectors[0].embedding) == 8
