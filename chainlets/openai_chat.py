@@ -20,6 +20,7 @@ import chains_stream as chains
 from chains_stream import openai
 
 DIMENSIONS = 512  # of a vector, if the client does not say
+MAX_DIMENSIONS = 4096
 MAX_SENTENCES = 500  # of a conversation that are looked at, the latest
 CLOSE = 0.1  # cosine from which on a sentence is taken to have to do with the question
 UNKNOWN = "Nothing in this conversation says so."
@@ -33,6 +34,8 @@ class Embed(chains.ChainletBase):
     async def run_remote(self, request: openai.EmbeddingRequest) -> openai.EmbeddingResponse:
         texts = [words(text) if isinstance(text, str) else [*map(str, text)] for text in request.inputs]
         size = request.dimensions or DIMENSIONS
+        if size > MAX_DIMENSIONS:
+            raise chains.InvalidArgumentError(f"there are at most {MAX_DIMENSIONS} dimensions", path="$.dimensions")
         return openai.EmbeddingResponse.of([embed(text, size) for text in texts], prompt_tokens=sum(map(len, texts)))
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         StoredValueMissingError,
         StoreError,
         StreamInterruptedError,
+        WebSocketClosedError,
         WorkerLostError,
     )
     from chains_stream.local import run_local
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
         make_abs_path_here,
     )
     from chains_stream.policy import CurrentRequest, affinity, current_request
+    from chains_stream.websocket import WebSocketProtocol
 
 __version__ = "0.1.0"
 
@@ -96,6 +98,8 @@ __all__ = [
     "StoreError",
     "StoredValueMissingError",
     "StreamInterruptedError",
+    "WebSocketClosedError",
+    "WebSocketProtocol",
     "WeightsSource",
     "WorkerLostError",
     "affinity",
@@ -111,7 +115,7 @@ __all__ = [
 
 # Where the names above live: imported when first asked for, in this order. A Chain file gets by without `client`, which
 # brings HTTP and the brokers with it, and `chains --help` without any of them.
-_HOMES = ("errors", "options", "policy", "chainlet", "local", "client")
+_HOMES = ("errors", "options", "policy", "websocket", "chainlet", "local", "client")
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ import msgspec
 
 from chains_stream.answers import Answer
 from chains_stream.balance import Balancer, Report
+from chains_stream.batching import FrameBatcher
 from chains_stream.broker import Broker, Reader, TopicSpec
 from chains_stream.chain import Chain
 from chains_stream.chainlet import ChainletBase, signature
@@ -118,6 +119,7 @@ class Caller:
     def __init__(self, broker: Broker, control: Control, settings: Settings, store: Store) -> None:
         self.control = control
         self.store = store
+        self.frames = FrameBatcher(broker)  # for what is sent to those that answer: the messages of a WebSocket
         self._broker = broker
         self._settings = settings
         self._replies = f"{settings.namespace}.replies"
@@ -151,6 +153,7 @@ class Caller:
         for call in tuple(self._calls.values()):
             self.forget(call)
         IN_HAND.calls.pop(id(self), None)
+        await self.frames.close()
         if self._telling:
             await asyncio.wait(self._telling, timeout=CLOSE_SECONDS)
         if self._task is not None:
@@ -238,6 +241,18 @@ class Caller:
         else:
             stored.add_done_callback(partial(_stored, call))
         return call
+
+    def expect(self, call: Call) -> tuple[str, int, int, int]:
+        """Take what others send under the id of a call that has no request, until it is closed.
+
+        Gives where that is read, a topic and a partition, and how many chunks, and how many bytes, may be on their way.
+        Raises BrokerError.
+        """
+        if self._broken is not None:
+            raise self._broken
+        call.window_bytes = self._window_bytes()
+        self._calls[call.id] = call
+        return self._replies, self._reply_partition, self._settings.stream_window, call.window_bytes
 
     async def post(self, topic: str, arguments: bytes, request: Request, key: bytes | None) -> None:
         """Publish a request that this process does not wait for; return once the broker has stored it.

@@ -23,7 +23,7 @@ from chains_stream.chainlet import (
 from chains_stream.descriptor import show
 from chains_stream.errors import Problem
 from chains_stream.options import DeploymentContext, RemoteConfig
-from chains_stream.signature import name_fault, read, resolve, topic_part
+from chains_stream.signature import name_fault, read, resolve, takes_websocket, topic_part
 
 _HEALTH = "is_healthy"
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
@@ -132,6 +132,12 @@ def _dependency(
     if id(wanted) in seen:
         message = f"`{name}` depends on `{wanted.__name__}`, as `{seen[id(wanted)]}` does; take one away"
         yield "DEPENDENCY", message, line
+    if takes_websocket(getattr(wanted, METHOD, None)):
+        message = (
+            f"`{name}` depends on `{wanted.__name__}`, whose `{METHOD}` takes a WebSocket; only the entrypoint can, as "
+            "it alone has clients: pass values, or stream them"
+        )
+        yield "WEBSOCKET", message, line
     if argument.annotation is inspect.Parameter.empty:
         yield "MISSING_ANNOTATION", f"`{name}` is not annotated; write `{name}: {wanted.__name__} = depends(…)`", line
         return

@@ -225,4 +225,7 @@ async def _connection(chain: Chain, caller: Caller, settings: Settings) -> Conne
 
 
 def _chain_of(chainlet: type[Any]) -> Chain:
-    return Chain.of(cast("type[ChainletBase]", chainlet))  # which refuses what is none
+    chain = Chain.of(cast("type[ChainletBase]", chainlet))  # which refuses what is none
+    if signature(chain.entrypoint).websocket:
+        raise ChainsUsageError(f"{chain.name} takes a WebSocket: open one at /websocket of its gateway")
+    return chain

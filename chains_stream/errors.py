@@ -233,6 +233,20 @@ class StreamInterruptedError(ChainsRuntimeError):
     chunks: int | None
 
 
+class WebSocketClosedError(ChainsRuntimeError):
+    """The WebSocket is closed: its client has left, or `run_remote` has closed it. There is nobody to talk to any more.
+
+    `close_code` is that of RFC 6455 (1006 if the connection ended with no word), `reason` what the client gave as one.
+    Let out of `run_remote`, it is an ordinary end.
+    """
+
+    code = "websocket-closed"
+    status = 499
+    fields = ("close_code", "reason")
+    close_code: int
+    reason: str
+
+
 class GatewayError(ChainsRuntimeError):
     """A gateway can't be reached, or refused the request. `status` is the HTTP status; 503 if there was no answer."""
 

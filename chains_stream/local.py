@@ -8,7 +8,7 @@ import contextvars
 import types
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,12 @@ from chains_stream.chainlet import (
     signature,
 )
 from chains_stream.codec import Buffer, Codec, codec_of
+from chains_stream.errors import WebSocketClosedError
 from chains_stream.options import DeployedServiceDescriptor, DeploymentContext, RPCOptions
-from chains_stream.policy import Limit, Scope, current
+from chains_stream.policy import Limit, Scope, current, scope_or_new
 from chains_stream.stub import Stub
+from chains_stream.timeouts import Timeout
+from chains_stream.websocket import WebSocketProtocol
 
 THREADS = "chains-thread"  # how the names of the threads of sync Chainlets begin
 LOCAL_DEADLINE = 600.0  # seconds, of a request made in `run_local`
@@ -79,6 +82,22 @@ class Callee:
         items: AsyncGenerator[Any, None] = self._method(**arguments)
         return items
 
+    async def converse(self, websocket: WebSocketProtocol) -> None:
+        """Run a `run_remote` that takes a WebSocket. Raises what it raises, but for the client's leaving."""
+        with suppress(WebSocketClosedError):
+            await self._method(websocket)
+
+    async def converse_locally(self, websocket: WebSocketProtocol) -> None:
+        """Run it as a request of its own, under a deadline."""
+        scope = scope_or_new(LOCAL_DEADLINE).of_a_call()
+        token = current.set(scope)
+        try:
+            async with self.slots.here():
+                with Timeout(max(0.0, scope.remaining)):
+                    await self.converse(websocket)
+        finally:
+            current.reset(token)
+
 
 class LocalTarget:
     """Calls an instance in this process, as many at once as its `predict_concurrency` allows."""
@@ -125,7 +144,8 @@ class LocalRun:
         if cls not in self._callees:  # the entrypoint: a dependency is checked with whom it belongs to
             Chain.of(cls)
         callee = self._callees[cls] = Callee(cls, instance)
-        setattr(instance, METHOD, self._stub(callee, RPCOptions()).run_remote)
+        local = callee.converse_locally if callee.signature.websocket else self._stub(callee, RPCOptions()).run_remote
+        setattr(instance, METHOD, local)
 
     def replacement(self, dependency: Dependency | ContextDependency) -> Any:
         """Give what stands for a marker: the context, or a stub on the one instance of the Chainlet."""

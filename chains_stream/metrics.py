@@ -79,12 +79,18 @@ LOOP_LAG = Histogram(
 )
 
 # --- of gateways
+WEBHOOKS = Counter(
+    "chains_webhooks",
+    "Tries to deliver a webhook: delivered, failed (it is tried again), or undelivered (it was given up).",
+    ["outcome"],
+)
 SHED = Counter(
     "chains_shed",
     "Requests turned away with 429: too many requests, too many of a key, too many bytes of bodies, a key's rate.",
     ["reason"],
 )
 HTTP_IN_FLIGHT = Gauge("chains_http_requests_in_flight", "HTTP requests that are being served.")
+WEBSOCKETS = Gauge("chains_websockets", "WebSockets that are open.")
 HTTP_REQUESTS = Counter("chains_http_requests", "HTTP requests that ended.", ["route", "status"])
 HTTP_SECONDS = Timings("chains_http_seconds", "From an HTTP request to the end of its answer.", "route")
 

@@ -19,6 +19,7 @@ Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
 Texts = str | Annotated[Sequence[str | int | Sequence[int]], msgspec.Meta(min_length=1)]
 """A text or many of them, each a string or a list of tokens."""
 
+_Name = Annotated[str, msgspec.Meta(max_length=1024)]  # it comes back with every chunk
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 _Part = Annotated[float, msgspec.Meta(ge=0, le=1)]
 _Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
@@ -177,7 +178,7 @@ class StreamOptions(msgspec.Struct, omit_defaults=True):
 class GenerationRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What requests for text have in common."""
 
-    model: str = ""
+    model: _Name = ""
     frequency_penalty: _Penalty | None = None
     logit_bias: dict[str, float] | None = None
     max_tokens: _Positive | None = None
@@ -271,7 +272,7 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """
 
     input: Texts
-    model: str = ""
+    model: _Name = ""
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: _Positive | None = None
     user: str | None = None

@@ -10,9 +10,10 @@ import msgspec
 from structlog.contextvars import bind_contextvars
 
 from chains_stream import metrics, policy
-from chains_stream.async_requests import AsyncRequest, AsyncRequests, is_async
+from chains_stream.async_requests import AsyncRequest, AsyncRequests
 from chains_stream.batching import FrameBatcher
 from chains_stream.broker import Broker, Record
+from chains_stream.calls import Caller
 from chains_stream.delays import Delays
 from chains_stream.errors import (
     BrokerError,
@@ -39,6 +40,7 @@ from chains_stream.patience import persist, place_of
 from chains_stream.policy import Scope
 from chains_stream.readback import ReadBack
 from chains_stream.replies import Reply, reply_to
+from chains_stream.sessions import converse
 from chains_stream.settings import Settings
 from chains_stream.signature import BACKGROUND
 from chains_stream.store import Store, reference_in
@@ -72,10 +74,12 @@ class Service:
         store: Store,
         settings: Settings,
         delays: Delays | None = None,
+        caller: Caller | None = None,
     ) -> None:
-        """Serve `topic`; `delays` are those of requests that are tried again."""
+        """Serve `topic`; `delays` are of requests that are tried again, and a `caller` takes what WebSockets bring."""
         self.name = callee.name + (BACKGROUND if topic.endswith(BACKGROUND) else "")  # of metrics and in logs
         self.callee = callee
+        self.caller = caller
         self.topic = topic
         self.broker = broker
         self.frames = frames
@@ -167,7 +171,7 @@ class Job:
         if not request.request_id:
             request = msgspec.structs.replace(request, request_id=policy.new_request_id())
         self.request = request
-        if is_async(request):
+        if request.asynchronous:
             self._async = AsyncRequest(
                 self.record, request, self._reply, self._service.async_requests, redelivered=self.redelivered
             )
@@ -333,6 +337,8 @@ class Job:
             return Outcome(error=error, undecodable=True)
         began = time.perf_counter()
         try:
+            if self._callee.signature.websocket:
+                return await self._converse(request, arguments, scope)
             if self._callee.signature.streaming:
                 return await self._stream(arguments, scope)
             return Outcome(value=await self._callee.call(arguments))
@@ -351,6 +357,22 @@ class Job:
                 sent += 1
                 if sent % CHUNKS_A_TURN == 0:
                     await asyncio.sleep(0)
+        return Outcome()
+
+    async def _converse(self, request: Request, arguments: Mapping[str, Any], scope: Scope) -> Outcome:
+        service, reply = self._service, self._reply
+        assert reply is not None, "read before it is run"
+        assert service.caller is not None, "a host has one"
+        if not request.frames:
+            raise InvalidArgumentError(f"{self._name} takes a WebSocket, which a gateway opens and no record can")
+        if self.redelivered:
+            if await self._resume(reply, scope):
+                return Outcome(answered=True)
+            if scope.emitted:  # it was open, and what the client has sent since is lost
+                raise StreamInterruptedError("the WebSocket broke off: its worker was lost", chunks=len(scope.emitted))
+        (handshake,) = arguments.values()
+        run = self._callee.converse
+        await converse(run, handshake, service.caller, topic=service.topic, scope=scope, reply=reply)
         return Outcome()
 
     async def _arguments(self, request: Request) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ import msgspec
 from chains_stream import foreign, source
 from chains_stream.descriptor import Describer, Json, UnsupportedTypeError, canonical, describe_value, show, spell
 from chains_stream.errors import ChainsUsageError, InvalidChainError, Problem
+from chains_stream.websocket import FromWorker, Handshake, WebSocketProtocol
 
 MISSING: Final = inspect.Parameter.empty
 """The default of a parameter that has none."""
@@ -44,7 +45,8 @@ class Signature:
     """What one Chainlet takes and gives.
 
     `result` is the type of the result, or of each chunk where `streaming`; NoneType for none. `is_async` is False for a
-    ``def``. `digest` is 8 hex digits of a SHA-256 over all that decides which bytes are valid.
+    ``def``. `digest` is 8 hex digits of a SHA-256 over all that decides which bytes are valid. Of one that takes a
+    `websocket`, argument and chunks are those of the wire: see the module `websocket`.
     """
 
     chainlet: str
@@ -53,6 +55,7 @@ class Signature:
     streaming: bool
     is_async: bool
     digest: str
+    websocket: bool = False
 
     @classmethod
     def of(cls, function: object, chainlet: str) -> "Signature":
@@ -112,6 +115,15 @@ def read(function: object, chainlet: str) -> tuple[Signature | None, list[Proble
     return reader.read(chainlet)
 
 
+def takes_websocket(function: object) -> bool:
+    """Tell whether a method takes a WebSocket, whatever else may be wrong with it."""
+    inner = getattr(function, "__func__", function)
+    inner = inspect.unwrap(inner) if callable(inner) else inner
+    return isinstance(inner, FunctionType) and any(
+        _is_websocket(inner, parameter) for parameter in _signature(inner).parameters.values()
+    )
+
+
 class _Reader:
     """Reads one function, collecting problems and the description of its types."""
 
@@ -128,12 +140,11 @@ class _Reader:
         self.problems.append(Problem(self.source.file, place, self.where, kind, message))
 
     def read(self, chainlet: str) -> tuple[Signature | None, list[Problem]]:
+        own = self._own_parameters()
+        if any(_is_websocket(self.function, parameter) for parameter in own):
+            return self._websocket(own, chainlet)
         arguments: dict[str, Json] = {}
-        parameters = [
-            found
-            for parameter in self._own_parameters()
-            if (found := self._parameter(parameter, arguments)) is not None
-        ]
+        parameters = [found for parameter in own if (found := self._parameter(parameter, arguments)) is not None]
         result, streaming = self._result()
         described = self._describe(result, "the result", self.source.result_line()) if result is not MISSING else None
         if self.problems:
@@ -151,6 +162,39 @@ class _Reader:
             streaming=streaming,
             is_async=inspect.iscoroutinefunction(self.function) or inspect.isasyncgenfunction(self.function),
             digest=hashlib.sha256(canonical(contract).encode()).hexdigest()[:8],
+        ), []
+
+    def _websocket(self, own: list[inspect.Parameter], chainlet: str) -> tuple[Signature | None, list[Problem]]:
+        """Read a method that takes a WebSocket: it is the only argument, and all that is given goes through it."""
+        mend = f"write `async def {_METHOD}(self, websocket: WebSocketProtocol) -> None`"
+        first = next(parameter for parameter in own if _is_websocket(self.function, parameter))
+        for parameter in own:
+            if parameter is first and parameter.kind not in _BY_POSITION:
+                message = f"a WebSocket is one argument, which is passed by name; {mend}"
+            elif parameter is first and parameter.default is not MISSING:
+                message = f"a WebSocket has no default, as there always is one; {mend}"
+            elif parameter is not first:
+                message = f"`{parameter.name}` can't be beside a WebSocket, which carries all that is sent; {mend}"
+            else:
+                continue
+            self.report("WEBSOCKET", message, self.source.argument_line(parameter.name))
+        if inspect.isasyncgenfunction(self.function) or not inspect.iscoroutinefunction(self.function):
+            self.report("WEBSOCKET", f"a method that takes a WebSocket is asynchronous and does not yield; {mend}")
+        result = _signature(self.function).return_annotation
+        if result not in (None, "None"):
+            message = f"what a method that takes a WebSocket gives is sent through it, so its result is None; {mend}"
+            self.report("WEBSOCKET", message, self.source.result_line())
+        if self.problems:
+            return None, self.problems
+        contract = {"arguments": {first.name: "websocket"}, "result": "websocket", "streaming": True}
+        return Signature(
+            chainlet=chainlet,
+            parameters=(Parameter(first.name, Handshake),),
+            result=FromWorker,
+            streaming=True,
+            is_async=True,
+            digest=hashlib.sha256(canonical(contract).encode()).hexdigest()[:8],
+            websocket=True,
         ), []
 
     def _own_parameters(self) -> list[inspect.Parameter]:
@@ -278,6 +322,13 @@ def resolve(function: FunctionType, annotation: Any) -> Any:
 
     holder.__annotations__ = {"it": annotation}
     return typing.get_type_hints(holder, function.__globals__, _class_names(function), include_extras=True)["it"]
+
+
+def _is_websocket(function: FunctionType, parameter: inspect.Parameter) -> bool:
+    try:
+        return parameter.annotation is not MISSING and resolve(function, parameter.annotation) is WebSocketProtocol
+    except Exception:  # noqa: BLE001 - code of the user's; whoever reads the argument says what is wrong with it
+        return False
 
 
 def _class_names(function: FunctionType) -> dict[str, Any]:

@@ -43,6 +43,8 @@ log = get_logger(__name__)
 def call_chain(chain: Chain, settings: Settings, json: bytes, output: Output) -> None:
     """Call a Chain over its broker; on the embedded one, with all its Chainlets in this process."""
     codec = codec_of(signature(chain.entrypoint))
+    if codec.signature.websocket:
+        raise ChainsUsageError(f"{chain.name} takes a WebSocket: serve it, and open one at /websocket of its gateway")
     try:
         arguments = codec.arguments_from_json(json)
     except InvalidArgumentError as error:

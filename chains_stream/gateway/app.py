@@ -13,24 +13,26 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp
 
 from chains_stream.broker import Broker
-from chains_stream.calls import Caller, remote_target
+from chains_stream.calls import Caller, RemoteTarget, remote_target
 from chains_stream.chain import Chain
 from chains_stream.chainlet import chainlet_name, signature
-from chains_stream.codec import codec_of
+from chains_stream.codec import Codec, codec_of
 from chains_stream.errors import BrokerError
 from chains_stream.gateway import asynchronous, openai, openapi, probes, problems
 from chains_stream.gateway.claims import Claims
-from chains_stream.gateway.endpoint import Shared
+from chains_stream.gateway.endpoint import Endpoint, Shared
 from chains_stream.gateway.exchange import Entry, Exchange, exchange_of
 from chains_stream.gateway.gate import Gate
 from chains_stream.gateway.ids import RequestId
 from chains_stream.gateway.past import Past
 from chains_stream.gateway.problems import Refusal
 from chains_stream.gateway.run_remote import RunRemote
+from chains_stream.gateway.websocket import PATH as WEBSOCKET
+from chains_stream.gateway.websocket import UseWebSocket, WebSocket, elsewhere
 from chains_stream.local import Callee
 from chains_stream.messages import new_id
 from chains_stream.settings import Settings
@@ -87,14 +89,13 @@ class Gateway:
         topic = target.topic
         await self._past.start()
         await self._claims.start()
-        await self._caller.use(background_topic(topic))
         await self._caller.control.follow({topic: self._shared.kept.handle})
-        run_remote = RunRemote(self._shared, codec, target)
+        run_remote, routes = await (self._conversing if codec.signature.websocket else self._calling)(codec, target)
         readiness = Readiness(self._broker, self._caller, topic, chainlet_name(chain.entrypoint))
         app = _app(
             [
                 Route(_RUN_REMOTE, run_remote, methods=["POST"]),
-                *asynchronous.routes(self._shared, codec, target),
+                *routes,
                 *await openai.routes(self._shared, chain, self._caller, settings),
                 Route("/healthz", self._healthz),
                 Route("/metrics", probes.metrics),
@@ -105,6 +106,22 @@ class Gateway:
         )
         gate = None if self.gate is None else self.gate.check
         self.app = Entry(app, _RUN_REMOTE, run_remote.serve, self._identify, gate)
+
+    async def _calling(self, codec: Codec, target: RemoteTarget) -> tuple[Endpoint, list[BaseRoute]]:
+        """Give what answers `/run_remote`, and the other routes, of a Chain that takes arguments."""
+        await self._caller.use(background_topic(target.topic))
+        return RunRemote(self._shared, codec, target), [*asynchronous.routes(self._shared, codec, target)]
+
+    async def _conversing(self, codec: Codec, target: RemoteTarget) -> tuple[Endpoint, list[BaseRoute]]:
+        """Give the same of one that takes a WebSocket."""
+        websocket = WebSocket(self._shared, codec, target, self._caller, self._broker.max_record_bytes)
+        await self._caller.control.follow({target.topic: websocket.handle_control})
+        routes = [Route(WEBSOCKET, websocket, methods=["GET"]), WebSocketRoute(WEBSOCKET, elsewhere)]
+        return UseWebSocket(self._shared), routes
+
+    async def failed(self) -> None:
+        """Wait until the gateway can't look into the log any more. Raises what stopped it."""
+        await asyncio.gather(self._past.results.failed(), self._claims.failed())
 
     def interrupt(self) -> None:
         """Answer the requests that are still under way with 503. They are not cancelled: they run to their deadline."""
@@ -164,7 +181,7 @@ class Readiness:
         return None if members else ("worker", f"no worker serves {self._entrypoint} (topic {self._topic})")
 
 
-def _app(routes: list[Route]) -> Starlette:
+def _app(routes: list[BaseRoute]) -> Starlette:
     app = Starlette(routes=routes, exception_handlers={HTTPException: _on_http, Refusal: _on_refusal})
     app.router.redirect_slashes = False  # one path, one route
     return app
@@ -189,7 +206,7 @@ async def _on_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
     exchange = exchange_of(request.scope)
     exchange.error = error.code
-    return problems.respond(problems.of_refusal(error, exchange.request_id), error.headers)
+    return exchange.respond(problems.of_refusal(error, exchange.request_id), error.headers)
 
 
 def _docs() -> Response:

@@ -30,6 +30,7 @@ from chains_stream.gateway.results import LAST_ATTEMPT, Known, Status
 from chains_stream.gateway.streaming import EVENTS, LINES, Forms, Stream, media_types
 from chains_stream.messages import Cancelled, Request, Retry, encode_frames, now_ms
 from chains_stream.policy import Scope
+from chains_stream.posting import check_url
 from chains_stream.signature import background_topic
 
 MAX_QUEUE_SECONDS = 72 * 3600  # that a request may wait, as with Baseten
@@ -121,6 +122,8 @@ class Submit(Endpoint):
             body = await self.body(exchange, place) or b"{}"
             submission = self._read(body)
             arguments = self._codec.arguments_from_json(submission.model_input)
+            if submission.webhook_endpoint is not None:
+                check_url(submission.webhook_endpoint, allow_private=self.settings.webhook_allow_private)
             claim = await self.claim(exchange, body)
             if claim is not None and claim.earlier is not None:
                 await _accept(exchange, claim.earlier)

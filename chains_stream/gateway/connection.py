@@ -11,7 +11,7 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, NoReturn, cast
@@ -146,6 +146,7 @@ class Connection(asyncio.Protocol):
         "_running",
         "_since",
         "_size",
+        "_tunnel",
         "_unread",
         "_url",
         "_used",
@@ -177,6 +178,7 @@ class Connection(asyncio.Protocol):
         self._url = self._framing = b""
         self._expects = False
         self._unread = self._muted = False
+        self._tunnel: Callable[[bytes], None] | None = None  # takes what arrives, once it is HTTP no more
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
@@ -198,7 +200,7 @@ class Connection(asyncio.Protocol):
         self.resume_writing()
         if self._current is not None:
             self._current.lose()
-        self._current = self._receiving = self._ahead = self._parser = None
+        self._current = self._receiving = self._ahead = self._parser = self._tunnel = None
 
     def pause_writing(self) -> None:
         if self._writable is None:
@@ -236,6 +238,9 @@ class Connection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
+        if self._tunnel is not None:
+            self._tunnel(data)
+            return
         if self._open:
             self._partial += len(data)  # a part that ends in it, or begins anew, sets it back
         while data and not self._deaf:
@@ -473,6 +478,17 @@ class Connection(asyncio.Protocol):
         self._deaf = self._receiving is None
         if self._current is None:
             self.transport.close()
+
+    def switch(self, receive: Callable[[bytes], None]) -> bool:
+        """Read no more HTTP: `receive` is given what arrives. False if something of that has arrived, or it closes.
+
+        The request that asked for it stays the one that is answered, until its task ends.
+        """
+        if self._ahead or self._open or self._receiving is not None or self._last or self.transport.is_closing():
+            return False
+        self._tunnel = receive
+        self.resume_reading()
+        return True
 
     def reset(self) -> None:
         """Have the other side told of a failure when the connection is closed."""

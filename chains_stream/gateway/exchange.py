@@ -8,7 +8,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import cache
 from http import HTTPStatus
 from types import TracebackType
@@ -16,13 +16,14 @@ from typing import ClassVar, Protocol
 from urllib.parse import parse_qsl
 
 from prometheus_client import Counter
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as ASGIScope
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from chains_stream import metrics
 from chains_stream.errors import DeadlineExceededError
-from chains_stream.gateway import problems
+from chains_stream.gateway import openai_errors, problems
 from chains_stream.gateway.problems import Problem, Refusal
 from chains_stream.log import get_logger, log_plain
 from chains_stream.messages import now_ms
@@ -48,10 +49,11 @@ _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-
 _MAX_TRACESTATE = 512  # characters
 _SECONDS = re.compile(rb"\d{1,9}(\.\d{1,9})?")
 
-Header = tuple[bytes, bytes]
-
 log = get_logger(__name__)
 _requests = logging.getLogger(__name__)
+
+
+Header = tuple[bytes, bytes]
 
 
 class ClientLeftError(Exception):
@@ -60,6 +62,23 @@ class ClientLeftError(Exception):
 
 class CutOffError(Exception):
     """An answer had to be broken off, and the server can't be asked to: it does so when its app raises."""
+
+
+class Tunnel(Protocol):
+    """A connection that speaks another protocol from now on."""
+
+    transport: asyncio.Transport
+
+    @property
+    def buffers(self) -> bool:
+        """Whether some of what was written is still buffered here."""
+
+    async def taken(self) -> None:
+        """Wait until nothing is."""
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
 
 
 class OwnRequest(Protocol):
@@ -83,6 +102,9 @@ class OwnRequest(Protocol):
 
     async def taken(self) -> None:
         """Wait until nothing is."""
+
+    def upgrade(self, headers: Iterable[Header], receive: Callable[[bytes], None]) -> Tunnel | None:
+        """Answer with 101; from now on `receive` is given what arrives. None if it is too late for it."""
 
 
 OWN_REQUEST = "chains.request"
@@ -259,6 +281,46 @@ class Exchange:
             close=True,  # the rest is not read
         )
 
+    def upgrade(self, headers: Iterable[Header], receive: Callable[[bytes], None], lost: Callable[[], None]) -> Tunnel:
+        """Answer with 101; from now on `receive` is given what arrives, and `lost` is called if the client goes.
+
+        That, too, ends the block that is `wanted`. Raises Refusal.
+        """
+        own = self._own
+        tunnel = None
+        if own is not None:
+            tunnel = own.upgrade([*headers, (b"x-request-id", self.request_id.encode()), *self.common], receive)
+        if own is None or tunnel is None:
+            raise Refusal(
+                HTTPStatus.BAD_REQUEST,
+                "invalid-handshake",
+                "the client sent more, or the connection was closing, before its upgrade was answered",
+                close=True,
+            )
+
+        def leave() -> None:
+            lost()
+            self._leave()
+
+        own.on_leave = leave
+        self.started = True
+        self.status = HTTPStatus.SWITCHING_PROTOCOLS
+        return tunnel
+
+    @property
+    def can_upgrade(self) -> bool:
+        """Whether the server is ours, which can."""
+        return self._own is not None
+
+    @property
+    def request(self) -> ASGIScope:
+        """The request as ASGI has it."""
+        return self._scope
+
+    def end(self, reason: Exception) -> None:
+        """End the block that is `wanted`, which raises the reason."""
+        self._end(reason)
+
     def interrupt(self, reason: Exception) -> None:
         """End the block that is `wanted`: the gateway can't wait for it any longer."""
         self.interrupted = True
@@ -299,10 +361,16 @@ class Exchange:
         if (own := self._own) is not None and own.buffers:
             await own.taken()
 
+    def respond(self, problem: Problem, headers: dict[str, str] | None = None) -> Response:
+        """Write a problem as clients of this path expect it."""
+        if self._scope["path"].startswith(openai_errors.PREFIX):
+            return openai_errors.respond(problem, headers)
+        return problems.respond(problem, headers)
+
     async def answer(self, problem: Problem, headers: dict[str, str] | None = None) -> None:
         """Answer with a problem."""
         self.error = problem.code
-        await problems.respond(problem, headers)(self._scope, self._receive, self.send)
+        await self.respond(problem, headers)(self._scope, self._receive, self.send)
         await self.settle()
 
     @property

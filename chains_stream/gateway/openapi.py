@@ -20,6 +20,7 @@ from chains_stream.gateway.openapi_parts import (
     failures,
     stream_of,
 )
+from chains_stream.gateway.openapi_websocket import websocket_paths
 from chains_stream.gateway.problems import Problem
 from chains_stream.gateway.streaming import EVENTS, LINES, OCTETS, TEXT, media_types
 from chains_stream.settings import Settings
@@ -55,7 +56,8 @@ _SCHEMES = {
 
 def document(chain: Chain, codec: Codec, settings: Settings) -> Json:
     """Describe the gateway of a Chain. Raises ChainsUsageError for a type without a form in JSON."""
-    schema = codec.schema()
+    websocket = codec.signature.websocket
+    schema = {"$defs": {}} if websocket else codec.schema()
     _, ours = msgspec.json.schema_components((Problem, *SCHEMAS), ref_template=f"{REFERENCE}{{name}}")
     described: Json = {
         "openapi": "3.1.0",
@@ -65,8 +67,7 @@ def document(chain: Chain, codec: Codec, settings: Settings) -> Json:
             "description": inspect.getdoc(chain.entrypoint) or f"The Chain {chain.name}.",
         },
         "paths": {
-            "/run_remote": {"post": _run_remote(codec, schema, settings)},
-            **async_paths(codec, schema, settings),
+            **(websocket_paths(codec, settings) if websocket else _call_paths(codec, schema, settings)),
             "/healthz": {"get": _health()},
             "/readyz": {"get": _ready()},
             "/metrics": {"get": _metrics()},
@@ -76,10 +77,17 @@ def document(chain: Chain, codec: Codec, settings: Settings) -> Json:
             "headers": HEADERS,
         },
     }
-    described = openai_paths.added(described, chain)
+    described = openai_paths.added(described, chain, settings)
     if settings.api_keys is not None:
         _ask_for_keys(described)
     return described
+
+
+def _call_paths(codec: Codec, schema: Json, settings: Settings) -> Json:
+    return {
+        "/run_remote": {"post": _run_remote(codec, schema, settings)},
+        **async_paths(codec, schema, settings),
+    }
 
 
 def _ask_for_keys(described: Json) -> None:
@@ -91,7 +99,8 @@ def _ask_for_keys(described: Json) -> None:
             if path in OPEN:
                 operation["security"] = []
             else:
-                refused = failure(401, "There is no API key, or a wrong one.")
+                describe = openai_paths.failure if path in openai_paths.PATHS else failure
+                refused = describe(401, "There is no API key, or a wrong one.")
                 refused["headers"]["www-authenticate"] = {"schema": {"const": "Bearer"}}
                 operation["responses"]["401"] = refused
 

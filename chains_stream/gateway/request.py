@@ -46,6 +46,11 @@ class Wire(Protocol):
     def ended(self, task: "asyncio.Task[None]") -> None:
         """Forget the task of a request."""
 
+    def switch(self, receive: Callable[[bytes], None]) -> bool:
+        """Read no more HTTP: `receive` is given what arrives. False if something of that has arrived, or it closes."""
+
+    def pause_reading(self) -> None: ...
+
     def reset(self) -> None:
         """Have the other side told of a failure when the connection is closed."""
 
@@ -210,6 +215,16 @@ class Request:
             connection.transport.abort()
         else:
             connection.transport.close()
+
+    def upgrade(self, headers: Iterable[tuple[bytes, bytes]], receive: Callable[[bytes], None]) -> "Wire | None":
+        """Answer with 101, after which the connection is the app's until it ends; None if that can't be."""
+        connection = self._connection
+        if self.started or self._gone or not connection.switch(receive):
+            return None
+        self.started = True
+        lines = [b"%b: %b\r\n" % header for header in headers]
+        connection.transport.write(b"".join([status_line(101), connection.date(), *lines, b"\r\n"]))
+        return connection
 
     # --- what is written
 

@@ -1,18 +1,31 @@
 """Two gateways of one Chain on Kafka: what one has begun the other goes on with, also when the first is killed."""
 
 import asyncio
+import base64
+import hashlib
+import hmac
 import json
+import queue
 import signal
 import subprocess
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import httpx
+import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
+from websockets.sync.client import connect
 
 from tests.acceptance.command import DEADLINE, HERE, Command, Commands
 
 FILE = str(HERE / "chains" / "pair.py")
+CHAT = str(HERE.parents[1] / "chainlets" / "openai_chat.py")
+COUNT = str(HERE.parents[1] / "chainlets" / "websocket_count.py")
+KEY = b"a key of thirty-two bytes, no less"
 STREAMS = 50
 WORDS = 1_500  # more than are on their way to a reader: a worker waits for one, and goes on for the next
 
@@ -21,13 +34,17 @@ pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
 Pair = tuple[Command, str, str]  # the first gateway, and the URLs of both
 
 
-@pytest.fixture
-def pair(start: Commands, kafka_url: str, namespace: str) -> Pair:
+def serve(start: Commands, file: str, kafka_url: str, namespace: str, **variables: str) -> Pair:
     common = ("--broker", kafka_url, "--namespace", namespace)
-    worker = start("worker", FILE, *common)
-    first, second = [start("gateway", FILE, "--port", "0", *common) for _ in range(2)]
+    worker = start("worker", file, *common)
+    first, second = [start("gateway", file, "--port", "0", *common, variables=variables) for _ in range(2)]
     worker.ready()
     return first, first.ready(), second.ready()
+
+
+@pytest.fixture
+def pair(start: Commands, kafka_url: str, namespace: str) -> Pair:
+    return serve(start, FILE, kafka_url, namespace)
 
 
 class Reader:
@@ -129,3 +146,83 @@ def test_with_curl(pair: Pair) -> None:
     endless = json.loads(curl(f"{url}/async_run_remote", "--json", json.dumps({"name": "e", "words": 10**9})).stdout)
     gone = curl("-X", "DELETE", f"{other}/async_request/{endless['request_id']}").stdout
     assert json.loads(gone)["status"] == "CANCELED"
+
+
+def test_with_the_openai_client(start: Commands, kafka_url: str, namespace: str) -> None:
+    _, *urls = serve(start, CHAT, kafka_url, namespace)
+    messages: list[ChatCompletionMessageParam] = [
+        {"role": "system", "content": "The office opens at nine. Parking is behind the house."},
+        {"role": "user", "content": "When does the office open?"},
+    ]
+    for url in urls:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=DEADLINE) as client:
+            whole = client.chat.completions.create(model="any", messages=messages)
+            assert whole.choices[0].message.content == "The office opens at nine."
+            with client.chat.completions.create(model="any", messages=messages, stream=True) as stream:
+                text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+            assert text == "The office opens at nine."
+            assert len(client.embeddings.create(model="any", input="a text").data[0].embedding) > 1
+            with pytest.raises(openai.BadRequestError):
+                client.chat.completions.create(model="any", messages="none")  # type: ignore[arg-type]
+
+
+def test_with_a_websocket_client(start: Commands, kafka_url: str, namespace: str) -> None:
+    _, *urls = serve(start, COUNT, kafka_url, namespace)
+    for url in urls:
+        with connect(f"{url.replace('http', 'ws')}/websocket", proxy=None, open_timeout=DEADLINE) as client:
+            client.send("one two")
+            first = json.loads(client.recv(DEADLINE))
+            client.send("three")
+            second = json.loads(client.recv(DEADLINE))
+        assert (first["words"], second["words"]) == (2, 3)
+
+
+class Receiver(BaseHTTPRequestHandler):
+    """Fails the first delivery, and takes the others."""
+
+    came: ClassVar["queue.Queue[tuple[dict[str, str], bytes]]"] = queue.Queue()
+    statuses: ClassVar[list[int]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(Receiver.statuses.pop(0) if Receiver.statuses else 204)
+        self.send_header("content-length", "0")
+        self.end_headers()
+        Receiver.came.put((dict(self.headers.items()), body))
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's
+        """Say nothing."""
+
+
+@contextmanager
+def receiver() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/hook"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_with_a_webhook_receiver(start: Commands, kafka_url: str, namespace: str) -> None:
+    secret = "whsec_" + base64.b64encode(KEY).decode()
+    variables = {"CHAINS_WEBHOOK_SECRETS": secret, "CHAINS_WEBHOOK_ALLOW_PRIVATE": "true"}
+    first, url, other = serve(start, FILE, kafka_url, namespace, **variables)
+    Receiver.statuses[:] = [503]
+    with receiver() as hook:
+        body = {"model_input": {"name": "w", "words": 2}, "webhook_endpoint": hook}
+        accepted = httpx.post(f"{url}/async_run_remote", json=body, timeout=DEADLINE).json()
+        Receiver.came.get(timeout=DEADLINE)  # which was refused
+        first.send(signal.SIGKILL)  # what is still to be told is in a queue that survives it
+        headers, payload = Receiver.came.get(timeout=DEADLINE)
+    signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + payload
+    mac = base64.b64encode(hmac.digest(KEY, signed, hashlib.sha256)).decode()
+    assert headers["webhook-signature"] == f"v1,{mac}"
+    assert headers["webhook-id"] == accepted["request_id"]
+    told = json.loads(payload)
+    assert (told["status"], told["data"]) == ("SUCCEEDED", ["w 0\n", "w 1\n"])
+    report = httpx.get(f"{other}/async_request/{accepted['request_id']}", timeout=DEADLINE).json()
+    assert report["status"] == "SUCCEEDED"

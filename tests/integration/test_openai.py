@@ -16,6 +16,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from chainlets.openai_chat import UNKNOWN, Answer
 from chains_stream.gateway import streaming
+from chains_stream.gateway.auth import new_key
 from tests.sample import Seen
 from tests.serving import WAIT, Greet, Served, serving
 from tests.talking import (
@@ -25,6 +26,7 @@ from tests.talking import (
     MeasurePlain,
     Several,
     Talk,
+    TalkCounting,
     TalkFailing,
     TalkMixed,
     TalkPlain,
@@ -43,12 +45,10 @@ def nothing_seen() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def client_of(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
+async def client_of(served: Served, key: str = "none") -> AsyncIterator[openai.AsyncOpenAI]:
     http = openai.DefaultAsyncHttpxClient(trust_env=False)
     url = f"{served.url}/v1"
-    async with openai.AsyncOpenAI(
-        base_url=url, api_key="none", max_retries=0, timeout=WAIT, http_client=http
-    ) as client:
+    async with openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=WAIT, http_client=http) as client:
         yield client
 
 
@@ -328,14 +328,15 @@ async def test_a_model_is_chosen_by_its_name() -> None:
 
 async def test_what_is_not_served_is_said_so() -> None:
     async with serving(Talk) as served, client_of(served) as client:
-        with pytest.raises(openai.NotFoundError, match="/v1/chat/completions"):
+        with pytest.raises(openai.NotFoundError, match="no such route"):
             await client.embeddings.create(model="any", input="a")
         wrong = await served.http.get(CHAT)
         assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
         assert wrong.json()["error"]["code"] == "method_not_allowed"
     async with serving(Greet) as served:
         for path in ("/v1/models", "/v1/chat/completions"):
-            assert (await served.http.get(path)).status_code == 404
+            response = await served.http.get(path)
+            assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
 
 
 # --- failures
@@ -347,6 +348,7 @@ async def test_what_is_not_served_is_said_so() -> None:
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": []}, "messages"),
         ({"temperature": "hot"}, "temperature"),
+        ({"model": "m" * 2000}, "model"),
         ({"messages": say("x"), "n": 0}, "n"),
         ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "messages[0].content[0].type"),
     ],
@@ -387,6 +389,26 @@ async def test_errors_of_the_chain() -> None:
     assert (busy.value.type, busy.value.code) == ("rate_limit_error", "overloaded")
     assert final.value.response.headers["x-should-retry"] == "false"
     assert wrong.value.param == "messages"
+
+
+async def test_keys() -> None:
+    key, entry = new_key("ada")
+    async with serving(Talk, api_keys=str(entry)) as served:
+        async with client_of(served, key) as client:
+            answer = await client.chat.completions.create(model="any", messages=say("a"))
+            assert answer.choices[0].message.content == "a "
+            assert [model.id async for model in client.models.list()] == ["Talk"]
+        async with client_of(served, "ck_wrong") as client:
+            with pytest.raises(openai.AuthenticationError) as error:
+                await client.chat.completions.create(model="any", messages=say("a"))
+            with pytest.raises(openai.AuthenticationError):
+                await client.models.list()
+        document = (await served.http.get("/openapi.json")).json()
+    assert (error.value.type, error.value.code) == ("authentication_error", "unauthorized")
+    OpenAPIV31SpecValidator(document).validate()
+    refused = document["paths"][CHAT]["post"]["responses"]["401"]["content"]
+    schema = {**refused["application/json"]["schema"], "components": document["components"]}
+    jsonschema.validate(error.value.response.json(), schema)
 
 
 async def test_a_gateway_that_is_full() -> None:
@@ -457,6 +479,26 @@ async def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) ->
             assert text_of([chunk async for chunk in stream]) == "first"
 
 
+@pytest.mark.parametrize("how", ["streamed", "whole"])
+async def test_an_idempotency_key(how: str) -> None:
+    more: Any = {"extra_headers": {"idempotency-key": "order-1"}, "model": "any", "stream": how == "streamed"}
+    async with talking(TalkCounting) as client:
+        ids, said = set(), set()
+        for _ in range(2):
+            answer = await client.chat.completions.create(messages=say("go"), **more)
+            if how == "streamed":
+                chunks = [chunk async for chunk in answer]
+                ids.add(chunks[0].id)
+                said.add(text_of(chunks))
+            else:
+                ids.add(answer.id)
+                said.add(answer.choices[0].message.content)
+        with pytest.raises(openai.UnprocessableEntityError):
+            await client.chat.completions.create(messages=say("stop"), **more)
+    assert said == {"run 1"}
+    assert len(ids) == 1
+
+
 # --- the document, and the example
 
 
@@ -507,6 +549,8 @@ async def test_the_example() -> None:
         chunks = [chunk async for chunk in stream]
         unknown = await client.chat.completions.create(model="extract", messages=say("Who are you?"))
         vectors = (await client.embeddings.create(model="hash", input=["a b", "b a"], dimensions=8)).data
+        with pytest.raises(openai.BadRequestError) as too_many:
+            await client.embeddings.create(model="hash", input="a", dimensions=10**9)
     assert whole.choices[0].message.content == text_of(chunks) == "The office opens at nine."
     assert whole.usage is not None
     assert whole.usage == chunks[-1].usage
@@ -515,5 +559,6 @@ async def test_the_example() -> None:
     assert (cut.choices[0].message.content, cut.choices[0].finish_reason) == ("The office", "length")
     assert (stopped.choices[0].message.content, stopped.choices[0].finish_reason) == ("The office opens", "stop")
     assert unknown.choices[0].message.content == UNKNOWN
+    assert too_many.value.param == "dimensions"
     assert vectors[0].embedding == vectors[1].embedding
     assert len(vectors[0].embedding) == 8
