@@ -125,9 +125,9 @@ async def target() -> AsyncIterator[Target]:
             await process.wait()
 
 
-async def attack(seed: int, requests: int, warm_up: int) -> Report:
+async def attack(seed: int, requests: int, warm_up: int, first: int = 0) -> Report:
     """Send so many requests; the figures are taken before, after the warm-up, and at the end."""
-    report = Report()
+    report = Report(cases=first)
     clock = asyncio.get_running_loop().time
     async with target() as servers:
         await servers.ids()
@@ -140,7 +140,10 @@ async def attack(seed: int, requests: int, warm_up: int) -> Report:
                 report.figures["warm"] = await servers.settled(report.figures["begin"])
             print(f"\r{report.requests} requests, {clock() - began:.0f} s", end="", file=sys.stderr, flush=True)
         report.seconds = clock() - began
-        await servers.ids()
+        try:
+            await servers.ids()
+        except (httpx.HTTPError, AssertionError) as error:
+            report.wrong.append(f"a valid request is not answered any more: {error!r}")
         report.figures["end"] = await servers.settled(report.figures["begin"])
         report.figures.setdefault("warm", report.figures["end"])
     print(file=sys.stderr)

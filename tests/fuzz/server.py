@@ -7,10 +7,12 @@ so that an attack meets their ends: nothing may grow, or hang, beyond them.
 # ruff: noqa: T201 - a program that prints
 
 import asyncio
+import faulthandler
 import gc
 import hashlib
 import logging
 import os
+import signal
 import sys
 from collections import Counter
 from contextlib import AsyncExitStack
@@ -94,6 +96,7 @@ async def serve() -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR1)  # shows where it is stuck
     impatient()
     with asyncio.Runner(loop_factory=_event_loop) as runner:  # as the command has it
         runner.run(serve())

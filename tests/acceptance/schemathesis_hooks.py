@@ -1,0 +1,49 @@
+"""What schemathesis can't know of a request that fits the document; loaded by its command (SCHEMATHESIS_HOOKS)."""
+
+from typing import Any
+from uuid import uuid4
+
+import schemathesis
+
+MAX_KEY = 255  # bytes of an idempotency key
+SHORT = 2.0  # seconds
+UNKNOWN = "x-schemathesis-unknown-property"
+
+
+@schemathesis.hook
+def filter_case(context: schemathesis.HookContext, case: schemathesis.Case) -> bool:
+    """Leave out cases that it holds for wrong as they have one header more: HTTP allows any."""
+    return UNKNOWN not in (case.headers or {})
+
+
+@schemathesis.hook
+def map_body(context: schemathesis.HookContext, body: Any) -> Any:
+    """Write whole numbers as such: an `integer` of JSON Schema may be 1.0, ours may not."""
+    return _whole(body)
+
+
+@schemathesis.hook
+def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
+    """Use no idempotency key twice, which is 422; and leave a request the time that it takes, or else it is 504."""
+    headers = case.headers
+    key = headers.get("idempotency-key")
+    if isinstance(key, str) and 0 < len(key) <= MAX_KEY:
+        headers["idempotency-key"] = uuid4().hex
+    try:
+        seconds = float(headers.get("x-request-timeout", SHORT))
+    except (TypeError, ValueError):
+        return
+    if 0 < seconds < SHORT:
+        headers["x-request-timeout"] = str(SHORT)
+
+
+def _whole(value: Any) -> Any:
+    match value:
+        case float() if value.is_integer():
+            return int(value)
+        case list():
+            return [_whole(item) for item in value]
+        case dict():
+            return {name: _whole(item) for name, item in value.items()}
+        case _:
+            return value
