@@ -16,7 +16,17 @@ import msgspec
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
 Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
 
-Texts = str | Annotated[Sequence[str | int | Sequence[int]], msgspec.Meta(min_length=1)]
+_NO_MIXTURE = [
+    {"items": {"type": "string"}},
+    {"items": {"type": "integer"}},
+    {"items": {"type": "array", "items": {"type": "integer"}}},
+]
+Texts = (
+    str
+    | Annotated[
+        Sequence[str | int | Sequence[int]], msgspec.Meta(min_length=1, extra_json_schema={"anyOf": _NO_MIXTURE})
+    ]
+)
 """A text or many of them, each a string or a list of tokens."""
 
 _Name = Annotated[str, msgspec.Meta(max_length=1024)]  # it comes back with every chunk

@@ -8,7 +8,7 @@ from chains_stream import openai as api
 from chains_stream.chain import Chain
 from chains_stream.gateway.openai_offers import CHAT, COMPLETIONS, EMBEDDINGS, Offer, offers
 from chains_stream.gateway.openapi_async import request_parameters
-from chains_stream.gateway.openapi_parts import JSON, RETRY, Json, answer
+from chains_stream.gateway.openapi_parts import JSON, RETRY, Json, answer, stream_of
 from chains_stream.gateway.streaming import EVENTS
 from chains_stream.settings import Settings
 
@@ -78,7 +78,7 @@ def _generation(path: str, here: list[Offer], of: dict[Any, Json], settings: Set
     content: Json = {JSON: {"schema": of[whole]}}
     if chunk is not None:
         text = "With `stream`: server-sent events, chunks as JSON and a last one of `[DONE]`; or an `error`."
-        content[EVENTS] = {"schema": {"type": "string", "description": text}, "x-chunk-schema": of[chunk]}
+        content[EVENTS] = stream_of(EVENTS, of[chunk], text)
     models = ", ".join(f"`{offer.name}`" for offer in here)
     which = f"`model` is one of {models}." if len(here) > 1 else f"Any `model` is {models}."
     return {
