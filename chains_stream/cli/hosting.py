@@ -22,6 +22,7 @@ from chains_stream.errors import ChainsUsageError
 from chains_stream.gateway.app import Gateway
 from chains_stream.gateway.auth import Keys
 from chains_stream.gateway.gate import Gate
+from chains_stream.gateway.ids import secret_of
 from chains_stream.gateway.server import Server, is_local
 from chains_stream.gateway.tls import Tls
 from chains_stream.log import get_logger
@@ -116,8 +117,9 @@ async def _bound(stack: AsyncExitStack, settings: Settings, given: socket.socket
 def guard(settings: Settings, bound: socket.socket) -> None:
     """Refuse to serve whoever reaches us from elsewhere without a key; say so where there are none.
 
-    Raises ChainsUsageError, for a wrong setting of keys, origins or certificates too.
+    Raises ChainsUsageError, for a wrong setting of keys, origins or certificates and a missing secret too.
     """
+    secret_of(settings)  # before the broker is waited for
     gate, tls = Gate.of(settings), Tls.of(settings)
     if gate is not None and gate.keys is not None:
         return
