@@ -134,13 +134,6 @@ class AsyncRequest:
         return await persist(lambda: look(topic, partition, begin, request.correlation_id, known_ms), self._record)
 
 
-def is_async(request: Request) -> bool:
-    """Tell whether nobody waits for a request."""
-    return (
-        request.progress or request.start_by_ms is not None or request.retry is not None or request.webhook is not None
-    )
-
-
 def delay_after(retry: Retry, attempt: int) -> float:
     """Give the seconds from the end of a try to the next one."""
     return min(retry.max_delay_ms, retry.initial_delay_ms << min(attempt - 1, 32)) / 1000

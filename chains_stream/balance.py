@@ -32,12 +32,13 @@ log = get_logger(__name__)
 class Report:
     """What a worker last said of itself, and how many requests this caller has under way to it since."""
 
-    __slots__ = ("arrived", "at_ms", "busy", "capacity", "partitions", "sent", "worker")
+    __slots__ = ("arrived", "at_ms", "busy", "capacity", "partitions", "running", "sent", "worker")
 
     def __init__(self, load: Load, partitions: list[int], arrived: float) -> None:
         self.worker = load.worker
         self.at_ms = load.at_ms
         self.partitions = partitions
+        self.running = max(0, load.running)
         self.busy = max(0, load.running) + max(0, load.waiting)
         self.capacity = load.capacity
         self.arrived = arrived  # by this process's own clock: that of the worker may be wrong
@@ -84,6 +85,11 @@ class Balancer:
             if not best.full():
                 break
         return partition if best is first else random.choice(best.partitions)  # noqa: S311 - as above
+
+    def running(self) -> int:
+        """Count the requests that run, by what workers have reported lately."""
+        oldest = self._clock() - REPORT_VALID
+        return sum(report.running for report in self._known if report.arrived >= oldest)
 
     def sent(self, partition: int) -> Report | None:
         """Count a request that is sent to a partition; once it has ended, one less is `sent` in what is returned."""

@@ -268,6 +268,10 @@ class Caller:
         headers = request.to_headers() + claim
         await (await self._broker.publish(topic, arguments, partition=partition, key=key, headers=headers))
 
+    def running(self, topic: str) -> int:
+        """Count the requests on a topic, which `use` has prepared, that run now, as far as is known."""
+        return self._balancers[topic].running()
+
     async def fetch(self, reference: str) -> msgspec.Raw:
         """Fetch a result or a chunk that was too large for its record. Raises StoreError."""
         return msgspec.Raw(await self.store.get(reference))

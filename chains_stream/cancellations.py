@@ -43,11 +43,11 @@ class Cancellations:
 
     def add(self, request: bytes | str) -> None:
         """Note a correlation id, or the id of a request and all that belongs to it."""
+        self._known.pop(request, None)
         if len(self._known) >= MAX_CANCELLED:
             oldest = next(iter(self._known))
             age = time.monotonic() - self._known.pop(oldest)
             self.known_since_ms = max(self.known_since_ms, now_ms() - int(age * 1000) + 1)
-        self._known.pop(request, None)
         self._known[request] = time.monotonic()
 
     def meet(self, request: Request) -> bool:

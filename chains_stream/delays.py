@@ -14,7 +14,7 @@ from chains_stream.broker import Broker, Committed, GroupConsumer, Record, Topic
 from chains_stream.errors import BrokerError, ChainsUsageError, UnknownTopicError
 from chains_stream.letters import dead_letter_spec, send_letter
 from chains_stream.log import get_logger
-from chains_stream.messages import Headers, now_ms
+from chains_stream.messages import Headers, new_id, now_ms
 from chains_stream.policy import backoff
 from chains_stream.settings import Settings
 
@@ -80,7 +80,7 @@ class Delays:
         Returns when it is stored. Raises BrokerError.
         """
         if delay_seconds <= 0:
-            partition = await _partition(self._broker, topic, key, value)
+            partition = await _partition(self._broker, topic, key, new_id())
             stored = await self._broker.publish(topic, value, partition=partition, key=key, headers=headers)
         else:
             number = self._number(delay_seconds)

@@ -31,6 +31,8 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
         begin: no frame lies before this offset.
         end: the end of the answer lies in the record at this offset, or before it.
         status: how it ended. Where frames tell otherwise, they count: it may have ended before, in another way.
+        attempt: to tell the webhook, from 1.
+        ended_ms: when it ended, in Unix time; 0 until whoever first tells the webhook has noted the time.
     """
 
     url: str
@@ -41,6 +43,8 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     begin: int
     end: int
     status: Status
+    attempt: int = 1
+    ended_ms: int = 0
 
 
 def webhooks_topic(request_topic: str) -> str:

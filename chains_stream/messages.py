@@ -7,8 +7,8 @@ changes.
 import functools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -55,8 +55,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     `reply_offset` is where a worker that takes the request over begins to look for what was answered before it.
     `reply_topic` is None for a request that wants no answer, `reply_partition` for one that leaves it to the worker.
     `deadline_ms` is Unix time. `window` is (chunks, bytes), or None for a caller that does not return credit: its
-    streams are not held back. `start_by_ms`, Unix time too, bounds the time in the queue, of a request
-    that nobody waits for; `retry`, `webhook` and `progress` are for such requests alone.
+    streams are not held back. `start_by_ms`, Unix time too, bounds the time in the queue. `retry`, `webhook` and
+    `progress` are for requests that nobody waits for.
     """
 
     correlation_id: bytes
@@ -98,20 +98,26 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             headers.append((TRACEPARENT, self.traceparent))
         if self.tracestate is not None:
             headers.append((TRACESTATE, self.tracestate))
-        if self.start_by_ms is not None:
-            headers += self._asynchronous()
+        if self.asynchronous:
+            headers += self._async_headers()
         return tuple(headers)
 
-    def _asynchronous(self) -> Iterator[tuple[str, bytes]]:
-        """Give the headers of a request that nobody waits for."""
+    @property
+    def asynchronous(self) -> bool:
+        """Whether nobody waits for it, as far as that makes a difference to a worker."""
+        return self.progress or self.start_by_ms is not None or self.retry is not None or self.webhook is not None
+
+    def _async_headers(self) -> list[tuple[str, bytes]]:
+        headers = []
         if self.start_by_ms is not None:
-            yield START_BY, self.start_by_ms.to_bytes(8, "big")
+            headers.append((START_BY, self.start_by_ms.to_bytes(8, "big")))
         if self.retry is not None:
-            yield RETRY, b"".join([number.to_bytes(4, "big") for number in self.retry])
+            headers.append((RETRY, b"".join([number.to_bytes(4, "big") for number in self.retry])))
         if self.webhook is not None:
-            yield WEBHOOK, self.webhook.encode()
+            headers.append((WEBHOOK, self.webhook.encode()))
         if self.progress:
-            yield PROGRESS, b"1"
+            headers.append((PROGRESS, b"1"))
+        return headers
 
     @classmethod
     def from_headers(cls, headers: Sequence[tuple[str, bytes | None]]) -> "Request":
@@ -139,10 +145,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             window=None if window is None else _window(found),
             traceparent=found.get(TRACEPARENT),
             tracestate=found.get(TRACESTATE),
-            start_by_ms=_number(found, START_BY, 8),
-            retry=_retry(found),
-            webhook=_text(found, WEBHOOK),
-            progress=found.get(PROGRESS) == b"1",
+            **_NOT_ASYNC if found.keys().isdisjoint(_ASYNC) else _async_fields(found),
         )
 
 
@@ -258,6 +261,19 @@ def _number(found: Mapping[str, bytes | None], name: str, size: int) -> int | No
         msg = f"the header {name} must be {size} bytes long, and is {len(value)}"
         raise ValueError(msg)
     return int.from_bytes(value, "big")
+
+
+_ASYNC = frozenset((START_BY, RETRY, WEBHOOK, PROGRESS))
+_NOT_ASYNC: dict[str, Any] = {}  # of most requests: looked for at once
+
+
+def _async_fields(found: Mapping[str, bytes | None]) -> dict[str, Any]:
+    return {
+        "start_by_ms": _number(found, START_BY, 8),
+        "retry": _retry(found),
+        "webhook": _text(found, WEBHOOK),
+        "progress": found.get(PROGRESS) == b"1",
+    }
 
 
 def _retry(found: Mapping[str, bytes | None]) -> Retry | None:

@@ -79,6 +79,11 @@ LOOP_LAG = Histogram(
 )
 
 # --- of gateways
+WEBHOOKS = Counter(
+    "chains_webhooks",
+    "Tries to deliver a webhook: delivered, failed (it is tried again), or undelivered (it was given up).",
+    ["outcome"],
+)
 SHED = Counter(
     "chains_shed",
     "Requests turned away with 429: too many requests, too many of a key, too many bytes of bodies, a key's rate.",

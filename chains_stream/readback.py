@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from chains_stream.broker import Broker, Record
+from chains_stream.errors import OffsetExpiredError
 from chains_stream.fold import Fold, Step
 from chains_stream.log import get_logger
 from chains_stream.messages import Chunk, Frame, decode_frames
@@ -88,7 +89,7 @@ class ReadBack:
         try:
             while wanted := self._wanted.pop(place, []):
                 try:
-                    await self._pass(*place, wanted)
+                    await self._passes(*place, wanted)
                 except Exception as error:  # noqa: BLE001 - it is raised where the frames are waited for
                     for one in wanted:
                         if not one.read.done():
@@ -97,6 +98,19 @@ class ReadBack:
             del self._reading[place]
             for one in (*wanted, *self._wanted.pop(place, [])):
                 one.read.cancel()
+
+    async def _passes(self, topic: str, partition: int, wanted: Sequence[_Wanted]) -> None:
+        """Read for all at once; for each by itself, if the log does not hold any more where one of them begins."""
+        try:
+            await self._pass(topic, partition, wanted)
+        except OffsetExpiredError as error:
+            if len(wanted) == 1:
+                wanted[0].read.set_exception(error)
+                return
+            for one in wanted:
+                if not one.read.done():
+                    one.frames.clear()
+                    await self._passes(topic, partition, [one])
 
     async def _pass(self, topic: str, partition: int, wanted: Sequence[_Wanted]) -> None:
         by_id: defaultdict[bytes, list[_Wanted]] = defaultdict(list)

@@ -10,7 +10,7 @@ import msgspec
 from structlog.contextvars import bind_contextvars
 
 from chains_stream import metrics, policy
-from chains_stream.async_requests import AsyncRequest, AsyncRequests, is_async
+from chains_stream.async_requests import AsyncRequest, AsyncRequests
 from chains_stream.batching import FrameBatcher
 from chains_stream.broker import Broker, Record
 from chains_stream.calls import Caller
@@ -171,7 +171,7 @@ class Job:
         if not request.request_id:
             request = msgspec.structs.replace(request, request_id=policy.new_request_id())
         self.request = request
-        if is_async(request):
+        if request.asynchronous:
             self._async = AsyncRequest(
                 self.record, request, self._reply, self._service.async_requests, redelivered=self.redelivered
             )

@@ -3,6 +3,8 @@
 `Settings` is plain data, so that a script can write one; `from_environment` is for the command line alone.
 """
 
+import base64
+import binascii
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -18,6 +20,7 @@ ENVIRONMENT_PREFIX = "CHAINS_"
 _Namespace = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,60}$")]
 _Millis = PositiveInt
 _HOUR_MS = 3_600_000
+_SECRET_PREFIX, _SECRET_BYTES = "whsec_", range(24, 65)
 
 
 class KafkaSettings(pydantic.BaseModel):
@@ -85,9 +88,23 @@ class Settings(pydantic.BaseModel):
     tls_certfile: str | None = None  # PEM, the certificate first, then those that it depends on
     tls_keyfile: str | None = None  # PEM; in the same file as the certificate if not given
     tls_key_password: pydantic.SecretStr | None = None
+    webhook_secrets: pydantic.SecretStr | None = None  # that sign webhooks: `whsec_…`, separated by commas
+    webhook_allow_private: bool = False  # whether webhooks may go to private addresses
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     kafka: KafkaSettings = KafkaSettings()
+
+    @pydantic.field_validator("webhook_secrets")
+    @classmethod
+    def _checked(cls, value: pydantic.SecretStr | None) -> pydantic.SecretStr | None:
+        if value is not None:
+            _webhook_keys(value.get_secret_value())
+        return value
+
+    @property
+    def webhook_keys(self) -> tuple[bytes, ...]:
+        """The keys that webhooks are signed with, each of which gives a signature: so that they can be replaced."""
+        return _webhook_keys(self.webhook_secrets.get_secret_value()) if self.webhook_secrets is not None else ()
 
     @classmethod
     def of(cls, **values: Any) -> Self:
@@ -147,10 +164,30 @@ def _explain(error: pydantic.ValidationError, *, source: str, flags: Mapping[str
             hint = f"; did you mean {_variable(near[0]) if source else near[0]}?" if near else ""
             lines.append(f"{shown}: there is no such setting{hint}")
             continue
-        said = re.sub(r"^(Input|String) should", "should", problem["msg"]).partition(", unable to parse")[0]
+        said = re.sub(r"^(Input |String |Value error, )should", "should", problem["msg"]).partition(
+            ", unable to parse"
+        )[0]
         plain = name in _PLAIN and isinstance(problem["input"], str | int | float)
         lines.append(f"{shown}: {said}" + (f" (got {problem['input']!r})" if plain else ""))
     return "; ".join(lines)
+
+
+def _webhook_keys(text: str) -> tuple[bytes, ...]:
+    """Read secrets as the Standard Webhooks specification writes them. Raises ValueError, which does not show them."""
+    keys = []
+    for number, secret in enumerate(text.split(","), 1):
+        try:
+            key = base64.b64decode(secret.strip().removeprefix(_SECRET_PREFIX), validate=True)
+        except (binascii.Error, ValueError):
+            key = b""
+        if not secret.strip().startswith(_SECRET_PREFIX) or len(key) not in _SECRET_BYTES:
+            msg = (
+                f"should be secrets separated by commas, each `{_SECRET_PREFIX}` and the base64 of {_SECRET_BYTES[0]} "
+                f"to {_SECRET_BYTES[-1]} bytes; number {number} is not"
+            )
+            raise ValueError(msg)
+        keys.append(key)
+    return tuple(keys)
 
 
 def _variable(name: str) -> str:

@@ -215,7 +215,11 @@ class Worker:
     async def _start(self, taken: Sequence[tuple[Record, Ledger]]) -> None:
         """Begin what was taken; what may have killed a worker goes first, and alone."""
         if not self._quarantine.busy and all(self._assignment.ordinary(record, ledger) for record, ledger in taken):
-            await self._begin_all(taken)
+            if self._behind is None and self._places.taken + len(taken) <= self._places.size:
+                for record, ledger in taken:
+                    self._begin(record, ledger)
+            else:
+                await self._begin_all(taken)
             return
         suspects = [(record, ledger) for record, ledger in taken if self._is_suspect(record, ledger)]
         for record, ledger in suspects:

@@ -93,6 +93,16 @@ class TalkMixed(chains.ChainletBase):
         yield api.ChatCompletionChunk.of(finish_reason="length", usage=USAGE)
 
 
+class TalkCounting(chains.ChainletBase):
+    """Says how often it was run."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, request: api.ChatCompletionRequest) -> AsyncIterator[str]:
+        Seen.note(request.messages[-1].text)
+        yield f"run {Seen.counts[request.messages[-1].text]}"
+
+
 class Complete(chains.ChainletBase):
     """Goes on with each prompt by its own length."""
 

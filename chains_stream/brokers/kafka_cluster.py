@@ -6,7 +6,7 @@ tells other things wrongly (an error of a whole group reads as "has stored nothi
 
 import asyncio
 import ssl
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from aiokafka import errors as kafka
@@ -421,3 +421,13 @@ async def stop(client: Any, connections: Any) -> None:
         if stopping.cancelled() or error is not None:
             log.info("broker.stopped_hard", client=type(client).__name__, reason=said(error) if error else "cancelled")
             await connections.close()
+
+
+async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Do some work to its end, also if whoever waits for it is cancelled: so that nothing is left half closed."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    finally:
+        if not task.done():
+            await asyncio.wait([task])

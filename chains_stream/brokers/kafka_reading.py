@@ -20,7 +20,7 @@ from aiokafka.structs import OffsetAndMetadata
 
 from chains_stream.broker import Committed, PartitionsChanged, Record
 from chains_stream.brokers.buffer import Buffer
-from chains_stream.brokers.kafka_cluster import BEGIN, FINAL, Cluster, said, stop
+from chains_stream.brokers.kafka_cluster import BEGIN, FINAL, Cluster, said, stop, to_the_end
 from chains_stream.brokers.kafka_static import FencedInstanceIdError, name_instance
 from chains_stream.brokers.kafka_watch import Watch
 from chains_stream.errors import BrokerError
@@ -94,6 +94,9 @@ class _Feed(ABC):
         return self._watch.trouble()
 
     async def close(self) -> None:
+        await to_the_end(self._close())
+
+    async def _close(self) -> None:
         self._watch = None
         for task in (self._watching, self._task):
             if task is not None:

@@ -4,10 +4,12 @@ import asyncio
 import shlex
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
+from chains_stream.broker import Broker
+from chains_stream.calls import Caller
 from chains_stream.chain import Chain
 from chains_stream.chainlet import ChainletBase, chainlet_name, signature
 from chains_stream.checks import advice
@@ -15,6 +17,7 @@ from chains_stream.cli.example import example_arguments
 from chains_stream.cli.health import Health
 from chains_stream.cli.process import Serving, Signals, connect, run, serve
 from chains_stream.codec import codec_of
+from chains_stream.delays import Mover
 from chains_stream.errors import ChainsUsageError
 from chains_stream.gateway.app import Gateway
 from chains_stream.gateway.auth import Keys
@@ -23,6 +26,7 @@ from chains_stream.gateway.server import Server, is_local
 from chains_stream.gateway.tls import Tls
 from chains_stream.log import get_logger
 from chains_stream.settings import Settings
+from chains_stream.webhooks import open_webhooks
 from chains_stream.worker import Host
 
 if TYPE_CHECKING:
@@ -41,8 +45,10 @@ def run_all(chain: Chain, settings: Settings) -> None:
         stack.push_async_callback(host.drain)
         await host.start()
         hosted = [worker.callee for worker in host.workers]
-        url = await _open(stack, server, Gateway(chain, caller, broker, settings, hosted), settings)
-        return Serving(f"{_ready(chain, url)}\n{try_it(chain, url)}", host.failed)
+        gateway = Gateway(chain, caller, broker, settings, hosted)
+        failed = await _start_gateway(stack, gateway, (chain, broker, caller), settings)
+        url = await _open(stack, server, gateway, settings)
+        return Serving(f"{_ready(chain, url)}\n{try_it(chain, url)}", lambda: _any(host.failed(), failed()))
 
     _serve(chain, start)
 
@@ -54,8 +60,10 @@ def run_gateway(chain: Chain, settings: Settings, link: "Link | None" = None) ->
     async def start(stack: AsyncExitStack) -> Serving:
         server = await _bound(stack, settings, None if link is None else link.socket)
         broker, caller = await connect(stack, settings)
-        url = await _open(stack, server, Gateway(chain, caller, broker, settings), settings)
-        return Serving(_ready(chain, url), caller.failed)
+        gateway = Gateway(chain, caller, broker, settings)
+        failed = await _start_gateway(stack, gateway, (chain, broker, caller), settings)
+        url = await _open(stack, server, gateway, settings)
+        return Serving(_ready(chain, url), lambda: _any(caller.failed(), failed()))
 
     _serve(chain, start, link)
 
@@ -112,9 +120,6 @@ def guard(settings: Settings, bound: socket.socket) -> None:
     """
     gate, tls = Gate.of(settings), Tls.of(settings)
     if gate is not None and gate.keys is not None:
-        if settings.secret is None and not settings.broker.startswith("memory:"):
-            what = "an id tells nobody whose request it is of: whoever learns it can read the answer with another key"
-            log.warning("gateway.no_secret", reason=f"CHAINS_SECRET is not set, so {what}")
         return
     host, port = bound.getsockname()[:2]
     where = f"{'http' if tls is None else 'https'} on {host}, port {port}"
@@ -139,10 +144,34 @@ async def _watched(stack: AsyncExitStack, settings: Settings) -> Health | None:
     return health
 
 
+async def _start_gateway(
+    stack: AsyncExitStack, gateway: Gateway, parts: tuple[Chain, Broker, Caller], settings: Settings
+) -> Callable[[], Awaitable[None]]:
+    """Start a gateway, and what every process that has one does besides: move what is due, deliver webhooks.
+
+    Gives a wait for what ends one of them.
+    """
+    chain, broker, caller = parts
+    mover = Mover(broker, settings)
+    stack.push_async_callback(gateway.close)
+    stack.push_async_callback(mover.drain)
+    try:
+        async with asyncio.TaskGroup() as starting:
+            starting.create_task(gateway.start())
+            starting.create_task(mover.start())
+            webhooks = starting.create_task(open_webhooks(stack, chain, broker, caller, settings))
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None  # one is enough to know, and the others follow from it
+    return lambda: _any(gateway.failed(), mover.failed(), webhooks.result().failed())
+
+
+async def _any(*failures: Awaitable[None]) -> None:
+    """Wait for the first failure. Raises it."""
+    await asyncio.gather(*failures)
+
+
 async def _open(stack: AsyncExitStack, server: Server, gateway: Gateway, settings: Settings) -> str:
     """Let HTTP in, as the first to be stopped; give the URL."""
-    stack.push_async_callback(gateway.close)
-    await gateway.start()
     stack.push_async_callback(server.stop)
     _reload_on_hangup(stack, server, gateway, settings)
     return await server.start(gateway.app, gateway.interrupt)

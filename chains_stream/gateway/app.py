@@ -119,6 +119,10 @@ class Gateway:
         routes = [Route(WEBSOCKET, websocket, methods=["GET"]), WebSocketRoute(WEBSOCKET, elsewhere)]
         return UseWebSocket(self._shared), routes
 
+    async def failed(self) -> None:
+        """Wait until the gateway can't look into the log any more. Raises what stopped it."""
+        await asyncio.gather(self._past.results.failed(), self._claims.failed())
+
     def interrupt(self) -> None:
         """Answer the requests that are still under way with 503. They are not cancelled: they run to their deadline."""
         self._shared.interrupt()

@@ -30,6 +30,7 @@ from chains_stream.gateway.results import LAST_ATTEMPT, Known, Status
 from chains_stream.gateway.streaming import EVENTS, LINES, Forms, Stream, media_types
 from chains_stream.messages import Cancelled, Request, Retry, encode_frames, now_ms
 from chains_stream.policy import Scope
+from chains_stream.posting import check_url
 from chains_stream.signature import background_topic
 
 MAX_QUEUE_SECONDS = 72 * 3600  # that a request may wait, as with Baseten
@@ -97,6 +98,7 @@ def routes(shared: Shared, codec: Codec, target: RemoteTarget) -> list[Route]:
     return [
         Route("/async_run_remote", Submit(shared, codec, target), methods=["POST"]),
         Route(one, _One(Ask(shared, codec), Stop(shared, codec)), methods=["GET", "DELETE"]),
+        Route("/async_queue_status", Count(shared), methods=["GET"]),
         Route(f"{one}/events", Replay(shared, codec), methods=["GET"]),
     ]
 
@@ -120,6 +122,8 @@ class Submit(Endpoint):
             body = await self.body(exchange, place) or b"{}"
             submission = self._read(body)
             arguments = self._codec.arguments_from_json(submission.model_input)
+            if submission.webhook_endpoint is not None:
+                check_url(submission.webhook_endpoint, allow_private=self.settings.webhook_allow_private)
             claim = await self.claim(exchange, body)
             if claim is not None and claim.earlier is not None:
                 await _accept(exchange, claim.earlier)
@@ -295,6 +299,19 @@ class Replay(_OfOne):
         finally:
             following.close()
             past.caller.tell(following, Reading(found.correlation_id, here=False))
+
+
+class Count(Endpoint):
+    """`GET /async_queue_status`: how many requests wait, and run, as the broker and the workers know it."""
+
+    async def handle(self, exchange: Exchange, place: Place) -> None:
+        past = self.shared.past
+        topics = (past.topic, background_topic(past.topic))
+        with exchange.wanted(exchange.begin(self.settings.deadline)):
+            await exchange.body(0, place.hold)
+            backlog = sum([await past.broker.backlog(topic, topic) for topic in topics])
+            running = min(backlog, past.caller.running(past.topic))  # workers report all that they run to either
+            await _write(exchange, HTTPStatus.OK, msgspec.json.encode(Queue(backlog - running, running)))
 
 
 class _Single:

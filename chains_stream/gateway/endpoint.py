@@ -10,8 +10,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
+from chains_stream.answers import Answer
 from chains_stream.calls import Call, RemoteTarget
-from chains_stream.errors import GatewayError, OffsetExpiredError, OverloadedError
+from chains_stream.errors import ChainsError, GatewayError, OffsetExpiredError, OverloadedError, is_retryable
 from chains_stream.gateway import problems
 from chains_stream.gateway.claims import Claim, Claims
 from chains_stream.gateway.exchange import KEY_HEADER, ClientLeftError, Exchange, exchange_of
@@ -135,6 +136,40 @@ class Endpoint:
                 headers={"retry-after": "1", "location": f"/async_request/{claim.earlier}"},
             )
         return found
+
+    async def run_once(
+        self,
+        exchange: Exchange,
+        place: Place,
+        target: RemoteTarget,
+        body: bytes,
+        arguments: bytes,
+        *,
+        scope: Scope,
+        answer: Callable[[Answer], Awaitable[None]],
+    ) -> None:
+        """As `run`; but a request with an idempotency key that was run before gets the answer that it had.
+
+        Of a request without one the body is not looked at.
+        """
+        if not exchange.keyed:
+            await self.run(exchange, place, target, arguments, scope=scope, answer=answer)
+            return
+        claim = await self.claim(exchange, body)
+        assert claim is not None, "it has a key"
+        if claim.earlier is not None:
+            following = self.shared.past.follow(await self.earlier(exchange, claim), scope)
+            try:
+                await answer(following)
+            finally:
+                following.close()
+            return
+        try:
+            await self.run(exchange, place, target, arguments, scope=scope, answer=answer)
+        except ChainsError as error:
+            if not exchange.started and is_retryable(error):
+                claim.release()
+            raise
 
     async def run(
         self,

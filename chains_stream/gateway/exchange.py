@@ -16,13 +16,14 @@ from typing import ClassVar, Protocol
 from urllib.parse import parse_qsl
 
 from prometheus_client import Counter
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as ASGIScope
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from chains_stream import metrics
 from chains_stream.errors import DeadlineExceededError
-from chains_stream.gateway import problems
+from chains_stream.gateway import openai_errors, problems
 from chains_stream.gateway.problems import Problem, Refusal
 from chains_stream.log import get_logger, log_plain
 from chains_stream.messages import now_ms
@@ -360,10 +361,16 @@ class Exchange:
         if (own := self._own) is not None and own.buffers:
             await own.taken()
 
+    def respond(self, problem: Problem, headers: dict[str, str] | None = None) -> Response:
+        """Write a problem as clients of this path expect it."""
+        if self._scope["path"].startswith(openai_errors.PREFIX):
+            return openai_errors.respond(problem, headers)
+        return problems.respond(problem, headers)
+
     async def answer(self, problem: Problem, headers: dict[str, str] | None = None) -> None:
         """Answer with a problem."""
         self.error = problem.code
-        await problems.respond(problem, headers)(self._scope, self._receive, self.send)
+        await self.respond(problem, headers)(self._scope, self._receive, self.send)
         await self.settle()
 
     @property

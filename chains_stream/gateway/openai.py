@@ -16,18 +16,19 @@ import msgspec
 from starlette.routing import Route
 
 from chains_stream import openai as api
-from chains_stream.calls import Call, Caller, RemoteTarget, remote_target
+from chains_stream.answers import Answer
+from chains_stream.calls import Caller, RemoteTarget, remote_target
 from chains_stream.chain import Chain
 from chains_stream.codec import explain
 from chains_stream.errors import InvalidArgumentError, InvalidResultError
 from chains_stream.foreign import decode_json_hook
-from chains_stream.gateway.endpoint import JSON, Shared
+from chains_stream.gateway import openai_errors
+from chains_stream.gateway.endpoint import JSON, Endpoint, Shared
 from chains_stream.gateway.exchange import PIECE, Exchange
 from chains_stream.gateway.limits import Place
 from chains_stream.gateway.openai_answers import Chat, ChunkForm, Dialect, Stamp, Text, to_json
-from chains_stream.gateway.openai_errors import MODEL_NOT_FOUND, OpenAIEndpoint
 from chains_stream.gateway.openai_offers import CHAT, COMPLETIONS, EMBEDDINGS, Offer, offers
-from chains_stream.gateway.problems import Refusal
+from chains_stream.gateway.problems import Problem, Refusal
 from chains_stream.gateway.streaming import Stream
 from chains_stream.settings import Settings
 
@@ -51,7 +52,7 @@ async def routes(shared: Shared, chain: Chain, caller: Caller, settings: Setting
         if found := [model for model in models if model.offer.path == path]:
             endpoint = Embeddings(shared, found) if path == EMBEDDINGS else Generation(shared, found, _DIALECTS[path])
             made.append(Route(path, endpoint, methods=["POST"]))
-    return [*made, Route("/v1/{path:path}", Elsewhere(shared, made))]
+    return made
 
 
 class OfferedModel:
@@ -78,13 +79,16 @@ class _Named(msgspec.Struct):
     model: str | None = None
 
 
-class _ModelEndpoint(OpenAIEndpoint):
+class _ModelEndpoint(Endpoint):
     """An endpoint for requests that name a model: any of those that it has."""
 
     def __init__(self, shared: Shared, models: list[OfferedModel]) -> None:
         super().__init__(shared)
         self._models = models
         self._named = msgspec.json.Decoder(_Named).decode
+
+    def write_problem(self, problem: Problem) -> bytes:
+        return openai_errors.to_json(problem)
 
     def _choose(self, body: bytes) -> OfferedModel:
         """Choose who takes a request: by its `model`, if there are several. Raises Refusal."""
@@ -114,40 +118,44 @@ class Generation(_ModelEndpoint):
             model = self._choose(body)
             request = model.read(body)
             arguments = model.codec.encode_arguments((request,), {})
-            stamp = Stamp(
-                self._dialect.prefix + exchange.request_id, int(time.time()), request.model or model.offer.name
-            )
+            name = request.model or model.offer.name
             if request.stream:
                 options = request.stream_options
                 usage = options is not None and bool(options.include_usage)
-                form = ChunkForm(self._dialect, model.codec, stamp, include_usage=usage)
-                answer = partial(self._stream if model.offer.streaming else self._split, exchange, model, form)
+                answer = partial(self._stream if model.offer.streaming else self._split, exchange, model, name, usage)
             else:
-                answer = partial(self._whole, exchange, place, model, stamp)
-            del body, request
-            await self.run(exchange, place, model.target, arguments, scope=scope, answer=answer)
+                answer = partial(self._whole, exchange, place, model, name)
+            del request
+            body = body if exchange.keyed else b""  # let go of, but for the comparison with an earlier one
+            await self.run_once(exchange, place, model.target, body, arguments, scope=scope, answer=answer)
 
-    async def _stream(self, exchange: Exchange, model: OfferedModel, form: ChunkForm, call: Call) -> None:  # noqa: ARG002 - as `_split`
+    async def _stream(self, exchange: Exchange, model: OfferedModel, name: str, usage: bool, call: Answer) -> None:  # noqa: FBT001 - bound
+        form = ChunkForm(self._dialect, model.codec, self._stamp(exchange, name), include_usage=usage)
         await Stream(exchange, call, form, self.shared.pulse).run()
 
-    async def _split(self, exchange: Exchange, model: OfferedModel, form: ChunkForm, call: Call) -> None:
+    async def _split(self, exchange: Exchange, model: OfferedModel, name: str, usage: bool, call: Answer) -> None:  # noqa: FBT001 - bound
         """Stream what is given as a whole."""
         given = model.codec.decode_result(await call.result())
         said, end = self._dialect.split(self._dialect.of_text(given) if isinstance(given, str) else given)
+        form = ChunkForm(self._dialect, model.codec, self._stamp(exchange, name), include_usage=usage)
         data = form.write(said) + form.write(end) + form.end(2)
         exchange.tell = form.failure
         await exchange.start(HTTPStatus.OK, *form.headers)
         await exchange.finish(data)
 
-    async def _whole(self, exchange: Exchange, place: Place, model: OfferedModel, stamp: Stamp, call: Call) -> None:
+    async def _whole(self, exchange: Exchange, place: Place, model: OfferedModel, name: str, call: Answer) -> None:
         if model.offer.streaming:
             whole = await self._gather(place, model, call)
         else:
             given = model.codec.decode_result(await call.result())
             whole = self._dialect.of_text(given) if isinstance(given, str) else given
-        await _answer(exchange, place, to_json(stamp.put_on(whole)))
+        await _answer(exchange, place, to_json(self._stamp(exchange, name).put_on(whole)))
 
-    async def _gather(self, place: Place, model: OfferedModel, call: Call) -> Any:
+    def _stamp(self, exchange: Exchange, name: str) -> Stamp:
+        """Stamp an answer with the id of its request, which is another's once that is known to have run before."""
+        return Stamp(self._dialect.prefix + exchange.request_id, int(time.time()), name)
+
+    async def _gather(self, place: Place, model: OfferedModel, call: Answer) -> Any:
         """Take a stream whole; it counts as bytes that the gateway holds. Raises OverloadedError."""
         gatherer, held, size = self._dialect.gatherer(), 0, 0
         decode = model.codec.decode_result
@@ -174,11 +182,12 @@ class Embeddings(_ModelEndpoint):
             arguments = model.codec.encode_arguments((request,), {})
             in_base64 = request.encoding_format == "base64"
             answer = partial(self._answer, exchange, place, model, asked=request.model, in_base64=in_base64)
-            del body, request
-            await self.run(exchange, place, model.target, arguments, scope=scope, answer=answer)
+            del request
+            body = body if exchange.keyed else b""  # let go of, but for the comparison with an earlier one
+            await self.run_once(exchange, place, model.target, body, arguments, scope=scope, answer=answer)
 
     async def _answer(
-        self, exchange: Exchange, place: Place, model: OfferedModel, call: Call, *, asked: str, in_base64: bool
+        self, exchange: Exchange, place: Place, model: OfferedModel, call: Answer, *, asked: str, in_base64: bool
     ) -> None:
         given = model.codec.decode_result(await call.result())
         response = given if isinstance(given, api.EmbeddingResponse) else _of_vectors(given)
@@ -189,7 +198,7 @@ class Embeddings(_ModelEndpoint):
         await _answer(exchange, place, to_json(response))
 
 
-class ModelListing(OpenAIEndpoint):
+class ModelListing(Endpoint):
     """The endpoint of models: all of them, or one."""
 
     def __init__(self, shared: Shared, models: list[OfferedModel], owner: str) -> None:
@@ -209,25 +218,6 @@ class ModelListing(OpenAIEndpoint):
         await _answer(exchange, place, data)
 
 
-class Elsewhere(OpenAIEndpoint):
-    """What is asked of the API and not served here, or not so."""
-
-    def __init__(self, shared: Shared, served: list[Route]) -> None:
-        super().__init__(shared)
-        self._served = served
-
-    async def handle(self, exchange: Exchange, place: Place) -> None:  # noqa: ARG002 - Endpoint's
-        path = f"/v1/{exchange.path_parameters['path']}"
-        for route in self._served:
-            if route.path_regex.match(path):
-                allowed = ", ".join(sorted(route.methods or ()))
-                headers = {"allow": allowed}
-                text = f"this route takes {allowed}"
-                raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "method-not-allowed", text, headers=headers)
-        paths = ", ".join(f"`{route.path}`" for route in self._served)
-        raise Refusal(HTTPStatus.NOT_FOUND, "not-found", f"this Chain does not serve `{path}`; it serves {paths}")
-
-
 async def _answer(exchange: Exchange, place: Place, data: bytes) -> None:
     if len(data) > PIECE:
         place.hold_result(len(data))
@@ -237,7 +227,7 @@ async def _answer(exchange: Exchange, place: Place, data: bytes) -> None:
 
 def _no_such_model(name: str, models: list[OfferedModel]) -> Never:
     names = ", ".join(f"`{name}`" for name in dict.fromkeys(model.offer.name for model in models))
-    raise Refusal(HTTPStatus.NOT_FOUND, MODEL_NOT_FOUND, f"there is no model `{name}`; there are {names}")
+    raise Refusal(HTTPStatus.NOT_FOUND, openai_errors.MODEL_NOT_FOUND, f"there is no model `{name}`; there are {names}")
 
 
 def _of_vectors(given: Any) -> api.EmbeddingResponse:

@@ -7,10 +7,12 @@ import msgspec
 from chains_stream import openai as api
 from chains_stream.chain import Chain
 from chains_stream.gateway.openai_offers import CHAT, COMPLETIONS, EMBEDDINGS, Offer, offers
+from chains_stream.gateway.openapi_async import request_parameters
+from chains_stream.gateway.openapi_parts import JSON, RETRY, Json, answer
 from chains_stream.gateway.streaming import EVENTS
+from chains_stream.settings import Settings
 
 _PREFIX = "openai."  # of our schemas' names: no class of a user's has a name with a dot
-_JSON = "application/json"
 _ANSWERS: dict[str, tuple[str, str, type[Any], type[Any] | None]] = {
     CHAT: ("chat_completions", "Go on with a conversation", api.ChatCompletion, api.ChatCompletionChunk),
     COMPLETIONS: ("completions", "Go on with a text", api.Completion, api.Completion),
@@ -20,8 +22,11 @@ _FAILURES = {
     400: "The request is wrong; `param` names the field.",
     404: "There is no such model.",
     408: "The body did not arrive in time.",
+    409: "The request with this idempotency key is still under way.",
+    410: "The answer to the request with this idempotency key is not kept any more.",
     413: "The body is too large.",
     415: "The body is not JSON.",
+    422: "The idempotency key was used before, for another body.",
     429: "Too many requests, or bytes of them, are under way. Try again after `retry-after` seconds.",
     499: "The request was cancelled.",
     500: "The Chain failed.",
@@ -29,12 +34,9 @@ _FAILURES = {
     503: "A worker or the broker is away; try again after `retry-after` seconds.",
     504: "The deadline of the request passed.",
 }
-_RETRY = (429, 503)
-
-Json = dict[str, Any]
 
 
-def added(document: Json, chain: Chain) -> Json:
+def added(document: Json, chain: Chain, settings: Settings) -> Json:
     """Give the document of a Chain with the routes of OpenAI's API that it has."""
     found = offers(chain)
     if not found:
@@ -52,7 +54,7 @@ def added(document: Json, chain: Chain) -> Json:
         ref_template=f"#/components/schemas/{_PREFIX}{{name}}",
     )
     of = dict(zip(kinds, references, strict=True))
-    paths = {path: {"post": _generation(path, here, of)} for path, here in by_path.items()}
+    paths = {path: {"post": _generation(path, here, of, settings)} for path, here in by_path.items()}
     paths |= {"/v1/models": {"get": _models(of)}, "/v1/models/{id}": {"get": _model(of)}}
     components = document["components"]
     prefixed = {f"{_PREFIX}{name}": schema for name, schema in schemas.items()}
@@ -66,10 +68,10 @@ def _requests(here: list[Offer]) -> list[type[Any]]:
     return list(dict.fromkeys(offer.request for offer in here))
 
 
-def _generation(path: str, here: list[Offer], of: dict[Any, Json]) -> Json:
+def _generation(path: str, here: list[Offer], of: dict[Any, Json], settings: Settings) -> Json:
     name, summary, whole, chunk = _ANSWERS[path]
     requests = [of[kind] for kind in _requests(here)]
-    content: Json = {_JSON: {"schema": of[whole]}}
+    content: Json = {JSON: {"schema": of[whole]}}
     if chunk is not None:
         text = "With `stream`: server-sent events, chunks as JSON and a last one of `[DONE]`; or an `error`."
         content[EVENTS] = {"schema": {"type": "string", "description": text}, "x-chunk-schema": of[chunk]}
@@ -79,11 +81,12 @@ def _generation(path: str, here: list[Offer], of: dict[Any, Json]) -> Json:
         "operationId": f"openai_{name}",
         "summary": summary,
         "description": which,
+        "parameters": request_parameters(settings),
         "requestBody": {
             "required": True,
-            "content": {_JSON: {"schema": requests[0] if len(requests) == 1 else {"anyOf": requests}}},
+            "content": {JSON: {"schema": requests[0] if len(requests) == 1 else {"anyOf": requests}}},
         },
-        "responses": {"200": _answer("The answer.", content)} | _failures(of, *_FAILURES),
+        "responses": {"200": answer("The answer.", content)} | _failures(of, *_FAILURES),
     }
 
 
@@ -91,7 +94,7 @@ def _models(of: dict[Any, Json]) -> Json:
     return {
         "operationId": "openai_models",
         "summary": "Which models there are",
-        "responses": {"200": _answer("All of them.", {_JSON: {"schema": of[api.ModelList]}})} | _failures(of, 429),
+        "responses": {"200": answer("All of them.", {JSON: {"schema": of[api.ModelList]}})} | _failures(of, 429),
     }
 
 
@@ -100,19 +103,14 @@ def _model(of: dict[Any, Json]) -> Json:
         "operationId": "openai_model",
         "summary": "What is known of a model",
         "parameters": [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}],
-        "responses": {"200": _answer("The model.", {_JSON: {"schema": of[api.Model]}})} | _failures(of, 404, 429),
+        "responses": {"200": answer("The model.", {JSON: {"schema": of[api.Model]}})} | _failures(of, 404, 429),
     }
 
 
 def _failures(of: dict[Any, Json], *statuses: int) -> Json:
-    content = {_JSON: {"schema": of[api.ErrorResponse]}}
-    failures = {str(status): _answer(_FAILURES[status], content) for status in statuses}
-    for status in _RETRY:
+    content = {JSON: {"schema": of[api.ErrorResponse]}}
+    failures = {str(status): answer(_FAILURES[status], content) for status in statuses}
+    for status in RETRY:
         if str(status) in failures:
             failures[str(status)]["headers"]["retry-after"] = {"$ref": "#/components/headers/retry-after"}
-    return failures | {"default": _answer("Another failure.", content)}
-
-
-def _answer(text: str, content: Json) -> Json:
-    headers = {"x-request-id": {"$ref": "#/components/headers/request-id"}}
-    return {"description": text, "headers": headers, "content": content}
+    return failures | {"default": answer("Another failure.", content)}

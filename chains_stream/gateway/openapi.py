@@ -77,7 +77,7 @@ def document(chain: Chain, codec: Codec, settings: Settings) -> Json:
             "headers": HEADERS,
         },
     }
-    described = openai_paths.added(described, chain)
+    described = openai_paths.added(described, chain, settings)
     if settings.api_keys is not None:
         _ask_for_keys(described)
     return described

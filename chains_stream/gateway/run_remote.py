@@ -1,18 +1,15 @@
 """``POST /run_remote``: arguments as a JSON object in, the result or the stream of the Chain's entrypoint out."""
 
-from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
 
 from chains_stream.answers import Answer
 from chains_stream.calls import RemoteTarget
 from chains_stream.codec import Codec
-from chains_stream.errors import ChainsError, is_retryable
 from chains_stream.gateway.endpoint import JSON, Endpoint, Shared
 from chains_stream.gateway.exchange import PIECE, Exchange
 from chains_stream.gateway.limits import Place
 from chains_stream.gateway.streaming import Form, Forms, Stream
-from chains_stream.policy import Scope
 
 _IS_JSON = (b"content-type", JSON.encode())
 
@@ -35,38 +32,8 @@ class RunRemote(Endpoint):
             answer = (
                 partial(self._stream, exchange, form) if form is not None else partial(self._result, exchange, place)
             )
-            if exchange.keyed:
-                await self._once(exchange, place, body, arguments, scope=request, answer=answer)
-                return
-            del body
-            await self.run(exchange, place, self._target, arguments, scope=request, answer=answer)
-
-    async def _once(
-        self,
-        exchange: Exchange,
-        place: Place,
-        body: bytes,
-        arguments: bytes,
-        *,
-        scope: Scope,
-        answer: Callable[[Answer], Awaitable[None]],
-    ) -> None:
-        """Run a request with an idempotency key, unless it was run before: then give the answer that it had."""
-        claim = await self.claim(exchange, body)
-        assert claim is not None, "it has a key"
-        if claim.earlier is not None:
-            following = self.shared.past.follow(await self.earlier(exchange, claim), scope)
-            try:
-                await answer(following)
-            finally:
-                following.close()
-            return
-        try:
-            await self.run(exchange, place, self._target, arguments, scope=scope, answer=answer)
-        except ChainsError as error:
-            if not exchange.started and is_retryable(error):
-                claim.release()
-            raise
+            body = body if exchange.keyed else b""  # let go of, but for the comparison with an earlier one
+            await self.run_once(exchange, place, self._target, body, arguments, scope=request, answer=answer)
 
     async def _stream(self, exchange: Exchange, form: Form, call: Answer) -> None:
         await Stream(exchange, call, form, self.shared.pulse).run()

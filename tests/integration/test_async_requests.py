@@ -446,6 +446,16 @@ async def test_what_waits_in_the_background_can_be_cancelled_and_put_aside(parts
     assert REGISTRY.get_sample_value("chains_lag", {"chainlet": "Work.background", "partition": "0"}) == 0
 
 
+async def test_what_the_broker_seems_to_hold_and_never_gives_does_not_hold_up_the_background(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The marker at the end of a transaction is counted, and is no record."""
+    host = await parts.host()
+    monkeypatch.setattr(host.workers[0]._consumer, "lag", lambda: {0: 1})
+    sent = await parts.send("one", parts.background)
+    assert isinstance((await parts.end(sent))[1], Done)
+
+
 async def test_only_the_entrypoint_has_a_background(parts: Parts) -> None:
     chain = Chain.of(Above)
     host = Host(chain, [Work], parts.broker, parts.caller, parts.settings)

@@ -69,6 +69,24 @@ async def test_a_server_that_never_answers_is_one_error_in_time() -> None:
                 pass
 
 
+async def test_a_reader_whose_closing_is_cancelled_is_closed_all_the_same(kafka_url: str) -> None:
+    """Else its connections would be left open, by whoever ends while it closes a reader."""
+    topic = f"cut.{uuid4().hex}"
+    async with opened(kafka_url) as broker:
+        await broker.ensure_topics([TopicSpec(topic, 1, HOUR_MS)])
+        reader = await broker.read(topic, {0: 0})
+        assert isinstance(reader, kafka_reading.KafkaReader)
+        client = reader._client
+        closing = asyncio.create_task(reader.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert client is not None
+        assert client._closed
+        assert reader._client is None
+
+
 @pytest.mark.timeout(180)
 async def test_a_restart_loses_nothing_that_was_stored(own: Node) -> None:
     """Producer, reader and group go on by themselves when the broker comes back."""

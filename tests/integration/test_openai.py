@@ -25,6 +25,7 @@ from tests.talking import (
     MeasurePlain,
     Several,
     Talk,
+    TalkCounting,
     TalkFailing,
     TalkMixed,
     TalkPlain,
@@ -328,14 +329,15 @@ async def test_a_model_is_chosen_by_its_name() -> None:
 
 async def test_what_is_not_served_is_said_so() -> None:
     async with serving(Talk) as served, client_of(served) as client:
-        with pytest.raises(openai.NotFoundError, match="/v1/chat/completions"):
+        with pytest.raises(openai.NotFoundError, match="no such route"):
             await client.embeddings.create(model="any", input="a")
         wrong = await served.http.get(CHAT)
         assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
         assert wrong.json()["error"]["code"] == "method_not_allowed"
     async with serving(Greet) as served:
         for path in ("/v1/models", "/v1/chat/completions"):
-            assert (await served.http.get(path)).status_code == 404
+            response = await served.http.get(path)
+            assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
 
 
 # --- failures
@@ -455,6 +457,26 @@ async def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) ->
         async with client_of(served) as client:
             stream = await client.chat.completions.create(model="any", messages=say("/hang"), stream=True)
             assert text_of([chunk async for chunk in stream]) == "first"
+
+
+@pytest.mark.parametrize("how", ["streamed", "whole"])
+async def test_an_idempotency_key(how: str) -> None:
+    more: Any = {"extra_headers": {"idempotency-key": "order-1"}, "model": "any", "stream": how == "streamed"}
+    async with talking(TalkCounting) as client:
+        ids, said = set(), set()
+        for _ in range(2):
+            answer = await client.chat.completions.create(messages=say("go"), **more)
+            if how == "streamed":
+                chunks = [chunk async for chunk in answer]
+                ids.add(chunks[0].id)
+                said.add(text_of(chunks))
+            else:
+                ids.add(answer.id)
+                said.add(answer.choices[0].message.content)
+        with pytest.raises(openai.UnprocessableEntityError):
+            await client.chat.completions.create(messages=say("stop"), **more)
+    assert said == {"run 1"}
+    assert len(ids) == 1
 
 
 # --- the document, and the example
