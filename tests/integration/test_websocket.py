@@ -320,7 +320,7 @@ async def test_it_is_counted(served: Served) -> None:
 
 async def test_keys_are_asked_for_and_kept_from_the_chain() -> None:
     key, entry = new_key("ada")
-    async with serving(Talk, api_keys=entry) as served:
+    async with serving(Talk, api_keys=str(entry)) as served:
         with pytest.raises(InvalidStatus) as refused:
             await talk(served).__aenter__()
         assert refused.value.response.status_code == 401
