@@ -29,7 +29,8 @@ UNKNOWN = "Nothing in this conversation says so."
 class Embed(chains.ChainletBase):
     """Embeds texts: their words, hashed into a vector of length 1 (Weinberger et al., ICML 2009)."""
 
-    remote_config = chains.RemoteConfig(compute=chains.Compute(predict_concurrency=8))
+    # A name offers it to clients, as a model, beside the entrypoint.
+    remote_config = chains.RemoteConfig(name="embed", compute=chains.Compute(predict_concurrency=8))
 
     async def run_remote(self, request: openai.EmbeddingRequest) -> openai.EmbeddingResponse:
         texts = [words(text) if isinstance(text, str) else [*map(str, text)] for text in request.inputs]

@@ -106,7 +106,7 @@ class TalkCounting(chains.ChainletBase):
 class Complete(chains.ChainletBase):
     """Goes on with each prompt by its own length."""
 
-    remote_config = WIDE
+    remote_config = chains.RemoteConfig(name="Complete", compute=chains.Compute(predict_concurrency=64))
 
     async def run_remote(self, request: api.CompletionRequest) -> AsyncIterator[api.Completion]:
         for index, prompt in enumerate(request.prompts):
@@ -148,7 +148,7 @@ class MeasurePlain(chains.ChainletBase):
 class Guard(chains.ChainletBase):
     """Takes a request of the API, and gives no answer of it: it is not offered."""
 
-    remote_config = WIDE
+    remote_config = chains.RemoteConfig(name="Guard", compute=chains.Compute(predict_concurrency=64))
 
     async def run_remote(self, request: api.ChatCompletionRequest) -> bool:
         return bool(request.messages)
@@ -171,7 +171,7 @@ class TalkUnit(chains.ChainletBase):
 
 @chains.mark_entrypoint
 class Several(chains.ChainletBase):
-    """One model of each kind, two of chats, and one Chainlet that is none."""
+    """One model of each kind, two of chats, one Chainlet that is none, and one that has no name for clients."""
 
     remote_config = WIDE
 
@@ -181,8 +181,9 @@ class Several(chains.ChainletBase):
         guard: Guard = chains.depends(Guard),
         complete: Complete = chains.depends(Complete),
         measure: Measure = chains.depends(Measure),
+        plain: TalkPlain = chains.depends(TalkPlain),
     ) -> None:
-        self._parts = unit, guard, complete, measure
+        self._parts = unit, guard, complete, measure, plain
 
     async def run_remote(self, request: api.ChatCompletionRequest) -> AsyncIterator[str]:
         yield f"several: {request.messages[-1].text}"

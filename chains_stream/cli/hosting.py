@@ -22,6 +22,7 @@ from chains_stream.errors import ChainsUsageError
 from chains_stream.gateway.app import Gateway
 from chains_stream.gateway.auth import Keys
 from chains_stream.gateway.gate import Gate
+from chains_stream.gateway.ids import secret_of
 from chains_stream.gateway.server import Server, is_local
 from chains_stream.gateway.tls import Tls
 from chains_stream.log import get_logger
@@ -114,24 +115,28 @@ async def _bound(stack: AsyncExitStack, settings: Settings, given: socket.socket
 
 
 def guard(settings: Settings, bound: socket.socket) -> None:
-    """Refuse to serve whoever reaches us from elsewhere without a key; say so where there are none.
+    """Refuse to serve whoever reaches us from elsewhere without a key.
 
-    Raises ChainsUsageError, for a wrong setting of keys, origins or certificates too.
+    Raises ChainsUsageError, for a wrong setting of keys, origins or certificates and a missing secret too.
     """
-    gate, tls = Gate.of(settings), Tls.of(settings)
-    if gate is not None and gate.keys is not None:
-        return
-    host, port = bound.getsockname()[:2]
-    where = f"{'http' if tls is None else 'https'} on {host}, port {port}"
-    if is_local(bound):
-        log.info("gateway.no_keys", reason=f"no API keys are set: any program of this machine may call ({where})")
-    elif settings.allow_anonymous:
-        log.warning("gateway.no_keys", reason=f"no API keys are set: whoever reaches it may call ({where})")
-    else:
+    secret_of(settings)  # before the broker is waited for
+    gate = Gate.of(settings)
+    Tls.of(settings)
+    if not ((gate is not None and gate.keys is not None) or is_local(bound) or settings.allow_anonymous):
         raise ChainsUsageError(
             f"without API keys a gateway listens on loopback only, and {settings.host or 'all addresses'} is not: set "
             "CHAINS_API_KEYS (`chains key NAME` makes one), or CHAINS_ALLOW_ANONYMOUS=true behind something that checks"
         )
+
+
+def _tell_of_keys(gateway: Gateway, server: Server) -> None:
+    """Say who may call where there are no keys."""
+    if gateway.gate is not None and gateway.gate.keys is not None:
+        return
+    if is_local(server.bound):
+        log.info("gateway.no_keys", reason=f"no API keys are set: any program of this machine may call {server.url}")
+    else:
+        log.warning("gateway.no_keys", reason=f"no API keys are set: whoever reaches {server.url} may call it")
 
 
 async def _watched(stack: AsyncExitStack, settings: Settings) -> Health | None:
@@ -174,6 +179,7 @@ async def _open(stack: AsyncExitStack, server: Server, gateway: Gateway, setting
     """Let HTTP in, as the first to be stopped; give the URL."""
     stack.push_async_callback(server.stop)
     _reload_on_hangup(stack, server, gateway, settings)
+    _tell_of_keys(gateway, server)
     return await server.start(gateway.app, gateway.interrupt)
 
 

@@ -48,8 +48,12 @@ class Offer(msgspec.Struct, frozen=True):
 
 
 def offers(chain: Chain) -> list[Offer]:
-    """Find the Chainlets whose only argument is a request of the API, and whose result answers it, entrypoint first."""
-    ordered = [chain.entrypoint, *(cls for cls in chain.chainlets if cls is not chain.entrypoint)]
+    """Find the Chainlets whose only argument is a request of the API, and whose result answers it.
+
+    Those are the entrypoint and, as others are not for clients, those that have a name in their `remote_config`.
+    """
+    named = (cls for cls in chain.chainlets if cls is not chain.entrypoint and cls.remote_config.name)
+    ordered = [chain.entrypoint, *named]
     return [offer for cls in ordered if (offer := _offer(cls)) is not None]
 
 

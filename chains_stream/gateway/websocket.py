@@ -177,12 +177,15 @@ async def elsewhere(websocket: StarletteWebSocket) -> None:
 
 
 def origin_allowed(headers: Mapping[bytes, bytes], cors: Cors | None) -> bool:
-    """Tell whether a page of the `origin` in a handshake may talk to this gateway: with no origins configured all may.
+    """Tell whether a page of the `origin` in a handshake may talk to this gateway: its own, and those configured.
 
-    Browsers let any page open a WebSocket to anywhere, and leave it to the server to look at `origin` (RFC 6455,
-    section 10.2). As nothing here goes by cookies, a page gets no further than any other program that has no key.
+    Browsers let any page open a WebSocket to anywhere, one of loopback too, and leave it to the server to look at
+    `origin` (RFC 6455, section 10.2). Other programs send none.
     """
-    return cors is None or cors.allows(headers.get(b"origin"))
+    origin = headers.get(b"origin")
+    if origin is None or (cors is not None and cors.allows(origin)):
+        return True
+    return origin.partition(b"://")[2].lower() == headers.get(b"host", b"").lower()
 
 
 def _accept(exchange: Exchange, cors: Cors | None) -> bytes:

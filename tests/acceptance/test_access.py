@@ -112,3 +112,12 @@ def test_a_certificate_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
     done = chains("run", HELLO, "--port", "0", variables={"CHAINS_TLS_CERTFILE": str(tmp_path / "none.pem")})
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: CHAINS_TLS_CERTFILE: can't read .+none\.pem: No such file or directory\n", done.stderr)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_keys_without_a_secret_are_one_clear_line(workers: str) -> None:
+    _, entry = new_key("ada")
+    options = ("--port", "0", "--broker", "kafka://127.0.0.1:1", "--workers", workers)
+    done = chains("gateway", HELLO, *options, variables={"CHAINS_API_KEYS": entry})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch("error: CHAINS_SECRET is missing: .+\n", done.stderr)

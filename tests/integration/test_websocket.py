@@ -320,7 +320,7 @@ async def test_it_is_counted(served: Served) -> None:
 
 async def test_keys_are_asked_for_and_kept_from_the_chain() -> None:
     key, entry = new_key("ada")
-    async with serving(Talk, api_keys=entry) as served:
+    async with serving(Talk, api_keys=str(entry)) as served:
         with pytest.raises(InvalidStatus) as refused:
             await talk(served).__aenter__()
         assert refused.value.response.status_code == 401
@@ -357,13 +357,16 @@ async def test_over_tls(tmp_path: Path) -> None:
             assert (await closed(websocket))[0] == 1007
 
 
-async def test_pages_of_other_sites_are_kept_out_where_origins_are_named() -> None:
-    async with serving(Talk, cors_origins="https://good.example") as served:
+@pytest.mark.parametrize("origins", [None, "https://good.example"])
+async def test_pages_of_other_sites_are_kept_out(origins: str | None) -> None:
+    async with serving(Talk, cors_origins=origins) as served:
+        own = served.url
         with pytest.raises(InvalidStatus) as refused:
             await talk(served, headers={"origin": "https://evil.example"}).__aenter__()
         assert refused.value.response.status_code == 403
-        async with talk(served, headers={"origin": "https://good.example"}), talk(served):
-            pass
+        for good in (own, origins or own):
+            async with talk(served, headers={"origin": good}), talk(served):
+                pass
 
 
 async def test_another_chain_has_none() -> None:

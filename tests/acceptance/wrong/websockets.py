@@ -34,14 +34,16 @@ class Sync(chains.ChainletBase):
 
 class Maybe(chains.ChainletBase):
     async def run_remote(
-        self, websocket: chains.WebSocketProtocol | None
-    ) -> None: ...  # ! UNSUPPORTED_TYPE Maybe.run_remote
+        self,
+        websocket: chains.WebSocketProtocol | None,  # ! UNSUPPORTED_TYPE Maybe.run_remote
+    ) -> None: ...
 
 
 class Default(chains.ChainletBase):
     async def run_remote(
-        self, websocket: chains.WebSocketProtocol = None
-    ) -> None: ...  # ! WEBSOCKET Default.run_remote
+        self,
+        websocket: chains.WebSocketProtocol = None,  # ! WEBSOCKET Default.run_remote
+    ) -> None: ...
 
 
 @chains.mark_entrypoint
