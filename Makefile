@@ -7,7 +7,7 @@ READY := .venv/.ready
 BENCH_READY := .venv-bench/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test chaos bench bench-quick check format kafka kafka-stop lock clean
+.PHONY: help run test chaos fuzz bench bench-quick check format kafka kafka-stop lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -20,6 +20,9 @@ test: $(READY) ## Run the whole suite, against a real Apache Kafka of its own on
 
 chaos: $(READY) ## Break processes under load, and account for every request (SEED=… ROUNDS=… SECONDS=… ONLY=…)
 	@exec $(BIN)/python -m tests.chaos $(foreach name,SEED ROUNDS SECONDS ONLY,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) "$($(name))"))
+
+fuzz: $(READY) ## Attack gateways with 100,000 malformed requests, and see that nothing breaks or leaks (SEED=… REQUESTS=… CASE=…)
+	@exec $(BIN)/python -m tests.fuzz $(foreach name,SEED REQUESTS FIRST CASE,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) "$($(name))"))
 
 bench: $(BENCH_READY) ## Measure beside the rivals, about half an hour, into benchmarks/results (ARGS="--only unary")
 	@exec .venv-bench/bin/python -m benchmarks $(ARGS)

@@ -287,8 +287,9 @@ class Session:
         elif now - self._heard >= SILENCE:
             self._fail(Close(ABNORMAL, "the client answered no ping"))
             return
-        if self._frames.state is ConnectionState.OPEN and not self._tunnel.buffers:
-            self._tunnel.transport.write(self._frames.send(Ping()))
+        transport = self._tunnel.transport
+        if self._frames.state is ConnectionState.OPEN and not (self._tunnel.buffers or transport.is_closing()):
+            transport.write(self._frames.send(Ping()))
         if self._beating is None or self._beating.done():
             self._beating = asyncio.create_task(self._beat(), name="websocket beat")
 
@@ -339,7 +340,7 @@ class Session:
         if self._pong is not None and self._frames.state is ConnectionState.OPEN:
             data.append(self._frames.send(Pong(self._pong.payload)))
             self._pong = None
-        if data:
+        if data and not self._tunnel.transport.is_closing():  # else the client has left, which ends this
             self._tunnel.transport.write(b"".join(data))
             if self._tunnel.buffers:
                 await self._tunnel.taken()

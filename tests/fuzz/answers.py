@@ -4,6 +4,9 @@ import json
 import re
 from typing import Any, NamedTuple
 
+from wsproto.connection import Connection, ConnectionType
+from wsproto.utilities import ProtocolError
+
 from chains_stream.gateway.problems import MEDIA_TYPE
 
 # What a request may be answered with: no 500, and nothing that stands for a failure of the Chain, for it has none.
@@ -35,10 +38,10 @@ EXPECTED = {
 _STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) [ -~]*")
 _HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+): ?([\t -~\x80-\xff]*)")
 _CHUNK = re.compile(rb"([0-9a-f]{1,8})\r\n")
-_ONCE = (b"content-length", b"content-type", b"date", b"transfer-encoding", b"x-request-id", b"connection", b"location")
+_ONCE = (b"content-length", b"content-type", b"date", b"transfer-encoding", b"x-request-id", b"location")
 _BODILESS = (204, 304)
 _CONTINUE = 100
-_SWITCHING = 101
+SWITCHING = 101
 _WELL = 300
 
 
@@ -65,8 +68,6 @@ def read(data: bytes, *, head: bool, ended: bool) -> list[Answer]:
             break
         if answer.status != _CONTINUE:
             found.append(answer)
-        if answer.status == _SWITCHING:
-            break
     return found
 
 
@@ -82,11 +83,13 @@ def _one(data: bytes, *, bodiless: bool, ended: bool) -> tuple[Answer | None, by
         raise WrongError(f"no status line: {line[:200]!r}")
     status = int(started[1])
     headers = _headers(lines)
-    if status in (_CONTINUE, _SWITCHING):
+    if status == _CONTINUE:
         return Answer(status, headers, b"", whole=True), rest
+    if status == SWITCHING:  # what follows are frames
+        return Answer(status, headers, rest, whole=True), b""
     if bodiless or status in _BODILESS:
         # A request that is none is answered before its method is known, and then the connection is closed.
-        return Answer(status, headers, b"", whole=True), b"" if headers.get(b"connection") == b"close" else rest
+        return Answer(status, headers, b"", whole=True), b"" if b"close" in headers.get(b"connection", b"") else rest
     body, rest, whole = _body(headers, rest, ended=ended)
     if not whole and not ended:
         return None, data
@@ -102,7 +105,7 @@ def _headers(lines: list[bytes]) -> dict[bytes, bytes]:
         name = found[1].lower()
         if name in headers and name in _ONCE:
             raise WrongError(f"twice: {name!r}")
-        headers[name] = found[2]
+        headers[name] = b", ".join([headers[name], found[2]]) if name in headers else found[2]
     return headers
 
 
@@ -116,7 +119,7 @@ def _body(headers: dict[bytes, bytes], rest: bytes, *, ended: bool) -> tuple[byt
     if length is not None:
         size = int(length)
         return rest[:size], rest[size:], len(rest) >= size
-    if headers.get(b"connection") != b"close":
+    if b"close" not in headers.get(b"connection", b""):
         raise WrongError("nothing tells where the body ends")
     return rest, b"", ended
 
@@ -144,7 +147,8 @@ def judge(answer: Answer, *, head: bool, of_openai: bool) -> None:
     status, headers = answer.status, answer.headers
     if status not in EXPECTED:
         raise WrongError(f"the status {status}: {answer.body[:500]!r}")
-    if status == _SWITCHING:
+    if status == SWITCHING:
+        _judge_frames(answer.body)
         return
     for name in (b"date", b"x-request-id"):
         if not headers.get(name):
@@ -161,6 +165,16 @@ def judge(answer: Answer, *, head: bool, of_openai: bool) -> None:
     elif answer.whole and kind.startswith(b"application/x-ndjson"):
         for line in answer.body.splitlines():
             _parse(line)
+
+
+def _judge_frames(data: bytes) -> None:
+    reader = Connection(ConnectionType.CLIENT)
+    try:
+        reader.receive_data(data)
+        for _ in reader.events():
+            pass
+    except ProtocolError as error:
+        raise WrongError(f"no frames of a WebSocket: {error}: {data[:200]!r}") from error
 
 
 def _judge_problem(answer: Answer, kind: bytes, *, of_openai: bool) -> None:

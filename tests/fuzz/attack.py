@@ -21,6 +21,7 @@ MAX_AHEAD = 20  # requests that are sent at once: the server takes 16 beyond the
 PAUSE = 0.01  # seconds between pieces
 AHEAD_SHARE = 0.1  # of cases that send more than one request
 DAMAGED_SHARE = 0.25
+LATER_SHARE = 0.9
 READ = 64 << 10
 _RESET = struct.pack("ii", 1, 0)
 
@@ -50,22 +51,24 @@ class Case:
     head: bool
     cuts: Sequence[int]  # where it is sent in pieces
     resets: bool  # how the client leaves
+    frames: bytes = b""  # sent once it is a WebSocket
 
     @classmethod
     def make(cls, seed: int, number: int, ids: Sequence[str]) -> "Case":
         choice = random.Random(f"{seed} {number}")
         first = draft(choice, ids)
-        data, requests = _malformed(choice, first), 1
+        data, frames = _malformed(choice, first)
+        requests = 1
         head = data.lstrip().startswith(b"HEAD ")
         if choice.random() < AHEAD_SHARE and not head:
             requests = choice.choice((2, 3, MAX_AHEAD))
             for _ in range(requests - 1):
                 after = draft(choice, ids)
                 after.method = "GET" if after.method == "HEAD" else after.method
-                data += _malformed(choice, after) if choice.random() < 0.5 else after.write()  # noqa: PLR2004
+                data += b"".join(_malformed(choice, after)) if choice.random() < 0.5 else after.write()  # noqa: PLR2004
         cuts = sorted(choice.randrange(len(data) + 1) for _ in range(choice.randrange(1, 4)))
         way, resets = choice.choice(_WAYS), choice.choice((True, False))
-        return cls(number, first.server, way, data, requests, head, cuts, resets)
+        return cls(number, first.server, way, data, requests, head, cuts, resets, frames)
 
 
 @dataclass
@@ -95,7 +98,7 @@ class _Client:
     def __init__(self, case: Case) -> None:
         self.data = b""
         self._case = case
-        self._ended = self._reset = False
+        self._ended = self._reset = self._talks = False
         self._answers: list[Answer] = []
 
     async def run(self, url: SplitResult) -> None:
@@ -143,15 +146,31 @@ class _Client:
             self.data += read
             self._ended = not read
             self._answers = answers.read(self.data, head=case.head, ended=self._ended and not self._reset)
-            if any(answer.status == 101 for answer in self._answers):  # noqa: PLR2004 - what follows is no HTTP
+            talks = bool(self._answers) and self._answers[-1].status == answers.SWITCHING
+            if talks and not self._talks:
+                self._talks = True
+                await self._send_frames(connection)
+            whole = bool(self._answers[-1].body) if talks else len(self._answers) >= case.requests
+            if whole and case.way is not Way.STAYS:
                 return
-            if len(self._answers) >= case.requests and case.way is not Way.STAYS:
-                return
+
+    async def _send_frames(self, connection: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().sock_sendall(connection, self._case.frames)
+        except OSError:
+            self._reset = True
+
+    @property
+    def _may_be_cut_short(self) -> bool:
+        """Whether the server may break an answer off: the client says that it has left, or leaves it no time."""
+        return self._case.way is Way.SHUTS or b"x-request-timeout" in self._case.data
 
     def outcome(self) -> Outcome:
         case = self._case
         for answer in self._answers:
             answers.judge(answer, head=case.head, of_openai=b"/v1/" in case.data)
+        if any(not answer.whole for answer in self._answers) and not self._may_be_cut_short:
+            raise WrongError(f"an answer is cut short: {self.data[-300:]!r}")
         statuses = Counter(f"{answer.status}{'' if answer.whole else ', cut short'}" for answer in self._answers)
         if not statuses:
             if case.way in (Way.LEAVES, Way.SHUTS):
@@ -162,9 +181,12 @@ class _Client:
         return Outcome(statuses)
 
 
-def _malformed(choice: random.Random, made: Draft) -> bytes:
-    """Write a request with one to three mistakes."""
+def _malformed(choice: random.Random, made: Draft) -> tuple[bytes, bytes]:
+    """Write a request with one to three mistakes; and its frames, which most clients send once they may."""
     for _ in range(choice.choice((1, 1, 1, 2, 3))):
         mutate(choice, made)
+    frames = b""
+    if choice.random() < LATER_SHARE:
+        frames, made.frames = made.frames, b""
     data = made.write()
-    return damage(choice, data) if choice.random() < DAMAGED_SHARE else data
+    return (damage(choice, data) if choice.random() < DAMAGED_SHARE and not frames else data), frames

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import httpx
 import msgspec
+from websockets.asyncio.client import connect
 
 from tests.fuzz.attack import Case, Outcome, strike
-from tests.fuzz.drafts import CHAT, ORDER, TALK
+from tests.fuzz.drafts import CHAT, ORDER, ORDERS, SOCKET, TALK
 from tests.fuzz.server import KEY, Figures
 
 AT_ONCE = 96  # connections
@@ -84,6 +85,9 @@ class Target:
         found = []
         async with httpx.AsyncClient(timeout=STARTED_WITHIN, trust_env=False) as http:
             for number, url in enumerate(self.urls):
+                if number == SOCKET:
+                    found.append(await _converse(url, found[ORDERS]))
+                    continue
                 arguments = {"request": CHAT} if number == TALK else {"order": ORDER, "note": "n"}
                 headers = {"authorization": f"Bearer {KEY}"}
                 ran = await http.post(f"{url}/run_remote", json=arguments, headers=headers)
@@ -95,6 +99,14 @@ class Target:
                 assert taken.status_code == httpx.codes.ACCEPTED, taken.text
                 found.append(taken.json()["request_id"])
         return found
+
+
+async def _converse(url: str, request_id: str) -> str:
+    """Have a WebSocket echo; give an id that is of no request there."""
+    async with asyncio.timeout(STARTED_WITHIN), connect(f"{url.replace('http', 'ws', 1)}/websocket") as websocket:
+        await websocket.send("tea")
+        assert await websocket.recv() == "tea"
+    return request_id
 
 
 @asynccontextmanager

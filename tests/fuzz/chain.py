@@ -1,6 +1,7 @@
-"""A Chain with fields of many types, which answers at once and never fails."""
+"""Chains that answer at once and never fail: one with fields of many types, and one that talks."""
 
 import datetime
+from contextlib import suppress
 from typing import Annotated, Literal
 
 import msgspec
@@ -35,3 +36,15 @@ class Take(chains.ChainletBase):
 
     async def run_remote(self, order: Order, note: str = "") -> list[str]:
         return [f"{line.name} {note}"[:80] for line in order.lines] * order.count
+
+
+@chains.mark_entrypoint
+class Echo(chains.ChainletBase):
+    """Sends back what it gets, until the client leaves."""
+
+    remote_config = chains.RemoteConfig(compute=chains.Compute(predict_concurrency=256))
+
+    async def run_remote(self, websocket: chains.WebSocketProtocol) -> None:
+        with suppress(chains.WebSocketClosedError):
+            while True:
+                await websocket.send(await websocket.receive())

@@ -9,9 +9,12 @@ from typing import Any
 
 from tests.fuzz.server import KEY
 
-ORDERS, TALK, KEYED = 0, 1, 2  # the servers, in the order of their URLs
+ORDERS, TALK, KEYED, SOCKET = range(4)  # the servers, in the order of their URLs
 
 _JSON = "application/json"
+TEXT = 1
+_OPCODES = (TEXT, 2, 9, 10)
+_SIZES = (0, 1, 5, 125, 126, 300)
 _FORMS = (
     "*/*",
     "text/event-stream",
@@ -63,6 +66,7 @@ class Draft:
     body: bytes | None = None
     chunked: bool = False
     length: bytes | None = None  # instead of the true one
+    frames: bytes = b""  # of a WebSocket, sent behind it
     server: int = ORDERS
 
     def write(self) -> bytes:
@@ -76,13 +80,14 @@ class Draft:
             body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in _halves(body)) + b"0\r\n\r\n"
         elif body or self.length is not None:
             lines.append(b"content-length: " + (b"%d" % len(body) if self.length is None else self.length))
-        return b"\r\n".join([*lines, b"", b""]) + body
+        return b"\r\n".join([*lines, b"", b""]) + body + self.frames
 
 
 def draft(choice: random.Random, ids: Sequence[str]) -> Draft:
     """Choose a valid request; `ids` are of requests that there were, some for each server."""
-    server = choice.choice((ORDERS, TALK, KEYED))
-    made = choice.choice(_of_talk if server == TALK and choice.random() < 0.7 else _of_any)(choice, ids[server], server)
+    server = choice.choice((ORDERS, TALK, KEYED, SOCKET))
+    own = _OWN.get(server, _of_any) if choice.random() < OWN_SHARE else _of_any
+    made = choice.choice(own)(choice, ids[server], server)
     made.server = server
     made.value = deepcopy(made.value)
     made.headers.append((b"host", b"t"))
@@ -146,7 +151,9 @@ def _socket(choice: random.Random, text: str, server: int) -> Draft:  # noqa: AR
         (b"sec-websocket-version", b"13"),
         (b"sec-websocket-key", b"dGhlIHNhbXBsZSBub25jZQ=="),
     ]
-    return Draft("GET", "/websocket", headers=headers)
+    frames = [_frame(choice, choice.choice(_OPCODES), choice.randbytes(choice.choice(_SIZES))) for _ in range(3)]
+    closing = _frame(choice, 8, b"\x03\xe8end")
+    return Draft("GET", "/websocket", headers=headers, frames=b"".join([*frames, closing]))
 
 
 def _cross(choice: random.Random, text: str, server: int) -> Draft:  # noqa: ARG001
@@ -173,6 +180,19 @@ def _models(choice: random.Random, text: str, server: int) -> Draft:  # noqa: AR
 
 _of_any = (_run, _run, _submit, _submit, _ask, _ask, _events, _plain, _plain, _socket, _cross)
 _of_talk = (_chat, _chat, _embed, _models)
+_OWN = {TALK: _of_talk, SOCKET: (_socket,)}
+OWN_SHARE = 0.7  # of requests to a server that only it takes
+
+
+def _frame(choice: random.Random, opcode: int, data: bytes) -> bytes:
+    """Write a frame as a client does, of which text is none but ASCII."""
+    if opcode == TEXT:
+        data = bytes(byte & 0x7F for byte in data)
+    mask = choice.randbytes(4)
+    size = len(data)
+    extended = b"" if size < 126 else size.to_bytes(2 if size < 1 << 16 else 8)  # noqa: PLR2004 - RFC 6455, section 5.2
+    head = bytes([0x80 | opcode, 0x80 | {0: size, 2: 126, 8: 127}[len(extended)]])
+    return head + extended + mask + bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
 
 
 def _halves(body: bytes) -> list[bytes]:

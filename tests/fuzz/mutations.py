@@ -7,6 +7,8 @@ from typing import Any
 
 from tests.fuzz.drafts import Draft
 
+FRAMES_SHARE = 0.6  # of mutations, where there are frames
+
 _METHODS = (
     "GET",
     "POST",
@@ -93,6 +95,9 @@ _BODIES = (b"", b" ", b"{", b"}", b"[]", b"null", b"1", b'"', b'"x"', b"\xef\xbb
 
 def mutate(choice: random.Random, made: Draft) -> None:
     """Make one part of a request wrong, or strange."""
+    if made.frames and choice.random() < FRAMES_SHARE:
+        made.frames = damage(choice, made.frames)
+        return
     choice.choice(_ALL)(choice, made)
 
 

@@ -23,8 +23,8 @@ import msgspec
 from chains_stream.brokers import memory
 from chains_stream.chain import Chain
 from chains_stream.cli.process import _event_loop
-from chains_stream.gateway import claims, connection, exchange, results
-from tests.fuzz.chain import Take
+from chains_stream.gateway import claims, connection, exchange, results, websocket_session
+from tests.fuzz.chain import Echo, Take
 from tests.serving import serving
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +65,8 @@ def impatient() -> None:
     connection.SWEEP = 0.25
     exchange.BODY_SECONDS = 2.0
     exchange.BODY_IDLE_SECONDS = 1.0
+    websocket_session.BEAT = 0.5
+    websocket_session.SILENCE = 1.0
     memory.MAX_RECORDS = 1_000
     results.MOST_KNOWN = 1_000
     claims.MOST_CLAIMS = 1_000
@@ -88,6 +90,7 @@ async def serve() -> None:
             await stack.enter_async_context(serving(Take, **shared)),
             await stack.enter_async_context(serving(talk, **shared)),
             await stack.enter_async_context(serving(Take, **shared, **keys)),
+            await stack.enter_async_context(serving(Echo, **shared)),
         ]
         print(msgspec.json.encode([each.url for each in running]).decode(), flush=True)
         while await asyncio.to_thread(sys.stdin.readline):
