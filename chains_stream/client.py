@@ -154,7 +154,7 @@ async def connect(url: str, chainlet: type[_Callable[P, R_co]], **settings: Any)
     chain = _chain_of(chainlet)
     if url.startswith(("http://", "https://")):
         checked = Settings.of(**settings)
-        async with HttpTarget(url, codec_of(signature(chain.entrypoint))) as target:
+        async with HttpTarget(url, codec_of(signature(chain.entrypoint)), key=checked.api_key) as target:
             yield Connection(Stub(signature(chain.entrypoint), target, UNHINDERED, checked.deadline), None)
         return
     checked = Settings.of(broker=url, **settings)

@@ -1,5 +1,6 @@
 """Calls a Chain through its gateway: what `connect` uses for an ``http://`` URL."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from types import TracebackType
@@ -7,6 +8,7 @@ from typing import Self
 
 import httpx
 import msgspec
+import pydantic
 
 from chains_stream.codec import Codec
 from chains_stream.errors import (
@@ -16,9 +18,16 @@ from chains_stream.errors import (
     StreamInterruptedError,
     from_detail,
 )
-from chains_stream.policy import Scope
+from chains_stream.log import get_logger
+from chains_stream.policy import Scope, backoff
 
+EVENTS = "text/event-stream"
+RECONNECTS = 8  # in a row that bring no chunk, until a stream counts as broken
+
+_AWAY = (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE)
 _PATH = "/run_remote"
+
+log = get_logger(__name__)
 
 
 class Problem(msgspec.Struct):
@@ -27,6 +36,7 @@ class Problem(msgspec.Struct):
     title: str = ""
     detail: str = ""
     status: int = 500
+    code: str = ""
     error: RemoteErrorDetail | None = None
 
     def to_exception(self) -> Exception:
@@ -35,12 +45,17 @@ class Problem(msgspec.Struct):
         return GatewayError(f"{self.status} {self.title}: {self.detail}".rstrip(": "), status=self.status)
 
 
+class _AwayError(Exception):
+    """A gateway that tells no more of a stream; another one, or the same a little later, may."""
+
+
 class HttpTarget:
     """A gateway, called with JSON; streams come as server-sent events, which tell an end from a break."""
 
-    def __init__(self, url: str, codec: Codec) -> None:
+    def __init__(self, url: str, codec: Codec, *, key: pydantic.SecretStr | None = None) -> None:
         self._url = url.rstrip("/")
         self._codec = codec
+        self._key = authorization(key)
         # The request's own deadline bounds the wait for an answer.
         self._http = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10.0), limits=httpx.Limits())
 
@@ -61,31 +76,65 @@ class HttpTarget:
         return self._to_msgpack(response.content)
 
     async def stream(self, arguments: bytes, scope: Scope, attempt: int) -> AsyncGenerator[tuple[bytes], None]:  # noqa: ARG002 - Target's
-        received = 0
-        try:
-            response = await self._http.send(self._request(arguments, "text/event-stream"), stream=True)
+        received = attempt = 0
+        request_id = ""
+        request = self._request(arguments, EVENTS)
+        while True:
             try:
-                if response.status_code != httpx.codes.OK:
-                    _raise_for(response.status_code, await response.aread())
-                async with aclosing(_events(response.aiter_bytes())) as events:
-                    async for event, data in events:
-                        if event == "done":
-                            return
-                        if event == "error":
-                            raise _problem(data).to_exception()
+                async with aclosing(self._chunks(request, again=bool(request_id))) as parts:
+                    async for part in parts:
+                        if isinstance(part, str):
+                            request_id = request_id or part
+                            continue
                         received += 1
-                        yield (self._to_msgpack(data),)
-            finally:
-                await response.aclose()
-        except httpx.TransportError as error:
-            if received == 0:
-                raise self._unreachable(error) from error
-            reason = f"the connection to {self._url} broke: {str(error) or type(error).__name__}"
-            raise StreamInterruptedError(reason, chunks=received) from error
-        raise StreamInterruptedError(f"{self._url} closed the stream before its end", chunks=received)
+                        attempt = 0
+                        yield (self._to_msgpack(part),)
+            except httpx.TransportError as error:
+                if not request_id:
+                    raise self._unreachable(error) from error
+                reason = f"broke the connection: {str(error) or type(error).__name__}"
+            except _AwayError as away:
+                reason = str(away)
+            else:
+                return
+            # The stream may go on: its gateway was stopped or killed, and another one can tell the rest of it.
+            attempt += 1
+            if attempt > RECONNECTS or not request_id:
+                raise StreamInterruptedError(f"{self._url} {reason}", chunks=received)
+            log.info("stream.reconnect", request_id=request_id, chunks=received, attempt=attempt, reason=reason)
+            await asyncio.sleep(backoff(attempt))
+            request = self._rest(request_id, received)
+
+    async def _chunks(self, request: httpx.Request, *, again: bool) -> AsyncGenerator[str | bytes, None]:
+        """Give the id of a request, then its chunks. Raises _AwayError where asking again may help."""
+        response = await self._http.send(request, stream=True)
+        try:
+            if again and response.status_code in _AWAY:
+                raise _AwayError(f"answered {response.status_code}")
+            if response.status_code != httpx.codes.OK:
+                _raise_for(response.status_code, await response.aread())
+            yield response.headers.get("x-request-id", "")
+            async with aclosing(_events(response.aiter_bytes())) as events:
+                async for event, data in events:
+                    if event == "done":
+                        return
+                    if event == "error":
+                        problem = _problem(data)
+                        if problem.code == GatewayError.code:
+                            raise _AwayError(f"said: {problem.detail}")
+                        raise problem.to_exception()
+                    yield data
+        finally:
+            await response.aclose()
+        raise _AwayError("closed the stream before its end")
+
+    def _rest(self, request_id: str, received: int) -> httpx.Request:
+        """Ask for what comes after so many chunks of a stream."""
+        headers = {"accept": EVENTS, **self._key} | ({"last-event-id": str(received - 1)} if received else {})
+        return self._http.build_request("GET", f"{self._url}/async_request/{request_id}/events", headers=headers)
 
     def _request(self, arguments: bytes, accept: str) -> httpx.Request:
-        headers = {"content-type": "application/json", "accept": accept}
+        headers = {"content-type": "application/json", "accept": accept, **self._key}
         content = self._codec.arguments_to_json(arguments)
         return self._http.build_request("POST", self._url + _PATH, content=content, headers=headers)
 
@@ -95,6 +144,11 @@ class HttpTarget:
     def _unreachable(self, error: httpx.TransportError) -> GatewayError:
         reason = str(error) or type(error).__name__
         return GatewayError(f"no answer from the gateway at {self._url}: {reason}", status=503)
+
+
+def authorization(key: pydantic.SecretStr | None) -> dict[str, str]:
+    """Give the header that presents an API key, if there is one."""
+    return {} if key is None else {"authorization": f"Bearer {key.get_secret_value()}"}
 
 
 async def _lines(parts: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:

@@ -49,13 +49,16 @@ class Client:
         url: ``http://`` or ``https://``, host, port; requests go to `path` below it.
         path: where to.
         accept: the media types that are asked for.
+        key: an API key of the gateway.
 
     Attributes:
         url: as it was given.
         host: the name or address in it.
     """
 
-    def __init__(self, url: str, *, path: str = "/run_remote", accept: str = f"{LINES}, application/json") -> None:
+    def __init__(
+        self, url: str, *, path: str = "/run_remote", accept: str = f"{LINES}, application/json", key: str | None = None
+    ) -> None:
         try:
             parts = urlsplit(url)
             port = parts.port
@@ -68,10 +71,15 @@ class Client:
         self.host = parts.hostname
         self._port = port or (443 if parts.scheme == "https" else 80)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._head = (
-            f"POST {parts.path.rstrip('/')}{path} HTTP/1.1\r\nhost: {parts.netloc.rpartition('@')[2]}\r\n"
-            f"accept: {accept}\r\ncontent-type: application/json\r\ncontent-length: "
-        ).encode()
+        lines = [
+            f"POST {parts.path.rstrip('/')}{path} HTTP/1.1",
+            f"host: {parts.netloc.rpartition('@')[2]}",
+            f"accept: {accept}",
+            "content-type: application/json",
+            *([] if key is None else [f"authorization: Bearer {key}"]),
+            "content-length: ",
+        ]
+        self._head = "\r\n".join(lines).encode()
         self._resting: list[tuple[float, _Connection]] = []
         self._open: set[_Connection] = set()
 

@@ -83,6 +83,7 @@ class Settings(pydantic.BaseModel):
     health_port: Annotated[int, Field(ge=0, le=65_535)] | None = None  # of a worker's /healthz, /readyz and /metrics
     workers: Annotated[int, Field(ge=1, le=256)] = 1  # processes of one `chains gateway`
     api_keys: pydantic.SecretStr | None = None  # entries NAME:SHA256, or @ and a file with one a line
+    api_key: pydantic.SecretStr | None = None  # that this process, as a client, presents to a gateway
     allow_anonymous: bool = False  # a gateway without keys may listen where others reach it
     cors_origins: str | None = None  # of pages that may call a gateway, separated by commas; * for all
     tls_certfile: str | None = None  # PEM, the certificate first, then those that it depends on
@@ -199,5 +200,5 @@ def _nested_names() -> list[str]:
 
 
 _PLAIN = frozenset(
-    name for name in (*Settings.model_fields, *_nested_names()) if not re.search("password|secret|api_keys", name)
+    name for name in (*Settings.model_fields, *_nested_names()) if not re.search("password|secret|api_key", name)
 )

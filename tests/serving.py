@@ -145,12 +145,14 @@ class Served:
         stack: AsyncExitStack,
         settings: Settings,
         trust: ssl.SSLContext | None = None,
+        *,
+        port: int = 0,
     ) -> None:
         self.trust = trust
         self.chain = Chain.of(entrypoint)
         self.settings = settings
         self.url = ""
-        self.server = Server("127.0.0.1", 0, settings.grace_period, tls=Tls.of(settings))
+        self.server = Server("127.0.0.1", port, settings.grace_period, tls=Tls.of(settings))
         self.broker: Broker
         self.caller: Caller
         self.http: httpx.AsyncClient
@@ -175,10 +177,10 @@ class Served:
         self._stack.push_async_callback(self.http.aclose)
 
     @asynccontextmanager
-    async def beside(self) -> AsyncIterator["Served"]:
+    async def beside(self, port: int = 0) -> AsyncIterator["Served"]:
         """Give another gateway of the same Chain, as another process would have it."""
         async with AsyncExitStack() as stack:
-            other = Served(self.chain.entrypoint, stack, self.settings)
+            other = Served(self.chain.entrypoint, stack, self.settings, port=port)
             other.broker = self.broker
             await other.open()
             yield other

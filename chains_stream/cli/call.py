@@ -32,7 +32,7 @@ def call(target: str, arguments: str | None, *, raw: bool, **flags: str | None) 
 
     output = Output(raw=raw)
     if target.startswith(("http://", "https://")):
-        request.call_gateway(target, _arguments(arguments), output)
+        request.call_gateway(target, settings, _arguments(arguments), output)
     else:
         request.call_chain(load_chain(target), settings, _arguments(arguments), output)
 

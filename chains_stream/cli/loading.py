@@ -104,17 +104,18 @@ def _show(report: Report, wanted: Wanted) -> None:
 
 async def _measure(target: str, settings: Settings, given: Sequence[bytes], plan: Plan, report: Report) -> None:
     if target.startswith(("http://", "https://")):
-        await _load_all(target, given, plan, report)
+        await _load_all(target, settings, given, plan, report)
         return
     kafka = not settings.broker.startswith("memory:")
     broker = settings.broker if kafka else "the embedded broker"
     report.where = f"{target}, gateway and Chainlets in one process, on {broker}"
     async with _served(target, settings) as url:
-        await _load_all(url, given, plan, report)
+        await _load_all(url, settings, given, plan, report)
 
 
-async def _load_all(url: str, given: Sequence[bytes], plan: Plan, report: Report) -> None:
-    async with Client(url) as client:
+async def _load_all(url: str, settings: Settings, given: Sequence[bytes], plan: Plan, report: Report) -> None:
+    key = None if settings.api_key is None else settings.api_key.get_secret_value()
+    async with Client(url, key=key) as client:
         report.shared = client.host in ("localhost", "127.0.0.1", "::1")
         sent = list(given) or [await _made_up(url)]
         report.streams = await _streams(client, sent[0], made_up=not given)

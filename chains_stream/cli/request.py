@@ -24,7 +24,7 @@ from chains_stream.errors import (
     StreamInterruptedError,
     remote_detail,
 )
-from chains_stream.http_target import Problem
+from chains_stream.http_target import Problem, authorization
 from chains_stream.log import get_logger
 from chains_stream.options import RPCOptions
 from chains_stream.settings import Settings
@@ -135,10 +135,11 @@ async def _say(text: str) -> None:
 # --- through the gateway
 
 
-def call_gateway(url: str, json: bytes, output: Output) -> None:
+def call_gateway(url: str, settings: Settings, json: bytes, output: Output) -> None:
     """Call a Chain through its gateway, knowing nothing of its types."""
     url = url.rstrip("/").removesuffix("/run_remote")
     headers = {"content-type": "application/json", "accept": f"{_NDJSON}, application/json"}
+    headers |= authorization(settings.api_key)
     received = 0
     try:
         with (

@@ -1,8 +1,10 @@
 """Streams that are read again: from any point, by several readers, through another gateway, and when it is all gone."""
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from http import HTTPStatus
 from typing import Any
 
@@ -10,6 +12,7 @@ import httpx
 import pytest
 
 import chains_stream as chains
+from chains_stream.errors import GatewayError
 from tests.sample import Seen
 from tests.serving import Pause, Pieces, Say, Served, Slow, serving
 
@@ -220,3 +223,28 @@ async def test_a_stream_is_cancelled_by_its_id() -> None:
         await Seen.until("endless closed")
         again = await served.http.delete(f"/async_request/{request_id}")
         assert again.json()["canceled"] is False
+
+
+async def test_a_client_in_python_goes_on_by_itself_when_its_gateway_is_replaced() -> None:
+    async with AsyncExitStack() as stack:
+        served = await stack.enter_async_context(serving(Pause, grace_period=0.2))
+        first = await stack.enter_async_context(served.beside())
+        pause = await stack.enter_async_context(chains.connect(first.url, Pause))
+        chunks = []
+        async for chunk in pause.run_remote("moved", then="moved goes on"):
+            chunks.append(chunk)
+            if len(chunks) == 1:
+                await first.server.stop()
+                await stack.enter_async_context(served.beside(int(first.url.rpartition(":")[2])))
+                Seen.note("moved goes on")
+        assert chunks == ["first\n", "last\n"]
+
+
+async def test_a_client_in_python_has_a_key() -> None:
+    entry = "alice:" + hashlib.sha256(b"ck_alice").hexdigest()
+    async with serving(Say, api_keys=entry) as served:
+        async with chains.connect(served.url, Say, api_key="ck_alice") as say:
+            assert [chunk async for chunk in say.run_remote(["a", "b"])] == ["a", "b"]
+        async with chains.connect(served.url, Say) as say:
+            with pytest.raises(GatewayError, match="401"):
+                [chunk async for chunk in say.run_remote(["a"])]
