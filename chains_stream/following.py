@@ -61,6 +61,8 @@ class Following(Answer):
         super()._add(value, reference)
         if self._fold.chunks > self.had:
             self._held += len(memoryview(value))
+        else:  # it need not come back for these, and the worker may be waiting for it to say that it has them
+            self._tell_taken()
 
     def _begin_again(self) -> bool:
         self._held = 0
@@ -75,13 +77,17 @@ class Following(Answer):
     def _take(self, limits: tuple[int, int]) -> list[msgspec.Raw]:
         before = self._taken_size
         taken = super()._take(limits)
-        self._held -= self._taken_size - before
+        # What lay in the store was not counted.
+        self._held = max(0, self._held - (self._taken_size - before)) if self._chunks else 0
         return taken
 
     def _credit(self) -> None:
-        """The worker waits for this reader where the one that it had is gone."""
         if not self.full:
             self._partition.go_on(self)
+        self._tell_taken()
+
+    def _tell_taken(self) -> None:
+        """The worker waits for this reader where the one that it had is gone."""
         chunks, size = self._taken - self._granted, self._taken_size - self._granted_size
         settings = self._partition.settings
         if not self.credits or self.ended:

@@ -1,0 +1,77 @@
+"""Readers of one stream beside each other: none holds another up, fills another's memory, or takes its answer away."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from chains_stream.calls import Call
+from chains_stream.chainlet import signature
+from chains_stream.codec import codec_of
+from chains_stream.control import Message, Reading
+from chains_stream.gateway.ids import Ids, RequestId
+from chains_stream.messages import new_id, now_ms
+from chains_stream.policy import Scope
+from tests.sample import Seen
+from tests.serving import WAIT, Pause, Say, Served, serving
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen() -> None:
+    Seen.reset()
+
+
+async def open_call(served: Served, **arguments: Any) -> tuple[Call, str]:
+    """Make a request whose reader takes nothing, as one whose gateway was killed; give its id too."""
+    caller, correlation_id = served.caller, new_id()
+    where = RequestId("replies", *caller.reply_position(), correlation_id)
+    scope = Scope(request_id="abandoned", deadline_ms=now_ms() + 60_000)
+    body = codec_of(signature(served.chain.entrypoint)).encode_arguments((), arguments)
+    call = await caller.open(served.topic, body, scope, correlation_id=correlation_id)
+    return call, Ids(b"t", served.topic).mint(where, "")
+
+
+async def test_a_reader_that_has_all_that_was_sent_gets_the_rest() -> None:
+    """Its worker waits for whoever read before to say so, and that one is gone."""
+    async with serving(Say, stream_window=16) as served:
+        words = [f"w{number}" for number in range(40)]
+        call, request_id = await open_call(served, texts=words)
+        async with asyncio.timeout(WAIT):
+            while call.chunks < 16:
+                await call._wait()
+        path = f"/async_request/{request_id}/events?starting_after=15"
+        rest = await served.http.get(path, headers={"accept": "application/x-ndjson"}, timeout=5)
+        assert rest.text.split() == [f'"{word}"' for word in words[16:]]
+        call.close()
+
+
+async def test_a_reader_that_came_before_the_client_left_keeps_it_alive() -> None:
+    async with serving(Pause) as served:
+        heard = asyncio.Event()
+
+        def hear(message: Message) -> None:
+            if isinstance(message, Reading) and message.here:
+                heard.set()
+
+        await served.caller.control.follow({served.topic: hear})
+        arguments = {"name": "shared", "then": "shared goes on"}
+        async with served.http.stream("POST", "/run_remote", json=arguments, headers={"prefer": "resume=0.3"}) as first:
+            request_id = first.headers["x-request-id"]
+            second = asyncio.create_task(served.http.get(f"/async_request/{request_id}/events"))
+            await asyncio.wait_for(heard.wait(), WAIT)
+            await Seen.until("shared waits")
+        await asyncio.sleep(1)  # longer than it is kept without a reader: that nothing happens takes time
+        Seen.note("shared goes on")
+        assert (await second).text.endswith('event: done\ndata: {"chunks":2}\n\n')
+
+
+async def test_too_many_that_are_kept_are_cancelled() -> None:
+    async with serving(Pause, max_requests=1) as served:
+        for name in ("one", "two"):
+            arguments = {"name": name, "then": "never"}
+            async with served.http.stream(
+                "POST", "/run_remote", json=arguments, headers={"prefer": "resume=60"}
+            ) as answer:
+                assert await anext(answer.aiter_text()) == "first\n"
+        await Seen.until("two closed")
+        assert Seen.counts["one closed"] == 0
