@@ -40,7 +40,7 @@ class Shared:
         self.claims = claims
         self.limits = Limits(settings)
         self.pulse = Pulse()
-        self.kept = Kept()
+        self.kept = Kept(settings.max_requests)
         self.exchanges: set[Exchange] = set()  # that an endpoint answers
 
     def interrupt(self) -> None:
@@ -112,6 +112,7 @@ class Endpoint:
         claim = await self.shared.claims.claim(key, exchange.owner, digest, exchange.request_id)
         if claim.earlier is not None:
             exchange.request_id = claim.earlier
+        exchange.claimed = True
         return claim
 
     async def earlier(self, exchange: Exchange, claim: Claim) -> RequestId:
@@ -147,27 +148,34 @@ class Endpoint:
         answer: Callable[[Call], Awaitable[None]],
     ) -> None:
         """Run the Chain, and have `answer` write what comes of it. Whoever leaves before its end has it cancelled."""
+        kept = self.shared.kept
         call = await target.open(arguments, scope, 1, exchange.correlation_id or None)
         del arguments  # from here on the broker's own buffer bounds it
         place.hold(0)
+        seconds = self._resume_seconds(exchange, scope)
+        if seconds:
+            kept.watch(call)
         try:
             await answer(call)
         except asyncio.CancelledError:
+            if exchange.left and seconds and kept.keep(call, seconds):
+                raise
+            kept.forget(call)
             # A gateway that ends cancels nothing: the request runs on to its deadline.
-            if exchange.left and (seconds := self._resume_seconds(exchange, call)):
-                self.shared.kept.keep(call, seconds)
-            elif not exchange.interrupted:
+            if not exchange.interrupted:
                 call.close()
             raise
         except BaseException:
+            kept.forget(call)
             call.close()
             raise
+        kept.forget(call)
         call.close()
 
-    def _resume_seconds(self, exchange: Exchange, call: Call) -> float | None:
-        """Give how long a request goes on after its client has left; one with an idempotency key may be asked again."""
-        if exchange.keyed:
-            return max(0.0, call.scope.remaining)
+    def _resume_seconds(self, exchange: Exchange, scope: Scope) -> float | None:
+        """Give how long a request goes on after its client has left; one that claimed a key may be asked again."""
+        if exchange.claimed:
+            return max(0.0, scope.remaining)
         return exchange.preference("resume")
 
     async def _fail(self, exchange: Exchange, error: Exception) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 import chains_stream as chains
 from tests.sample import Seen
-from tests.serving import Say, Served, Slow, problem_of, serving
+from tests.serving import WAIT, Say, Served, Slow, problem_of, serving
+from tests.talking import Talk
 
 
 @pytest.fixture(autouse=True)
@@ -127,3 +128,14 @@ async def test_an_asynchronous_request_is_made_once() -> None:
         assert len(ids) == 1
         report = await served.http.get(f"/async_request/{ids.pop()}", headers={"prefer": "wait=10"})
         assert report.json()["result"] == 1
+
+
+async def test_a_key_that_nothing_is_done_with_keeps_nothing_running() -> None:
+    """The routes of OpenAI's API make no use of it: a client that leaves does not come back for the answer."""
+    async with serving(Talk) as served:
+        body = {"model": "Talk", "messages": [{"role": "user", "content": "/hang"}], "stream": True}
+        headers = {"idempotency-key": "k"}
+        async with served.http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
+            await anext(answer.aiter_lines())
+            await Seen.until("hangs")
+        await Seen.until("stopped", seconds=WAIT / 4)
