@@ -213,7 +213,9 @@ class Ask(_OfOne):
 
     async def _wait(self, found: RequestId, known: Known, scope: Scope, seconds: float) -> Known:
         """Wait for the end of a request, and give what is known of it then."""
-        following = None if found.kind == "results" else self.shared.past.follow(found, scope)
+        # Nothing of a stream is taken: its own reader says how quickly it comes.
+        past = self.shared.past
+        following = None if found.kind == "results" else past.follow(found, scope, credits_worker=False)
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, seconds)):

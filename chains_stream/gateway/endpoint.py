@@ -10,7 +10,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
-from chains_stream.calls import Call, RemoteTarget
+from chains_stream.answers import Answer
+from chains_stream.calls import Call, FellBehindError, RemoteTarget
 from chains_stream.errors import GatewayError, OffsetExpiredError, OverloadedError
 from chains_stream.gateway import problems
 from chains_stream.gateway.claims import Claim, Claims
@@ -20,7 +21,7 @@ from chains_stream.gateway.kept import Kept
 from chains_stream.gateway.limits import Limits, Place
 from chains_stream.gateway.past import Past
 from chains_stream.gateway.problems import Problem, Refusal
-from chains_stream.gateway.streaming import Pulse
+from chains_stream.gateway.streaming import Form, Pulse, Stream
 from chains_stream.policy import Scope
 from chains_stream.settings import Settings
 
@@ -171,6 +172,26 @@ class Endpoint:
             raise
         kept.forget(call)
         call.close()
+
+    async def stream(self, exchange: Exchange, form: Form, call: Answer) -> None:
+        """Answer with a stream. A reader that another one leaves far behind is given the rest from the log."""
+        stream = Stream(exchange, call, form, self.shared.pulse)
+        if not isinstance(call, Call):
+            return await stream.run()
+        call.can_fall_behind = True
+        try:
+            return await stream.run()
+        except FellBehindError:
+            pass
+        past = self.shared.past
+        found = past.ids.read(exchange.request_id, exchange.owner)
+        assert found is not None, "it is our own"
+        following = past.follow(found, call.scope, had=stream.sequence, topic=call.topic)
+        try:
+            return await stream.go_on(following)
+        finally:
+            call.answered = following.answered
+            following.close()
 
     def _resume_seconds(self, exchange: Exchange, scope: Scope) -> float | None:
         """Give how long a request goes on after its client has left; one that claimed a key may be asked again."""

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from chains_stream.calls import Call
+from chains_stream.calls import Call, FellBehindError
 from chains_stream.control import Message, Reading
 from chains_stream.errors import ChainsError, remote_detail
 
@@ -85,6 +85,8 @@ async def _drain(call: Call) -> None:
         async with asyncio.timeout(max(0.0, call.scope.remaining)):
             while await call.next() is not None:
                 pass
+    except FellBehindError:  # whoever reads it from the log has it go on
+        await asyncio.sleep(max(0.0, call.scope.remaining))
     except TimeoutError:
         pass  # its deadline: whoever reads it from the log is told so by its worker
     except Exception as error:

@@ -28,7 +28,6 @@ from chains_stream.gateway.openai_answers import Chat, ChunkForm, Dialect, Stamp
 from chains_stream.gateway.openai_errors import MODEL_NOT_FOUND, OpenAIEndpoint
 from chains_stream.gateway.openai_offers import CHAT, COMPLETIONS, EMBEDDINGS, Offer, offers
 from chains_stream.gateway.problems import Refusal
-from chains_stream.gateway.streaming import Stream
 from chains_stream.settings import Settings
 
 _IS_JSON = (b"content-type", JSON.encode())
@@ -121,14 +120,14 @@ class Generation(_ModelEndpoint):
                 options = request.stream_options
                 usage = options is not None and bool(options.include_usage)
                 form = ChunkForm(self._dialect, model.codec, stamp, include_usage=usage)
-                answer = partial(self._stream if model.offer.streaming else self._split, exchange, model, form)
+                if model.offer.streaming:
+                    answer = partial(self.stream, exchange, form)
+                else:
+                    answer = partial(self._split, exchange, model, form)
             else:
                 answer = partial(self._whole, exchange, place, model, stamp)
             del body, request
             await self.run(exchange, place, model.target, arguments, scope=scope, answer=answer)
-
-    async def _stream(self, exchange: Exchange, model: OfferedModel, form: ChunkForm, call: Call) -> None:  # noqa: ARG002 - as `_split`
-        await Stream(exchange, call, form, self.shared.pulse).run()
 
     async def _split(self, exchange: Exchange, model: OfferedModel, form: ChunkForm, call: Call) -> None:
         """Stream what is given as a whole."""

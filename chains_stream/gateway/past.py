@@ -51,16 +51,28 @@ class Past:
         await self.results.scan(topic, found, await self.broker.end_offset(topic, found.partition), known)
         return known
 
-    def follow(self, found: RequestId, scope: Scope, *, offset: int | None = None, had: int = 0) -> Following:
-        """Give the answer to a request, which may still be coming. Close it."""
+    def follow(
+        self,
+        found: RequestId,
+        scope: Scope,
+        *,
+        offset: int | None = None,
+        had: int = 0,
+        topic: str | None = None,
+        credits_worker: bool = True,
+    ) -> Following:
+        """Give the answer to a request, on `topic` if not ours, which may still be coming. Close it.
+
+        Unless it `credits_worker`, a stream comes as far as its own reader has it sent.
+        """
         return self._follower.follow(
             (self.topic_of(found), found.partition),
             found.offset if offset is None else offset,
             found.correlation_id,
-            topic=self.topic,
+            topic=topic or self.topic,
             scope=scope,
             had=had,
-            credits_worker=found.kind == "replies",
+            credits_worker=credits_worker and found.kind == "replies",
         )
 
 

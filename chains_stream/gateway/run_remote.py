@@ -11,7 +11,7 @@ from chains_stream.errors import ChainsError, is_retryable
 from chains_stream.gateway.endpoint import JSON, Endpoint, Shared
 from chains_stream.gateway.exchange import PIECE, Exchange
 from chains_stream.gateway.limits import Place
-from chains_stream.gateway.streaming import Form, Forms, Stream
+from chains_stream.gateway.streaming import Forms
 from chains_stream.policy import Scope
 
 _IS_JSON = (b"content-type", JSON.encode())
@@ -33,7 +33,7 @@ class RunRemote(Endpoint):
             body = await self.body(exchange, place) or b"{}"
             arguments = self._codec.arguments_from_json(body)
             answer = (
-                partial(self._stream, exchange, form) if form is not None else partial(self._result, exchange, place)
+                partial(self.stream, exchange, form) if form is not None else partial(self._result, exchange, place)
             )
             if exchange.keyed:
                 await self._once(exchange, place, body, arguments, scope=request, answer=answer)
@@ -67,9 +67,6 @@ class RunRemote(Endpoint):
             if not exchange.started and is_retryable(error):
                 claim.release()
             raise
-
-    async def _stream(self, exchange: Exchange, form: Form, call: Answer) -> None:
-        await Stream(exchange, call, form, self.shared.pulse).run()
 
     async def _result(self, exchange: Exchange, place: Place, call: Answer) -> None:
         result = self._codec.result_to_json(await call.result())

@@ -13,7 +13,7 @@ from chains_stream.gateway.ids import Ids, RequestId
 from chains_stream.messages import new_id, now_ms
 from chains_stream.policy import Scope
 from tests.sample import Seen
-from tests.serving import WAIT, Pause, Say, Served, serving
+from tests.serving import WAIT, Pause, Pieces, Say, Served, serving
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +75,32 @@ async def test_too_many_that_are_kept_are_cancelled() -> None:
                 assert await anext(answer.aiter_text()) == "first\n"
         await Seen.until("two closed")
         assert Seen.counts["one closed"] == 0
+
+
+async def test_a_quick_reader_does_not_fill_the_memory_of_a_slow_one() -> None:
+    async with serving(Pieces, stream_window=16, stream_window_bytes=64 << 10) as served:
+        arguments = {"data": "QUJD" * 1_000, "size": 300, "repeat": 200, "name": "long"}
+        async with served.connect(narrow=True) as slow:
+            await slow.send(arguments, "accept: text/event-stream", "connection: close")
+            head = (await slow.read_until(b"\r\n\r\n")).decode()
+            request_id = next(line for line in head.split("\r\n") if line.startswith("x-request-id")).split(": ")[1]
+            [call] = served.caller._calls.values()
+            quick = await served.http.get(f"/async_request/{request_id}/events")
+            assert 'event: done\ndata: {"chunks":2000}' in quick.text
+            assert len(call._chunks) <= 128, "of 2,000"
+            rest = (await slow.read_all()).decode()
+        found = [line for line in rest.split("\n") if line.startswith("id: ")]
+        assert found == [f"id: {number}" for number in range(2_000)]
+        assert 'event: done\ndata: {"chunks":2000}' in rest
+
+
+async def test_asking_how_it_stands_does_not_take_chunks_for_the_reader() -> None:
+    async with serving(Pieces, stream_window=16, stream_window_bytes=64 << 10) as served:
+        call, request_id = await open_call(served, data=b"abc" * 1000, size=30, repeat=20)
+        async with asyncio.timeout(WAIT):
+            while call.chunks < 16:
+                await call._wait()
+        report = await served.http.get(f"/async_request/{request_id}", headers={"prefer": "wait=1"})
+        assert report.json()["status"] == "IN_PROGRESS"
+        assert call.chunks == 16
+        call.close()
