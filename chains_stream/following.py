@@ -54,6 +54,10 @@ class Following(Answer):
         settings = self._partition.settings
         return len(self._chunks) >= settings.stream_window or self._held >= settings.stream_window_bytes
 
+    def begin_at(self, attempt: int) -> None:
+        """Take no frames of lower attempts."""
+        self._fold.attempt = attempt
+
     def close(self) -> None:
         self._partition.leave(self)
 
@@ -120,9 +124,12 @@ class Follower:
         topic: str,
         scope: Scope,
         had: int = 0,
+        attempt: int = 0,
         credits_worker: bool = False,
     ) -> Following:
         """Give the answer whose frames lie in a partition from `offset` on, to a request on `topic`.
+
+        Those of lower attempts than `attempt` are none of it.
 
         It fails with OffsetExpiredError if the log no longer reaches so far back. If it `credits_worker`, a worker that
         waits for its reader goes on as this one takes chunks.
@@ -132,6 +139,7 @@ class Follower:
             partition = self._partitions[place] = _Partition(place, self)
         following = Following(partition, correlation_id, offset, topic=topic, scope=scope, had=had)
         following.credits = credits_worker
+        following.begin_at(attempt)
         partition.join(following)
         return following
 

@@ -17,7 +17,7 @@ from starlette.types import Scope as ASGIScope
 from chains_stream.calls import RemoteTarget
 from chains_stream.codec import Codec
 from chains_stream.control import Cancel, Reading
-from chains_stream.errors import InvalidArgumentError, OffsetExpiredError
+from chains_stream.errors import BrokerError, InvalidArgumentError, OffsetExpiredError, OverloadedError, StoreError
 from chains_stream.following import Following
 from chains_stream.gateway import problems
 from chains_stream.gateway.endpoint import JSON, Endpoint, Shared
@@ -227,12 +227,13 @@ class Ask(_OfOne):
 
     async def _add_outcome(self, report: Report, place: Place, known: Known, found: RequestId, scope: Scope) -> None:
         """Read the result, or the error, from the log."""
-        streaming = self._codec.signature.streaming
-        following = self.shared.past.follow(found, scope, offset=None if streaming else known.end)
+        assert known.end is not None, "it has ended"
+        begin = known.run or (known.end, 0)  # what tries before the last one sent does not count
+        following = self.shared.past.follow(found, scope, begin=begin)
         try:
             report.result = msgspec.Raw(await outcome(following, self._codec, place))
         except Exception as error:
-            if not problems.is_known(error) or isinstance(error, OffsetExpiredError):
+            if not problems.is_known(error) or _is_ours(error, following):
                 raise
             report.error = problems.of_error(error, report.request_id)
         finally:
@@ -287,7 +288,9 @@ class Replay(_OfOne):
         assert form is not None, "a stream has one"
         had, past = _had(exchange), self.shared.past
         await past.check(found)
-        following = self.shared.past.follow(found, scope, had=had)
+        # Who has nothing yet is shown the last run alone: what those before it sent would be the end of the stream.
+        begin = (await past.known(found)).run if found.kind == "results" and not had else None
+        following = past.follow(found, scope, had=had, begin=begin)
         source = following if self._codec.signature.streaming else _Single(following, had)
         past.caller.tell(following, Reading(found.correlation_id, here=True))
         try:
@@ -344,6 +347,11 @@ class _Single:
         """Have whoever waits be given nothing."""
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
+
+
+def _is_ours(error: Exception, following: Following) -> bool:
+    """Tell whether an error is met in reading an answer, and is no part of it."""
+    return isinstance(error, BrokerError | StoreError | OverloadedError) and error is not following.failure
 
 
 async def _ended(following: Following) -> None:

@@ -56,19 +56,21 @@ class Past:
         found: RequestId,
         scope: Scope,
         *,
-        offset: int | None = None,
+        begin: tuple[int, int] | None = None,
         had: int = 0,
         topic: str | None = None,
         credits_worker: bool = True,
     ) -> Following:
         """Give the answer to a request, on `topic` if not ours, which may still be coming. Close it.
 
-        Unless it `credits_worker`, a stream comes as far as its own reader has it sent.
+        It is read from where its frames `begin`, an offset and an attempt, if more is known than the id says. Unless it `credits_worker`, a stream comes as far as its own reader has it sent.
         """
+        offset, attempt = (found.offset, 0) if begin is None else begin
         return self._follower.follow(
             (self.topic_of(found), found.partition),
-            found.offset if offset is None else offset,
+            offset,
             found.correlation_id,
+            attempt=attempt,
             topic=topic or self.topic,
             scope=scope,
             had=had,

@@ -42,14 +42,16 @@ class Known:
 
     Attributes:
         end: the offset of the record with the end of its answer.
+        run: where the run of its stream begins that counts: the offset of that record, and the attempt.
         chunks: of a stream, as far as it has come.
     """
 
-    __slots__ = ("_fold", "_held", "_waiters", "chunks", "end", "status")
+    __slots__ = ("_fold", "_held", "_waiters", "chunks", "end", "run", "status")
 
     def __init__(self) -> None:
         self.status = Status.QUEUED
         self.end: int | None = None
+        self.run: tuple[int, int] | None = None
         self.chunks = 0
         self._fold: Fold | None = Fold()
         self._held: list[tuple[Frame, int]] | None = None  # that came while what lies before them was looked up
@@ -83,8 +85,11 @@ class Known:
             if isinstance(frame, Undelivered) and self.status.final:
                 self.status = Status.WEBHOOK_FAILED
             return
+        begins_again = fold.begins_again(frame)
         step = fold.take(frame)
         self.chunks = fold.chunks
+        if begins_again or (step is Step.CHUNK and self.run is None):
+            self.run = offset, frame.attempt
         if step is Step.END or step is Step.GAP:
             self.end, self._fold = offset, None
             self.status = _ended(frame) if step is Step.END else Status.FAILED
@@ -199,9 +204,10 @@ class Results:
                 raise OffsetExpiredError("the log no longer holds the answer to this request")
             if begin >= end:
                 return
+            webhooks = topic == self.topic  # of which more may be told after the end
             reader = await self._broker.read(topic, {partition: begin})
             try:
-                while reader.position(partition) < end:
+                while reader.position(partition) < end and (webhooks or not found.status.final):
                     for record in await reader.fetch():
                         for frame, _ in found_in(record):
                             if frame.correlation_id == request_id.correlation_id:

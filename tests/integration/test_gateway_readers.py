@@ -1,10 +1,12 @@
 """Readers of one stream beside each other: none holds another up, fills another's memory, or takes its answer away."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
+import chains_stream as chains
 from chains_stream.calls import Call
 from chains_stream.chainlet import signature
 from chains_stream.codec import codec_of
@@ -104,3 +106,28 @@ async def test_asking_how_it_stands_does_not_take_chunks_for_the_reader() -> Non
         assert report.json()["status"] == "IN_PROGRESS"
         assert call.chunks == 16
         call.close()
+
+
+class Anew(chains.ChainletBase):
+    """A stream whose first try fails after many chunks."""
+
+    async def run_remote(self, chunks: int) -> AsyncIterator[int]:
+        Seen.note("run")
+        run = Seen.counts["run"]
+        for _ in range(chunks):
+            yield run
+        if run == 1:
+            raise ValueError("once")
+
+
+async def test_a_stream_that_was_tried_again_is_collected_as_it_ended() -> None:
+    async with serving(Anew, stream_window=16) as served:
+        retry = {"max_attempts": 2, "initial_delay_ms": 0, "max_delay_ms": 0}
+        body = {"model_input": {"chunks": 100}, "inference_retry_config": retry}
+        request_id = (await served.http.post("/async_run_remote", json=body)).json()["request_id"]
+        report = await served.http.get(f"/async_request/{request_id}", headers={"prefer": "wait=20"})
+        assert report.json().get("result") == [2] * 100, report.text
+        events = await served.http.get(f"/async_request/{request_id}/events")
+        assert events.text.count("data: 2\n") == 100
+        assert "data: 1\n" not in events.text
+        assert events.text.endswith('event: done\ndata: {"chunks":100}\n\n')
