@@ -108,6 +108,11 @@ class Call(Answer):
         """Forget the call; if it has not ended, have it cancelled where it runs. May be called again."""
         self._caller.forget(self)
 
+    def let_run(self) -> None:
+        """Forget the call; it runs on, to its deadline."""
+        self.answered = True
+        self.close()
+
     def _add(self, value: msgspec.Raw, reference: str | None) -> None:
         super()._add(value, reference)
         if self.can_fall_behind and len(self._chunks) % LOOK == 0:
@@ -259,10 +264,11 @@ class Caller:
             stored.add_done_callback(partial(_stored, call))
         return call
 
-    async def post(self, topic: str, arguments: bytes, request: Request, key: bytes | None) -> None:
-        """Publish a request that this process does not wait for; return once the broker has stored it.
+    async def post(self, topic: str, arguments: bytes, request: Request, key: bytes | None) -> asyncio.Future[int]:
+        """Publish a request that this process does not wait for. The future is done once the broker has stored it.
 
-        The topic is one that `use` has prepared. Raises BrokerError, StoreError.
+        If this raises, the request is not made; after that it may be, even where nobody waits for the future. The topic
+        is one that `use` has prepared. Raises BrokerError, StoreError.
         """
         if self._broken is not None:
             raise self._broken
@@ -271,7 +277,7 @@ class Caller:
             arguments, claim = b"", await self.store.put_arguments(arguments)
         partition = self._balancers[topic].choose(key)
         headers = request.to_headers() + claim
-        await (await self._broker.publish(topic, arguments, partition=partition, key=key, headers=headers))
+        return await self._broker.publish(topic, arguments, partition=partition, key=key, headers=headers)
 
     def running(self, topic: str) -> int:
         """Count the requests on a topic, which `use` has prepared, that run now, as far as is known."""

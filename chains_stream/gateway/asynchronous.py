@@ -129,11 +129,14 @@ class Submit(Endpoint):
             topic = background_topic(self._topic) if submission.priority else self._topic
             request = self._request(where, submission, scope)
             try:
-                await past.caller.post(topic, arguments, request, scope.affinity)
+                stored = await past.caller.post(topic, arguments, request, scope.affinity)
             except BaseException:
                 if claim is not None:
                     claim.release()
                 raise
+            if claim is not None:  # a client that leaves now asks again, and is told of this one
+                stored.add_done_callback(claim.settle)
+            await asyncio.shield(stored)
             await _accept(exchange, scope.request_id)
 
     def _read(self, body: bytes) -> Submission:

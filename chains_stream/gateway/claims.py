@@ -58,6 +58,11 @@ class Claim:
         self._key = key
         self._request_id = request_id
 
+    def settle(self, stored: asyncio.Future[int]) -> None:
+        """Let the key be used again if the request that it is of was not stored."""
+        if stored.cancelled() or stored.exception() is not None:
+            self.release()
+
     def release(self) -> None:
         """Let the key be used again."""
         self._claims.release(self._key, self.earlier or self._request_id)
@@ -104,12 +109,15 @@ class Claims:
                 HTTPStatus.BAD_REQUEST, "invalid-header", f"the header {HEADER} should have 1 to {MAX_KEY} characters"
             )
         digest = hashlib.sha256(owner.encode() + b"\0" + key).digest()
+        if self._task is None or self._task.done():
+            raise BrokerError("claims can't be read any more")
         read = self._waiting[request_id] = asyncio.get_running_loop().create_future()
         try:
-            if self._task is None or self._task.done():
-                raise BrokerError("claims can't be read any more")
             await self._append(Claimed(digest, body, request_id, now_ms()))
             winner = await read
+        except BaseException:  # its client left, say: it may be the first in the log, and nobody would run the request
+            self.release(digest, request_id)
+            raise
         finally:
             del self._waiting[request_id]
         if winner.body != body:

@@ -162,8 +162,11 @@ class Endpoint:
             if exchange.left and seconds and kept.keep(call, seconds):
                 raise
             kept.forget(call)
-            # A gateway that ends cancels nothing: the request runs on to its deadline.
-            if not exchange.interrupted:
+            # A gateway that ends cancels nothing: the request runs on to its deadline. Where that has come, its worker
+            # knows, and says what is to be told to whoever asks again.
+            if exchange.claimed and not exchange.left and not exchange.interrupted:
+                call.let_run()
+            elif not exchange.interrupted:
                 call.close()
             raise
         except BaseException:

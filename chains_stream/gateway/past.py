@@ -63,7 +63,8 @@ class Past:
     ) -> Following:
         """Give the answer to a request, on `topic` if not ours, which may still be coming. Close it.
 
-        It is read from where its frames `begin`, an offset and an attempt, if more is known than the id says. Unless it `credits_worker`, a stream comes as far as its own reader has it sent.
+        It is read from where its frames `begin`, an offset and an attempt, if more is known than the id says. Unless it
+        `credits_worker`, a stream comes as far as its own reader has it sent.
         """
         offset, attempt = (found.offset, 0) if begin is None else begin
         return self._follower.follow(

@@ -61,10 +61,17 @@ class RunRemote(Endpoint):
             finally:
                 following.close()
             return
+        made = False
+
+        async def answer_made(call: Answer) -> None:
+            nonlocal made
+            made = True
+            await answer(call)
+
         try:
-            await self.run(exchange, place, self._target, arguments, scope=scope, answer=answer)
-        except ChainsError as error:
-            if not exchange.started and is_retryable(error):
+            await self.run(exchange, place, self._target, arguments, scope=scope, answer=answer_made)
+        except BaseException as error:
+            if not made or (isinstance(error, ChainsError) and not exchange.started and is_retryable(error)):
                 claim.release()
             raise
 

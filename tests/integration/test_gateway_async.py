@@ -220,8 +220,10 @@ async def test_what_keeps_a_gateway_from_reading_a_result_is_no_part_of_it() -> 
         request_id = await submit(served, {"name": "", "times": 10_000})
         assert len((await report(served, request_id, 20))["result"]) == 80_000
         async with served.connect() as other:
-            head = "POST /run_remote HTTP/1.1\r\nhost: t\r\ncontent-type: application/json\r\ncontent-length: 90000\r\n\r\n"
-            await other.send_raw(head.encode() + b" " * 80_000)  # held for as long as the rest does not come
+            head = ("POST /run_remote HTTP/1.1", "host: t", "content-type: application/json", "content-length: 90000")
+            await other.send_raw(
+                "\r\n".join([*head, "", ""]).encode() + b" " * 80_000
+            )  # held for as long as the rest does not come
             async with asyncio.timeout(5):
                 while (answer := await served.http.get(f"/async_request/{request_id}")).status_code == HTTPStatus.OK:
                     assert "error" not in answer.json(), "the request has succeeded"

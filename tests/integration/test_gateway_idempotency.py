@@ -1,6 +1,8 @@
 """Requests with an idempotency key: of those with one key one runs, through whichever gateway they come."""
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 
 import chains_stream as chains
 from tests.sample import Seen
-from tests.serving import WAIT, Say, Served, Slow, problem_of, serving
+from tests.serving import WAIT, Say, Served, Slow, problem_of, request_log, serving
 from tests.talking import Talk
 
 
@@ -139,3 +141,76 @@ async def test_a_key_that_nothing_is_done_with_keeps_nothing_running() -> None:
             await anext(answer.aiter_lines())
             await Seen.until("hangs")
         await Seen.until("stopped", seconds=WAIT / 4)
+
+
+async def test_a_client_that_leaves_before_its_request_is_made_locks_no_key() -> None:
+    async with serving(Count) as served, served.connect() as client:
+        claims = await served.follow(f"{served.settings.namespace}.idempotency")
+        with slow_publishing(served, "idempotency"):
+            await client.send({"name": "early"}, "idempotency-key: k")
+            await asyncio.wait_for(claims.fetch(), WAIT)
+            with request_log() as log:
+                await client.leave()
+                await log.wait()
+        async with asyncio.timeout(5):
+            while (answer := await ask(served, "k", name="early")).status_code == HTTPStatus.CONFLICT:
+                pass
+        assert answer.json() == 1
+        await claims.close()
+
+
+async def test_a_client_that_leaves_as_its_request_is_stored_makes_it_once() -> None:
+    async with serving(Count) as served, served.connect() as client:
+        requests = await served.follow(served.topic)
+        body, headers = b'{"name": "once"}', {"idempotency-key": "k", "content-type": "application/json"}
+        lines = [f"{name}: {value}" for name, value in headers.items()]
+        head = "\r\n".join(
+            ["POST /async_run_remote HTTP/1.1", "host: t", f"content-length: {len(body)}", *lines, "", ""]
+        )
+        with slow_publishing(served, "run_remote"):
+            await client.send_raw(head.encode() + body)
+            await asyncio.wait_for(requests.fetch(), WAIT)
+            with request_log() as log:
+                await client.leave()
+                await log.wait()
+        answer = await served.http.post("/async_run_remote", content=body, headers=headers)
+        request_id = answer.json()["request_id"]
+        report = await served.http.get(f"/async_request/{request_id}", headers={"prefer": "wait=10"})
+        assert report.json()["result"] == 1
+        assert Seen.counts["once"] == 1
+        await requests.close()
+
+
+@contextmanager
+def slow_publishing(served: Served, part: str) -> Iterator[None]:
+    """Have nobody told, while the block runs, that records of a topic are stored: as by a broker that is slow."""
+    publish, waiting = served.broker.publish, list[tuple[asyncio.Future[int], asyncio.Future[int]]]()
+
+    async def late(topic: str, value: bytes, **options: Any) -> asyncio.Future[int]:
+        stored = await publish(topic, value, **options)
+        if part not in topic:
+            return stored
+        told = asyncio.get_running_loop().create_future()
+        waiting.append((told, stored))
+        return told
+
+    served.broker.publish = late  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        served.broker.publish = publish  # type: ignore[method-assign]
+        for told, stored in waiting:
+            if not told.done():
+                told.set_result(stored.result())
+
+
+async def test_what_came_too_late_stays_so() -> None:
+    async with serving(Slow) as served:
+        headers = {"idempotency-key": "k", "x-request-timeout": "0.3"}
+        for _ in range(2):
+            answer = await served.http.post("/run_remote", json={"name": "late"}, headers=headers)
+            async with asyncio.timeout(5):
+                while answer.status_code == HTTPStatus.CONFLICT:
+                    answer = await served.http.post("/run_remote", json={"name": "late"}, headers=headers)
+            assert problem_of(answer, HTTPStatus.GATEWAY_TIMEOUT)["code"] == "deadline-exceeded"
+        assert Seen.counts["late began"] == 1
