@@ -41,8 +41,13 @@ def run_all(chain: Chain, settings: Settings) -> None:
         stack.push_async_callback(host.drain)
         await host.start()
         hosted = [worker.callee for worker in host.workers]
-        url = await _open(stack, server, Gateway(chain, caller, broker, settings, hosted), settings)
-        return Serving(f"{_ready(chain, url)}\n{try_it(chain, url)}", host.failed)
+        gateway = Gateway(chain, caller, broker, settings, hosted)
+        url = await _open(stack, server, gateway, settings)
+
+        async def failed() -> None:
+            await asyncio.gather(host.failed(), gateway.failed())
+
+        return Serving(f"{_ready(chain, url)}\n{try_it(chain, url)}", failed)
 
     _serve(chain, start)
 
@@ -54,8 +59,9 @@ def run_gateway(chain: Chain, settings: Settings, link: "Link | None" = None) ->
     async def start(stack: AsyncExitStack) -> Serving:
         server = await _bound(stack, settings, None if link is None else link.socket)
         broker, caller = await connect(stack, settings)
-        url = await _open(stack, server, Gateway(chain, caller, broker, settings), settings)
-        return Serving(_ready(chain, url), caller.failed)
+        gateway = Gateway(chain, caller, broker, settings)
+        url = await _open(stack, server, gateway, settings)
+        return Serving(_ready(chain, url), gateway.failed)
 
     _serve(chain, start, link)
 

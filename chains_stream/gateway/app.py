@@ -4,7 +4,7 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 from importlib import resources
 
@@ -106,6 +106,10 @@ class Gateway:
         gate = None if self.gate is None else self.gate.check
         self.app = Entry(app, _RUN_REMOTE, run_remote.serve, self._identify, gate)
 
+    async def failed(self) -> None:
+        """Wait until the gateway can't go on. Raises what stopped it."""
+        await asyncio.gather(*(failed() for failed in self._followed().values()))
+
     def interrupt(self) -> None:
         """Answer the requests that are still under way with 503. They are not cancelled: they run to their deadline."""
         self._shared.interrupt()
@@ -123,7 +127,18 @@ class Gateway:
         exchange.request_id = self._past.ids.mint(where, exchange.owner)
 
     async def _healthz(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's
-        return probes.health(await probes.trouble(self._broker, self._caller) or await self._checkup.complaint())
+        trouble = await probes.trouble(self._broker, self._caller)
+        for what, failed in self._followed().items():
+            if trouble is None and (fault := await probes.fault_of(failed)) is not None:
+                trouble = f"{what} can't be read any more: {fault}"
+        return probes.health(trouble or await self._checkup.complaint())
+
+    def _followed(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        return {
+            "answers": self._caller.failed,
+            "results": self._past.results.failed,
+            "idempotency keys": self._claims.failed,
+        }
 
 
 class Readiness:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from enum import StrEnum
 
 from chains_stream.broker import Broker, Reader, TopicSpec
-from chains_stream.errors import CallCancelledError, OffsetExpiredError, QueueExpiredError
+from chains_stream.errors import BrokerError, CallCancelledError, OffsetExpiredError, QueueExpiredError
 from chains_stream.fold import Fold, Step
 from chains_stream.gateway.ids import RequestId
 from chains_stream.log import get_logger
@@ -178,6 +178,8 @@ class Results:
 
     async def find(self, request_id: RequestId) -> Known:
         """Give what is known of a request; it changes as the log grows. Raises OffsetExpiredError, BrokerError."""
+        if self._task is not None and self._task.done():
+            raise BrokerError("what became of requests can't be followed any more")
         while (found := self._known.get(request_id.correlation_id)) is not None:
             await found.ready()
             if self._known.get(request_id.correlation_id) is found:  # else looking it up has failed
