@@ -20,6 +20,7 @@ from chains_stream.control import Cancel, Reading
 from chains_stream.errors import BrokerError, InvalidArgumentError, OffsetExpiredError, OverloadedError, StoreError
 from chains_stream.following import Following
 from chains_stream.gateway import problems
+from chains_stream.gateway.claims import Claim
 from chains_stream.gateway.endpoint import JSON, Endpoint, Shared
 from chains_stream.gateway.exchange import Exchange, Header
 from chains_stream.gateway.ids import RequestId
@@ -34,6 +35,7 @@ from chains_stream.signature import background_topic
 
 MAX_QUEUE_SECONDS = 72 * 3600  # that a request may wait, as with Baseten
 QUEUE_SECONDS = 600
+MADE_WITHIN = 30.0  # seconds in which a gateway has made a request after claiming its key, or has died
 MARGIN = 1.0  # seconds of a request's time that are left for its answer
 MAX_DIGITS = 15  # of the number of a chunk
 RETRY_AFTER = b"1"  # seconds until it is worth asking again
@@ -123,6 +125,7 @@ class Submit(Endpoint):
             arguments = self._codec.arguments_from_json(submission.model_input)
             claim = await self.claim(exchange, body)
             if claim is not None and claim.earlier is not None:
+                await self._check_made(exchange, claim)
                 await _accept(exchange, claim.earlier)
                 return
             past.results.expect(exchange.correlation_id)
@@ -137,7 +140,26 @@ class Submit(Endpoint):
             if claim is not None:  # a client that leaves now asks again, and is told of this one
                 stored.add_done_callback(claim.settle)
             await asyncio.shield(stored)
+            if claim is not None:
+                await claim.tell_made()
             await _accept(exchange, scope.request_id)
+
+    async def _check_made(self, exchange: Exchange, claim: Claim) -> None:
+        """Raise Refusal for a key whose request may not have been made: its gateway died, or is still about it."""
+        if claim.made:
+            return
+        past = self.shared.past
+        found = past.ids.read(claim.earlier or "", exchange.owner)
+        if found is not None and (await past.known(found)).status is not Status.QUEUED:
+            return
+        if claim.age > MADE_WITHIN:
+            claim.release()
+        raise Refusal(
+            HTTPStatus.CONFLICT,
+            "idempotency-key-in-use",
+            "the request with this idempotency key is still being made",
+            headers={"retry-after": RETRY_AFTER.decode()},
+        )
 
     def _read(self, body: bytes) -> Submission:
         """Read a body: Baseten's if it has a `model_input`, else the arguments. Raises InvalidArgumentError."""

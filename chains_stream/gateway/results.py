@@ -186,6 +186,8 @@ class Results:
                 self._known.move_to_end(request_id.correlation_id)
                 return found
         assert self._reader is not None, "started"
+        if request_id.partition >= self.partitions:
+            raise OffsetExpiredError("the log has no such partition any more")
         found = Known()
         found.hold()
         self._remember(request_id.correlation_id, found)
@@ -205,6 +207,8 @@ class Results:
             if begin < await self._broker.begin_offset(topic, partition):
                 raise OffsetExpiredError("the log no longer holds the answer to this request")
             if begin >= end:
+                if begin > end and begin > await self._broker.end_offset(topic, partition):
+                    raise OffsetExpiredError("the log is not the one that the request was made with")
                 return
             webhooks = topic == self.topic  # of which more may be told after the end
             reader = await self._broker.read(topic, {partition: begin})
