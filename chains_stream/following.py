@@ -149,7 +149,8 @@ class Follower:
             partition.fail(BrokerError("the connection was closed"))
             self.forget(partition)
         for task in self._tasks:
-            task.cancel()
+            if not task.cancelling():  # else it is closing its reader, which a second time would break off
+                task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
