@@ -13,14 +13,14 @@ UNKNOWN = "x-schemathesis-unknown-property"
 
 
 @schemathesis.hook
-def filter_case(context: schemathesis.HookContext, case: schemathesis.Case) -> bool:
+def filter_case(context: schemathesis.HookContext, case: schemathesis.Case[Any]) -> bool:
     """Leave out cases that it holds for wrong as they have one header more: HTTP allows any."""
     return UNKNOWN not in (case.headers or {})
 
 
 @schemathesis.hook
 def map_body(context: schemathesis.HookContext, body: Any) -> Any:
-    """Write whole numbers as such, of 64 bits: JSON Schema knows no bound, and takes 1.0 too. Have no stranger called."""
+    """Write whole numbers as such, of 64 bits: JSON Schema has no bound, and takes 1.0. Have no stranger called."""
     body = _whole(body)
     if isinstance(body, dict) and isinstance(body.get("webhook_endpoint"), str) and body["webhook_endpoint"]:
         body["webhook_endpoint"] = WEBHOOK
@@ -30,7 +30,7 @@ def map_body(context: schemathesis.HookContext, body: Any) -> Any:
 
 
 @schemathesis.hook
-def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
+def before_call(context: schemathesis.HookContext, case: schemathesis.Case[Any], kwargs: dict[str, Any]) -> None:
     """Use no idempotency key twice, which is 422; and leave a request the time that it takes, or else it is 504."""
     headers = case.headers
     key = headers.get("idempotency-key")

@@ -1,4 +1,4 @@
-"""A client that openapi-python-client generates from the document of a Chain: it takes our types, and gives them back."""
+"""A client that openapi-python-client makes of the document of a Chain: it takes our types, and gives them back."""
 
 import importlib
 import os
@@ -22,8 +22,11 @@ def generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     document.write_text(chains("openapi", PLAIN).stdout, encoding="utf-8")
     bin_folder = Path(sys.executable).parent
     made = subprocess.run(
-        [bin_folder / "openapi-python-client", "generate", "--path", document, "--meta", "none", "--fail-on-warning"]
-        + ["--output-path", tmp_path / PACKAGE],
+        [
+            bin_folder / "openapi-python-client",
+            *("generate", "--path", str(document), "--output-path", str(tmp_path / PACKAGE)),
+            *("--meta", "none", "--fail-on-warning"),
+        ],
         capture_output=True,
         text=True,
         check=False,

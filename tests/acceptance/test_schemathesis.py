@@ -1,4 +1,4 @@
-"""schemathesis reads the OpenAPI document of a Chain, sends what it allows and what it does not, and finds no violation."""
+"""schemathesis reads the document of a Chain, sends what it allows and what it does not, and finds no violation."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Malformed requests over raw sockets against real gateways: no 500, no answer that is no HTTP, and nothing left behind.
+"""Malformed requests over raw sockets against real gateways: no 500, all answers are HTTP, and nothing stays behind.
 
     make fuzz [SEED=7] [REQUESTS=100000] [CASE=12]
 

@@ -43,6 +43,7 @@ _BODILESS = (204, 304)
 _CONTINUE = 100
 SWITCHING = 101
 _WELL = 300
+_NEEDED = {405: [b"allow"], 426: [b"upgrade"], 429: [b"retry-after"], 503: [b"retry-after"]}  # headers
 
 
 class WrongError(Exception):
@@ -137,7 +138,7 @@ def _chunked(data: bytes) -> tuple[bytes, bytes, bool]:
             return bytes(body), data[at:], True
         body += data[start : start + size]
     else:
-        if len(data) - at > 10:  # noqa: PLR2004 - digits and the end of a line
+        if len(data) - at > 10:
             raise WrongError(f"no chunk: {data[at : at + 50]!r}")
     return bytes(body), b"", False
 
@@ -150,20 +151,23 @@ def judge(answer: Answer, *, head: bool, of_openai: bool) -> None:
     if status == SWITCHING:
         _judge_frames(answer.body)
         return
-    for name in (b"date", b"x-request-id"):
+    for name in (b"date", b"x-request-id", *_NEEDED.get(status, ())):
         if not headers.get(name):
-            raise WrongError(f"no {name!r}")
-    if status == 405 and not headers.get(b"allow"):  # noqa: PLR2004
-        raise WrongError("no `allow`")
+            raise WrongError(f"{status} without {name!r}")
     if head:
         return
     kind = headers.get(b"content-type", b"")
     if status >= _WELL:
         _judge_problem(answer, kind, of_openai=of_openai)
-    elif answer.whole and kind == b"application/json":
-        _parse(answer.body)
-    elif answer.whole and kind.startswith(b"application/x-ndjson"):
-        for line in answer.body.splitlines():
+    elif answer.whole:
+        _judge_content(kind, answer.body)
+
+
+def _judge_content(kind: bytes, body: bytes) -> None:
+    if kind == b"application/json":
+        _parse(body)
+    elif kind.startswith(b"application/x-ndjson"):
+        for line in body.splitlines():
             _parse(line)
 
 
@@ -189,8 +193,6 @@ def _judge_problem(answer: Answer, kind: bytes, *, of_openai: bool) -> None:
             raise WrongError(f"a problem that says too little: {told}")
     elif not (of_openai and kind == b"application/json" and told.get("error", {}).get("message")):
         raise WrongError(f"no problem details: {kind!r} {answer.body[:200]!r}")
-    if answer.status == 429 and b"retry-after" not in answer.headers:  # noqa: PLR2004
-        raise WrongError("no `retry-after`")
 
 
 def _parse(body: bytes) -> Any:

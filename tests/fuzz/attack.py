@@ -65,7 +65,7 @@ class Case:
             for _ in range(requests - 1):
                 after = draft(choice, ids)
                 after.method = "GET" if after.method == "HEAD" else after.method
-                data += b"".join(_malformed(choice, after)) if choice.random() < 0.5 else after.write()  # noqa: PLR2004
+                data += b"".join(_malformed(choice, after)) if choice.random() < 0.5 else after.write()
         cuts = sorted(choice.randrange(len(data) + 1) for _ in range(choice.randrange(1, 4)))
         way, resets = choice.choice(_WAYS), choice.choice((True, False))
         return cls(number, first.server, way, data, requests, head, cuts, resets, frames)

@@ -1,5 +1,7 @@
 """All cases against servers in a process of their own, and how that process is before and after."""
 
+# ruff: noqa: T201 - it shows how far it is
+
 import asyncio
 import json
 import os
@@ -82,7 +84,7 @@ class Target:
 
     async def ids(self) -> list[str]:
         """Have each server answer valid requests, and give an id of each. Raises AssertionError."""
-        found = []
+        found: list[str] = []
         async with httpx.AsyncClient(timeout=STARTED_WITHIN, trust_env=False) as http:
             for number, url in enumerate(self.urls):
                 if number == SOCKET:

@@ -1,6 +1,6 @@
 """Chains that answer at once and never fail: one with fields of many types, and one that talks."""
 
-import datetime
+import datetime as dt
 from contextlib import suppress
 from typing import Annotated, Literal
 
@@ -23,7 +23,7 @@ class Order(msgspec.Struct, forbid_unknown_fields=True):
     lines: Annotated[list[Line], msgspec.Meta(max_length=8)]
     kind: Literal["new", "again"] = "new"
     count: Annotated[int, msgspec.Meta(ge=0, le=9)] = 1
-    at: datetime.datetime | None = None
+    at: dt.datetime | None = None
     seal: bytes = b""
     marks: dict[str, int | None] = {}
 

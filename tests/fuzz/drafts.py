@@ -105,23 +105,23 @@ def _arguments(server: int) -> dict[str, Any]:
     return {"request": CHAT} if server == TALK else {"order": ORDER, "note": "n"}
 
 
-def _run(choice: random.Random, text: str, server: int) -> Draft:  # noqa: ARG001 - as all of these
+def _run(choice: random.Random, text: str, server: int) -> Draft:
     return Draft("POST", "/run_remote", _arguments(server))
 
 
-def _submit(choice: random.Random, text: str, server: int) -> Draft:  # noqa: ARG001
+def _submit(choice: random.Random, text: str, server: int) -> Draft:
     wrapped = {**_SUBMISSION, "model_input": _arguments(server)}
     return Draft("POST", "/async_run_remote", wrapped if choice.random() < 0.7 else _arguments(server))
 
 
-def _ask(choice: random.Random, text: str, server: int) -> Draft:  # noqa: ARG001
+def _ask(choice: random.Random, text: str, server: int) -> Draft:
     made = Draft(choice.choice(("GET", "GET", "DELETE")), f"/async_request/{text}")
     if choice.random() < 0.3:
         made.headers.append((b"prefer", b"wait=1"))
     return made
 
 
-def _events(choice: random.Random, text: str, server: int) -> Draft:  # noqa: ARG001
+def _events(choice: random.Random, text: str, server: int) -> Draft:
     made = Draft("GET", f"/async_request/{text}/events")
     if choice.random() < 0.5:
         made.target += f"?starting_after={choice.randrange(4)}"
@@ -130,7 +130,7 @@ def _events(choice: random.Random, text: str, server: int) -> Draft:  # noqa: AR
     return made
 
 
-def _plain(choice: random.Random, text: str, server: int) -> Draft:  # noqa: ARG001
+def _plain(choice: random.Random, text: str, server: int) -> Draft:
     paths = (
         "/healthz",
         "/readyz",
@@ -144,7 +144,7 @@ def _plain(choice: random.Random, text: str, server: int) -> Draft:  # noqa: ARG
     return Draft(choice.choice(("GET", "GET", "GET", "HEAD", "OPTIONS")), choice.choice(paths))
 
 
-def _socket(choice: random.Random, text: str, server: int) -> Draft:  # noqa: ARG001
+def _socket(choice: random.Random, text: str, server: int) -> Draft:
     headers = [
         (b"upgrade", b"websocket"),
         (b"connection", b"Upgrade"),
@@ -156,7 +156,7 @@ def _socket(choice: random.Random, text: str, server: int) -> Draft:  # noqa: AR
     return Draft("GET", "/websocket", headers=headers, frames=b"".join([*frames, closing]))
 
 
-def _cross(choice: random.Random, text: str, server: int) -> Draft:  # noqa: ARG001
+def _cross(choice: random.Random, text: str, server: int) -> Draft:
     headers = [
         (b"origin", choice.choice((b"https://fuzz.invalid", b"https://other.invalid"))),
         (b"access-control-request-method", b"POST"),
@@ -165,16 +165,16 @@ def _cross(choice: random.Random, text: str, server: int) -> Draft:  # noqa: ARG
     return Draft("OPTIONS", "/run_remote", headers=headers)
 
 
-def _chat(choice: random.Random, text: str, server: int) -> Draft:  # noqa: ARG001
+def _chat(choice: random.Random, text: str, server: int) -> Draft:
     return Draft("POST", "/v1/chat/completions", {**CHAT, "stream": choice.random() < 0.4})
 
 
-def _embed(choice: random.Random, text: str, server: int) -> Draft:  # noqa: ARG001
+def _embed(choice: random.Random, text: str, server: int) -> Draft:
     value = {**_EMBED, "encoding_format": choice.choice(("float", "base64"))}
     return Draft("POST", "/v1/embeddings", value)
 
 
-def _models(choice: random.Random, text: str, server: int) -> Draft:  # noqa: ARG001
+def _models(choice: random.Random, text: str, server: int) -> Draft:
     return Draft("GET", choice.choice(("/v1/models", "/v1/models/answer", "/v1/models/none", "/v1/completions")))
 
 
@@ -190,7 +190,7 @@ def _frame(choice: random.Random, opcode: int, data: bytes) -> bytes:
         data = bytes(byte & 0x7F for byte in data)
     mask = choice.randbytes(4)
     size = len(data)
-    extended = b"" if size < 126 else size.to_bytes(2 if size < 1 << 16 else 8)  # noqa: PLR2004 - RFC 6455, section 5.2
+    extended = b"" if size < 126 else size.to_bytes(2 if size < 1 << 16 else 8)
     head = bytes([0x80 | opcode, 0x80 | {0: size, 2: 126, 8: 127}[len(extended)]])
     return head + extended + mask + bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
 

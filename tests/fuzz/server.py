@@ -1,7 +1,7 @@
 """The servers that are attacked: real gateways with their Chains, in a process of their own that tells how it is.
 
-It writes its URLs as a line of JSON, then its `Figures` for each line that it reads. Patience and what is kept are small,
-so that an attack meets their ends: nothing may grow, or hang, beyond them.
+It writes its URLs as a line of JSON, then its `Figures` for each line that it reads. Patience and what is kept are
+small, so that an attack meets their ends: nothing may grow, or hang, beyond them.
 """
 
 # ruff: noqa: T201 - a program that prints
@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -65,8 +66,7 @@ def impatient() -> None:
     connection.SWEEP = 0.25
     exchange.BODY_SECONDS = 2.0
     exchange.BODY_IDLE_SECONDS = 1.0
-    websocket_session.BEAT = 0.5
-    websocket_session.SILENCE = 1.0
+    vars(websocket_session).update(BEAT=0.5, SILENCE=1.0)
     memory.MAX_RECORDS = 1_000
     results.MOST_KNOWN = 1_000
     claims.MOST_CLAIMS = 1_000
@@ -75,15 +75,30 @@ def impatient() -> None:
 def figures(errors: Errors, connections: int) -> Figures:
     gc.collect()
     rss = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * PAGE
-    tasks = Counter(task.get_coro().__qualname__ for task in asyncio.all_tasks())
-    return Figures(rss, len(os.listdir("/proc/self/fd")), connections, dict(tasks), errors.seen, len(gc.get_objects()))
+    tasks = Counter(getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks())
+    return Figures(
+        rss,
+        sum(1 for _ in Path("/proc/self/fd").iterdir()),
+        connections,
+        dict(tasks),
+        errors.seen,
+        len(gc.get_objects()),
+    )
 
 
 async def serve() -> None:
     errors = Errors()
     logging.getLogger().addHandler(errors)
-    shared = {"deadline": DEADLINE, "max_body_bytes": MAX_BODY, "partitions": 1, "request_retention_ms": 5_000}
-    keys = {"api_keys": f"fuzz:{hashlib.sha256(KEY.encode()).hexdigest()}", "cors_origins": "https://fuzz.invalid"}
+    shared: dict[str, Any] = {
+        "deadline": DEADLINE,
+        "max_body_bytes": MAX_BODY,
+        "partitions": 1,
+        "request_retention_ms": 5_000,
+    }
+    keys: dict[str, Any] = {
+        "api_keys": f"fuzz:{hashlib.sha256(KEY.encode()).hexdigest()}",
+        "cors_origins": "https://fuzz.invalid",
+    }
     async with AsyncExitStack() as stack:
         talk = Chain.load(f"{ROOT}/chainlets/openai_chat.py").entrypoint
         running = [

@@ -109,7 +109,7 @@ def test_ways_to_say_one_thing() -> None:
 
 @pytest.mark.parametrize("given", [[], ["a", 1], [[1], 1]])
 def test_texts_are_no_mixture(given: Any) -> None:
-    with pytest.raises(msgspec.ValidationError, match="`input`"):
+    with pytest.raises(msgspec.ValidationError, match="input"):
         msgspec.json.decode(msgspec.json.encode({"input": given}), type=api.EmbeddingRequest)
 
 
