@@ -47,7 +47,9 @@ class Shared:
     def interrupt(self) -> None:
         """End the requests that are still under way, with an answer that says so."""
         for exchange in tuple(self.exchanges):
-            exchange.interrupt(GatewayError("the gateway stopped before the answer was complete", status=503))
+            where = f"any gateway tells the rest at /async_request/{exchange.request_id}"
+            text = f"the gateway stopped before the answer was complete; {where}"
+            exchange.interrupt(GatewayError(text, status=503))
 
 
 class Endpoint:
