@@ -60,6 +60,11 @@ class Answer:
         """How many chunks of the stream have arrived, those that its reader had among them."""
         return self._fold.chunks
 
+    @property
+    def failure(self) -> Exception | None:
+        """What the callee has failed with."""
+        return self._error if self.answered else None
+
     async def result(self) -> msgspec.Raw:
         """Wait for the end of a unary call."""
         while not self.ended:

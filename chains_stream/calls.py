@@ -36,10 +36,16 @@ from chains_stream.settings import Settings
 from chains_stream.store import Store, reference_in
 
 MIN_WINDOW_BYTES = 64 << 10  # of a stream, however many there are
+HELD_WINDOWS = 4  # of a stream that a call holds, where what it misses can be had from the log
+LOOK = 64  # chunks until it is looked at again how much that is
 AT_ONCE = 4  # the part of a stream's window that its reader is given at once
 CLOSE_SECONDS = 5.0  # for what is still to be said to the workers
 
 log = get_logger(__name__)
+
+
+class FellBehindError(Exception):
+    """A call held more of its stream than its window, and let go of what came then: it is to be read from the log."""
 
 
 class Told(Protocol):
@@ -50,13 +56,19 @@ class Told(Protocol):
 
 
 class Call(Answer):
-    """One request under way, and its answer."""
+    """One request under way, and its answer.
+
+    Attributes:
+        can_fall_behind: whether its reader can do with FellBehindError: the worker sends more than the reader takes
+            where another reader of the same stream, which is quicker, says what it has taken.
+    """
 
     __slots__ = (
         "_awaits_stored",
         "_caller",
         "_granted",
         "_granted_size",
+        "can_fall_behind",
         "offset",
         "partition",
         "scope",
@@ -75,6 +87,7 @@ class Call(Answer):
         self.offset: int | None = None  # known once the broker has stored the request
         self.window_bytes = 0  # of a stream that may be on their way
         self.scope = scope
+        self.can_fall_behind = False
         self._caller = caller
         self._awaits_stored = False
         self._granted = self._granted_size = 0  # of what its reader has taken, what the worker was told
@@ -95,6 +108,18 @@ class Call(Answer):
     def close(self) -> None:
         """Forget the call; if it has not ended, have it cancelled where it runs. May be called again."""
         self._caller.forget(self)
+
+    def let_run(self) -> None:
+        """Forget the call; it runs on, to its deadline."""
+        self.answered = True
+        self.close()
+
+    def _add(self, value: msgspec.Raw, reference: str | None) -> None:
+        super()._add(value, reference)
+        if self.can_fall_behind and len(self._chunks) % LOOK == 0:
+            held = sum(len(memoryview(chunk)) for chunk in self._chunks if not isinstance(chunk, str))
+            if self._caller.is_too_much(len(self._chunks), held, self.window_bytes):
+                self.fail(FellBehindError())
 
     def _fetch(self, reference: str) -> Awaitable[msgspec.Raw]:
         return self._caller.fetch(reference)
@@ -254,10 +279,11 @@ class Caller:
         self._calls[call.id] = call
         return self._replies, self._reply_partition, self._settings.stream_window, call.window_bytes
 
-    async def post(self, topic: str, arguments: bytes, request: Request, key: bytes | None) -> None:
-        """Publish a request that this process does not wait for; return once the broker has stored it.
+    async def post(self, topic: str, arguments: bytes, request: Request, key: bytes | None) -> asyncio.Future[int]:
+        """Publish a request that this process does not wait for. The future is done once the broker has stored it.
 
-        The topic is one that `use` has prepared. Raises BrokerError, StoreError.
+        If this raises, the request is not made; after that it may be, even where nobody waits for the future. The topic
+        is one that `use` has prepared. Raises BrokerError, StoreError.
         """
         if self._broken is not None:
             raise self._broken
@@ -266,7 +292,7 @@ class Caller:
             arguments, claim = b"", await self.store.put_arguments(arguments)
         partition = self._balancers[topic].choose(key)
         headers = request.to_headers() + claim
-        await (await self._broker.publish(topic, arguments, partition=partition, key=key, headers=headers))
+        return await self._broker.publish(topic, arguments, partition=partition, key=key, headers=headers)
 
     def running(self, topic: str) -> int:
         """Count the requests on a topic, which `use` has prepared, that run now, as far as is known."""
@@ -279,6 +305,10 @@ class Caller:
     def wants_credit(self, call: Call, chunks: int, size: int) -> bool:
         """Tell whether a reader that took this much since it last said so should say so again."""
         return chunks * 2 >= self._settings.stream_window or size * 2 >= call.window_bytes
+
+    def is_too_much(self, chunks: int, size: int, window_bytes: int) -> bool:
+        """Tell whether a call that holds this much holds more than its worker sends on its own."""
+        return chunks >= HELD_WINDOWS * self._settings.stream_window or size >= HELD_WINDOWS * window_bytes
 
     def at_once(self, window_bytes: int) -> tuple[int, int]:
         """Give how many chunks, and how many bytes, of a stream its reader is given at once."""

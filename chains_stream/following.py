@@ -54,6 +54,10 @@ class Following(Answer):
         settings = self._partition.settings
         return len(self._chunks) >= settings.stream_window or self._held >= settings.stream_window_bytes
 
+    def begin_at(self, attempt: int) -> None:
+        """Take no frames of lower attempts."""
+        self._fold.attempt = attempt
+
     def close(self) -> None:
         self._partition.leave(self)
 
@@ -61,6 +65,8 @@ class Following(Answer):
         super()._add(value, reference)
         if self._fold.chunks > self.had:
             self._held += len(memoryview(value))
+        else:  # it need not come back for these, and the worker may be waiting for it to say that it has them
+            self._tell_taken()
 
     def _begin_again(self) -> bool:
         self._held = 0
@@ -75,13 +81,17 @@ class Following(Answer):
     def _take(self, limits: tuple[int, int]) -> list[msgspec.Raw]:
         before = self._taken_size
         taken = super()._take(limits)
-        self._held -= self._taken_size - before
+        # What lay in the store was not counted.
+        self._held = max(0, self._held - (self._taken_size - before)) if self._chunks else 0
         return taken
 
     def _credit(self) -> None:
-        """The worker waits for this reader where the one that it had is gone."""
         if not self.full:
             self._partition.go_on(self)
+        self._tell_taken()
+
+    def _tell_taken(self) -> None:
+        """The worker waits for this reader where the one that it had is gone."""
         chunks, size = self._taken - self._granted, self._taken_size - self._granted_size
         settings = self._partition.settings
         if not self.credits or self.ended:
@@ -114,9 +124,12 @@ class Follower:
         topic: str,
         scope: Scope,
         had: int = 0,
+        attempt: int = 0,
         credits_worker: bool = False,
     ) -> Following:
         """Give the answer whose frames lie in a partition from `offset` on, to a request on `topic`.
+
+        Those of lower attempts than `attempt` are none of it.
 
         It fails with OffsetExpiredError if the log no longer reaches so far back. If it `credits_worker`, a worker that
         waits for its reader goes on as this one takes chunks.
@@ -126,6 +139,7 @@ class Follower:
             partition = self._partitions[place] = _Partition(place, self)
         following = Following(partition, correlation_id, offset, topic=topic, scope=scope, had=had)
         following.credits = credits_worker
+        following.begin_at(attempt)
         partition.join(following)
         return following
 
@@ -135,7 +149,8 @@ class Follower:
             partition.fail(BrokerError("the connection was closed"))
             self.forget(partition)
         for task in self._tasks:
-            task.cancel()
+            if not task.cancelling():  # else it is closing its reader, which a second time would break off
+                task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
 

@@ -155,6 +155,7 @@ class Served:
         self.server = Server("127.0.0.1", port, settings.grace_period, tls=Tls.of(settings))
         self.broker: Broker
         self.caller: Caller
+        self.gateway: Gateway
         self.http: httpx.AsyncClient
         self._stack = stack
         self.hosted: Host | None = None
@@ -166,7 +167,7 @@ class Served:
     async def open(self) -> None:
         """Open the gateway."""
         self.caller = await open_caller(self._stack, self.broker, self.settings)
-        gateway = Gateway(self.chain, self.caller, self.broker, self.settings)
+        gateway = self.gateway = Gateway(self.chain, self.caller, self.broker, self.settings)
         self._stack.push_async_callback(gateway.close)
         await gateway.start()
         self._stack.push_async_callback(self.server.stop)

@@ -20,6 +20,7 @@ from chains_stream.brokers.kafka_cluster import BEGIN, END, Cluster
 from chains_stream.brokers.kafka_reading import KafkaGroupConsumer, KafkaReader
 from chains_stream.brokers.kafka_sending import Sender
 from chains_stream.errors import BrokerError, RecordTooLargeError
+from chains_stream.log import get_logger
 from chains_stream.messages import Headers
 from chains_stream.settings import Settings
 
@@ -37,6 +38,8 @@ GROUP_METADATA_MS = 30_000  # until a group notices that its topic has other par
 GROUP_FETCH_WAIT_MS = 100  # a partition that was just drained waits out the running fetch
 NEVER_MS = 2**31 - 1
 
+log = get_logger(__name__)
+
 
 class KafkaBroker:
     """A Kafka cluster."""
@@ -48,6 +51,7 @@ class KafkaBroker:
         self._durable = Sender(self._cluster, self._producer, acks="all", enable_idempotence=True)
         self._fast = Sender(self._cluster, self._producer, acks=1)
         self._feeds: WeakSet[KafkaGroupConsumer | KafkaReader] = WeakSet()
+        self._closing: set[asyncio.Task[None]] = set()  # of readers that nobody waits for any more
 
     @property
     def url(self) -> str:
@@ -76,6 +80,8 @@ class KafkaBroker:
             raise
 
     async def close(self) -> None:
+        if self._closing:
+            await asyncio.wait(self._closing)
         await asyncio.gather(self._durable.close(), self._fast.close())
         await self._cluster.close()
 
@@ -149,7 +155,15 @@ class KafkaBroker:
         known = {number: ends[number] if offset is None else offset for number, offset in positions.items()}
         make = functools.partial(self._consumer, group_id=None, auto_offset_reset="none")
         reader = KafkaReader(self._cluster, make, topic, known)
-        await reader.start()
+        starting = asyncio.create_task(reader.start(), name=f"open {topic}")
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # Broken off while it connects, aiokafka would leave the connection open.
+            closing = asyncio.create_task(_close_once_started(starting, reader), name=f"close {topic}")
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+            raise
         self._feeds.add(reader)
         return reader
 
@@ -206,3 +220,10 @@ class KafkaBroker:
         room = self._max_record_bytes + HEADER_ROOM
         bounds = {"max_batch_size": BATCH_BYTES, "max_request_size": room}
         return AIOKafkaProducer(linger_ms=0, **bounds, **options, **self._cluster.connection)
+
+
+async def _close_once_started(starting: asyncio.Task[None], reader: KafkaReader) -> None:
+    await asyncio.wait([starting])
+    if not starting.cancelled() and (error := starting.exception()) is not None:
+        log.info("broker.read_abandoned", reason=str(error))
+    await reader.close()

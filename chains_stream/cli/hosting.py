@@ -64,7 +64,7 @@ def run_gateway(chain: Chain, settings: Settings, link: "Link | None" = None) ->
         gateway = Gateway(chain, caller, broker, settings)
         failed = await _start_gateway(stack, gateway, (chain, broker, caller), settings)
         url = await _open(stack, server, gateway, settings)
-        return Serving(_ready(chain, url), lambda: _any(caller.failed(), failed()))
+        return Serving(_ready(chain, url), failed)
 
     _serve(chain, start, link)
 

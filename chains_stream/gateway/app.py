@@ -4,7 +4,7 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 from importlib import resources
 
@@ -120,8 +120,8 @@ class Gateway:
         return UseWebSocket(self._shared), routes
 
     async def failed(self) -> None:
-        """Wait until the gateway can't look into the log any more. Raises what stopped it."""
-        await asyncio.gather(self._past.results.failed(), self._claims.failed())
+        """Wait until the gateway can't go on. Raises what stopped it."""
+        await asyncio.gather(*(failed() for failed in self._followed().values()))
 
     def interrupt(self) -> None:
         """Answer the requests that are still under way with 503. They are not cancelled: they run to their deadline."""
@@ -140,7 +140,18 @@ class Gateway:
         exchange.request_id = self._past.ids.mint(where, exchange.owner)
 
     async def _healthz(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's
-        return probes.health(await probes.trouble(self._broker, self._caller) or await self._checkup.complaint())
+        trouble = await probes.trouble(self._broker, self._caller)
+        for what, failed in self._followed().items():
+            if trouble is None and (fault := await probes.fault_of(failed)) is not None:
+                trouble = f"{what} can't be read any more: {fault}"
+        return probes.health(trouble or await self._checkup.complaint())
+
+    def _followed(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        return {
+            "answers": self._caller.failed,
+            "results": self._past.results.failed,
+            "idempotency keys": self._claims.failed,
+        }
 
 
 class Readiness:

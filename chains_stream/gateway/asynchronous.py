@@ -17,9 +17,10 @@ from starlette.types import Scope as ASGIScope
 from chains_stream.calls import RemoteTarget
 from chains_stream.codec import Codec
 from chains_stream.control import Cancel, Reading
-from chains_stream.errors import InvalidArgumentError, OffsetExpiredError
+from chains_stream.errors import BrokerError, InvalidArgumentError, OffsetExpiredError, OverloadedError, StoreError
 from chains_stream.following import Following
 from chains_stream.gateway import problems
+from chains_stream.gateway.claims import Claim
 from chains_stream.gateway.endpoint import JSON, Endpoint, Shared
 from chains_stream.gateway.exchange import Exchange, Header
 from chains_stream.gateway.ids import RequestId
@@ -35,6 +36,7 @@ from chains_stream.signature import background_topic
 
 MAX_QUEUE_SECONDS = 72 * 3600  # that a request may wait, as with Baseten
 QUEUE_SECONDS = 600
+MADE_WITHIN = 30.0  # seconds in which a gateway has made a request after claiming its key, or has died
 MARGIN = 1.0  # seconds of a request's time that are left for its answer
 MAX_DIGITS = 15  # of the number of a chunk
 RETRY_AFTER = b"1"  # seconds until it is worth asking again
@@ -126,18 +128,41 @@ class Submit(Endpoint):
                 check_url(submission.webhook_endpoint, allow_private=self.settings.webhook_allow_private)
             claim = await self.claim(exchange, body)
             if claim is not None and claim.earlier is not None:
+                await self._check_made(exchange, claim)
                 await _accept(exchange, claim.earlier)
                 return
             past.results.expect(exchange.correlation_id)
             topic = background_topic(self._topic) if submission.priority else self._topic
             request = self._request(where, submission, scope)
             try:
-                await past.caller.post(topic, arguments, request, scope.affinity)
+                stored = await past.caller.post(topic, arguments, request, scope.affinity)
             except BaseException:
                 if claim is not None:
                     claim.release()
                 raise
+            if claim is not None:  # a client that leaves now asks again, and is told of this one
+                stored.add_done_callback(claim.settle)
+            await asyncio.shield(stored)
+            if claim is not None:
+                await claim.tell_made()
             await _accept(exchange, scope.request_id)
+
+    async def _check_made(self, exchange: Exchange, claim: Claim) -> None:
+        """Raise Refusal for a key whose request may not have been made: its gateway died, or is still about it."""
+        if claim.made:
+            return
+        past = self.shared.past
+        found = past.ids.read(claim.earlier or "", exchange.owner)
+        if found is not None and (await past.known(found)).status is not Status.QUEUED:
+            return
+        if claim.age > MADE_WITHIN:
+            claim.release()
+        raise Refusal(
+            HTTPStatus.CONFLICT,
+            "idempotency-key-in-use",
+            "the request with this idempotency key is still being made",
+            headers={"retry-after": RETRY_AFTER.decode()},
+        )
 
     def _read(self, body: bytes) -> Submission:
         """Read a body: Baseten's if it has a `model_input`, else the arguments. Raises InvalidArgumentError."""
@@ -216,7 +241,9 @@ class Ask(_OfOne):
 
     async def _wait(self, found: RequestId, known: Known, scope: Scope, seconds: float) -> Known:
         """Wait for the end of a request, and give what is known of it then."""
-        following = None if found.kind == "results" else self.shared.past.follow(found, scope)
+        # Nothing of a stream is taken: its own reader says how quickly it comes.
+        past = self.shared.past
+        following = None if found.kind == "results" else past.follow(found, scope, credits_worker=False)
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, seconds)):
@@ -228,12 +255,13 @@ class Ask(_OfOne):
 
     async def _add_outcome(self, report: Report, place: Place, known: Known, found: RequestId, scope: Scope) -> None:
         """Read the result, or the error, from the log."""
-        streaming = self._codec.signature.streaming
-        following = self.shared.past.follow(found, scope, offset=None if streaming else known.end)
+        assert known.end is not None, "it has ended"
+        begin = known.run or (known.end, 0)  # what tries before the last one sent does not count
+        following = self.shared.past.follow(found, scope, begin=begin)
         try:
             report.result = msgspec.Raw(await outcome(following, self._codec, place))
         except Exception as error:
-            if not problems.is_known(error) or isinstance(error, OffsetExpiredError):
+            if not problems.is_known(error) or _is_ours(error, following):
                 raise
             report.error = problems.of_error(error, report.request_id)
         finally:
@@ -288,7 +316,9 @@ class Replay(_OfOne):
         assert form is not None, "a stream has one"
         had, past = _had(exchange), self.shared.past
         await past.check(found)
-        following = self.shared.past.follow(found, scope, had=had)
+        # Who has nothing yet is shown the last run alone: what those before it sent would be the end of the stream.
+        begin = (await past.known(found)).run if found.kind == "results" and not had else None
+        following = past.follow(found, scope, had=had, begin=begin)
         source = following if self._codec.signature.streaming else _Single(following, had)
         past.caller.tell(following, Reading(found.correlation_id, here=True))
         try:
@@ -345,6 +375,11 @@ class _Single:
         """Have whoever waits be given nothing."""
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
+
+
+def _is_ours(error: Exception, following: Following) -> bool:
+    """Tell whether an error is met in reading an answer, and is no part of it."""
+    return isinstance(error, BrokerError | StoreError | OverloadedError) and error is not following.failure
 
 
 async def _ended(following: Following) -> None:

@@ -44,19 +44,46 @@ class Released(msgspec.Struct, tag=1, array_like=True, frozen=True):
     request_id: str
 
 
-_Message = Claimed | Released
+class Made(msgspec.Struct, tag=2, array_like=True, frozen=True):
+    """The asynchronous request with a key is stored: whoever repeats it is told of it."""
+
+    key: bytes
+    request_id: str
+
+
+_Message = Claimed | Released | Made
 _decoder: msgspec.msgpack.Decoder[_Message] = msgspec.msgpack.Decoder(_Message)
 
 
-class Claim:
-    """The key of one request; `earlier` is the id of the request that had it first, `age` ago, if there is one."""
+class _Winner(msgspec.Struct):
+    """What is known of a key: whose it is, and whether that one is `Made`."""
 
-    def __init__(self, claims: "Claims", key: bytes, request_id: str, winner: Claimed) -> None:
+    claimed: Claimed
+    made: bool = False
+
+
+class Claim:
+    """The key of one request; `earlier` is the id of the request that had it first, `age` ago, if there is one.
+
+    `made` says whether that one is known to be stored; only asynchronous requests tell.
+    """
+
+    def __init__(self, claims: "Claims", key: bytes, request_id: str, winner: Claimed, *, made: bool) -> None:
         self.earlier = winner.request_id if winner.request_id != request_id else None
+        self.made = made
         self.age = max(0.0, (now_ms() - winner.at_ms) / 1000)  # seconds
         self._claims = claims
         self._key = key
         self._request_id = request_id
+
+    def settle(self, stored: asyncio.Future[int]) -> None:
+        """Let the key be used again if the request that it is of was not stored."""
+        if stored.cancelled() or stored.exception() is not None:
+            self.release()
+
+    async def tell_made(self) -> None:
+        """Tell all that the request is stored."""
+        await self._claims.tell_made(self._key, self._request_id)
 
     def release(self) -> None:
         """Let the key be used again."""
@@ -69,8 +96,8 @@ class Claims:
     def __init__(self, broker: Broker, settings: Settings) -> None:
         self._broker = broker
         self._topic = f"{settings.namespace}.idempotency"
-        self._winners: OrderedDict[bytes, Claimed] = OrderedDict()
-        self._waiting: dict[str, asyncio.Future[Claimed]] = {}  # by request id, until our claim is read
+        self._winners: OrderedDict[bytes, _Winner] = OrderedDict()
+        self._waiting: dict[str, asyncio.Future[_Winner]] = {}  # by request id, until our claim is read
         self._releasing: set[asyncio.Task[None]] = set()
         self._partitions = PARTITIONS
         self._reader: Reader | None = None
@@ -104,21 +131,31 @@ class Claims:
                 HTTPStatus.BAD_REQUEST, "invalid-header", f"the header {HEADER} should have 1 to {MAX_KEY} characters"
             )
         digest = hashlib.sha256(owner.encode() + b"\0" + key).digest()
+        if self._task is None or self._task.done():
+            raise BrokerError("claims can't be read any more")
         read = self._waiting[request_id] = asyncio.get_running_loop().create_future()
         try:
-            if self._task is None or self._task.done():
-                raise BrokerError("claims can't be read any more")
             await self._append(Claimed(digest, body, request_id, now_ms()))
             winner = await read
+        except BaseException:  # its client left, say: it may be the first in the log, and nobody would run the request
+            self.release(digest, request_id)
+            raise
         finally:
             del self._waiting[request_id]
-        if winner.body != body:
+        claimed = winner.claimed
+        if claimed.body != body:
             raise Refusal(
                 HTTPStatus.UNPROCESSABLE_ENTITY,
                 "idempotency-key-reused",
                 f"this {HEADER} was used before, for a request with another body",
             )
-        return Claim(self, digest, request_id, winner)
+        return Claim(self, digest, request_id, claimed, made=winner.made)
+
+    async def tell_made(self, key: bytes, request_id: str) -> None:
+        try:
+            await self._append(Made(key, request_id))
+        except BrokerError as error:
+            log.warning("claim.untold", reason=str(error))  # should it be repeated later, it may run once more
 
     def release(self, key: bytes, request_id: str) -> None:
         task = asyncio.create_task(self._release(Released(key, request_id)), name="release")
@@ -164,11 +201,16 @@ class Claims:
         winner = self._winners.get(message.key)
         match message:
             case Released(request_id=request_id):
-                if winner is not None and winner.request_id == request_id:
+                if winner is not None and winner.claimed.request_id == request_id:
                     del self._winners[message.key]
+            case Made(request_id=request_id):
+                if winner is not None and winner.claimed.request_id == request_id:
+                    winner.made = True
             case Claimed(request_id=request_id):
-                if winner is None:
-                    self._winners[message.key] = message
+                # By their own times, so that all gateways agree, however far back each has read.
+                if winner is None or message.at_ms - winner.claimed.at_ms > RETENTION_MS:
+                    self._winners[message.key] = _Winner(message)
+                    self._winners.move_to_end(message.key)
                     if len(self._winners) > MOST_CLAIMS:
                         self._winners.popitem(last=False)
                 if (waiting := self._waiting.get(request_id)) is not None and not waiting.done():

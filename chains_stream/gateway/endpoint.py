@@ -11,7 +11,7 @@ from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from chains_stream.answers import Answer
-from chains_stream.calls import Call, RemoteTarget
+from chains_stream.calls import Call, FellBehindError, RemoteTarget
 from chains_stream.errors import ChainsError, GatewayError, OffsetExpiredError, OverloadedError, is_retryable
 from chains_stream.gateway import problems
 from chains_stream.gateway.claims import Claim, Claims
@@ -21,7 +21,7 @@ from chains_stream.gateway.kept import Kept
 from chains_stream.gateway.limits import Limits, Place
 from chains_stream.gateway.past import Past
 from chains_stream.gateway.problems import Problem, Refusal
-from chains_stream.gateway.streaming import Pulse
+from chains_stream.gateway.streaming import Form, Pulse, Stream
 from chains_stream.policy import Scope
 from chains_stream.settings import Settings
 
@@ -41,7 +41,7 @@ class Shared:
         self.claims = claims
         self.limits = Limits(settings)
         self.pulse = Pulse()
-        self.kept = Kept()
+        self.kept = Kept(settings.max_requests)
         self.exchanges: set[Exchange] = set()  # that an endpoint answers
 
     def interrupt(self) -> None:
@@ -113,6 +113,7 @@ class Endpoint:
         claim = await self.shared.claims.claim(key, exchange.owner, digest, exchange.request_id)
         if claim.earlier is not None:
             exchange.request_id = claim.earlier
+        exchange.claimed = True
         return claim
 
     async def earlier(self, exchange: Exchange, claim: Claim) -> RequestId:
@@ -164,10 +165,17 @@ class Endpoint:
             finally:
                 following.close()
             return
+        made = False
+
+        async def answer_made(call: Answer) -> None:
+            nonlocal made
+            made = True
+            await answer(call)
+
         try:
-            await self.run(exchange, place, target, arguments, scope=scope, answer=answer)
-        except ChainsError as error:
-            if not exchange.started and is_retryable(error):
+            await self.run(exchange, place, target, arguments, scope=scope, answer=answer_made)
+        except BaseException as error:
+            if not made or (isinstance(error, ChainsError) and not exchange.started and is_retryable(error)):
                 claim.release()
             raise
 
@@ -182,27 +190,57 @@ class Endpoint:
         answer: Callable[[Call], Awaitable[None]],
     ) -> None:
         """Run the Chain, and have `answer` write what comes of it. Whoever leaves before its end has it cancelled."""
+        kept = self.shared.kept
         call = await target.open(arguments, scope, 1, exchange.correlation_id or None)
         del arguments  # from here on the broker's own buffer bounds it
         place.hold(0)
+        seconds = self._resume_seconds(exchange, scope)
+        if seconds:
+            kept.watch(call)
         try:
             await answer(call)
         except asyncio.CancelledError:
-            # A gateway that ends cancels nothing: the request runs on to its deadline.
-            if exchange.left and (seconds := self._resume_seconds(exchange, call)):
-                self.shared.kept.keep(call, seconds)
+            if exchange.left and seconds and kept.keep(call, seconds):
+                raise
+            kept.forget(call)
+            # A gateway that ends cancels nothing: the request runs on to its deadline. Where that has come, its worker
+            # knows, and says what is to be told to whoever asks again.
+            if exchange.claimed and not exchange.left and not exchange.interrupted:
+                call.let_run()
             elif not exchange.interrupted:
                 call.close()
             raise
         except BaseException:
+            kept.forget(call)
             call.close()
             raise
+        kept.forget(call)
         call.close()
 
-    def _resume_seconds(self, exchange: Exchange, call: Call) -> float | None:
-        """Give how long a request goes on after its client has left; one with an idempotency key may be asked again."""
-        if exchange.keyed:
-            return max(0.0, call.scope.remaining)
+    async def stream(self, exchange: Exchange, form: Form, call: Answer) -> None:
+        """Answer with a stream. A reader that another one leaves far behind is given the rest from the log."""
+        stream = Stream(exchange, call, form, self.shared.pulse)
+        if not isinstance(call, Call):
+            return await stream.run()
+        call.can_fall_behind = True
+        try:
+            return await stream.run()
+        except FellBehindError:
+            pass
+        past = self.shared.past
+        found = past.ids.read(exchange.request_id, exchange.owner)
+        assert found is not None, "it is our own"
+        following = past.follow(found, call.scope, had=stream.sequence, topic=call.topic)
+        try:
+            return await stream.go_on(following)
+        finally:
+            call.answered = following.answered
+            following.close()
+
+    def _resume_seconds(self, exchange: Exchange, scope: Scope) -> float | None:
+        """Give how long a request goes on after its client has left; one that claimed a key may be asked again."""
+        if exchange.claimed:
+            return max(0.0, scope.remaining)
         return exchange.preference("resume")
 
     async def _fail(self, exchange: Exchange, error: Exception) -> None:

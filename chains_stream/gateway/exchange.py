@@ -42,7 +42,6 @@ FAREWELL = 1.0  # seconds that a client has to take the end of an answer that wa
 
 KEY_HEADER = b"idempotency-key"
 
-_LASTING = (b"prefer", KEY_HEADER)  # headers that matter until the end
 _NOSNIFF = (b"x-content-type-options", b"nosniff")
 _EXCHANGE = "chains.exchange"  # in the ASGI scope of a request
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.{0,100})?")  # W3C Trace Context
@@ -123,6 +122,7 @@ class Exchange:
         complete: whether all of the answer has; the connection may still buffer some of it.
         owner: the name of the API key that the request came with; empty where there are no keys.
         interrupted: whether the gateway stopped before the answer was complete.
+        claimed: whether it has claimed its idempotency key: it is one that is answered again.
         tell: writes a problem, given as JSON, as the end of an answer that has begun; None if it can't.
         common: headers that its answer gets, whatever it is.
         route: the path of the route that was met, for the log: never what a stranger wrote into the URL.
@@ -137,6 +137,7 @@ class Exchange:
         "_receive",
         "_scope",
         "_send",
+        "claimed",
         "common",
         "complete",
         "correlation_id",
@@ -161,6 +162,7 @@ class Exchange:
         self.started = False
         self.complete = False
         self.interrupted = False
+        self.claimed = False
         self.tell: Callable[[bytes], bytes | None] | None = None
         self.owner = ""
         self.common: tuple[Header, ...] = (_NOSNIFF,)
@@ -347,7 +349,7 @@ class Exchange:
 
     def forget_request(self) -> None:
         """Let go of what was read of the request, for as long as the answer to it takes."""
-        self.headers = {name: self.headers[name] for name in _LASTING if name in self.headers}
+        self.headers = {}
         if self._own is not None:  # another server may still look at it
             self._scope.clear()
 

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from chains_stream.calls import Call
+from chains_stream.calls import Call, FellBehindError
 from chains_stream.control import Message, Reading
 from chains_stream.errors import ChainsError, remote_detail
 
@@ -14,15 +14,31 @@ class Kept:
     ends runs on to its deadline.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        """Keep so many requests, `most`: of more, those whose client leaves are cancelled at once."""
+        self._most = most
         self._waits: dict[bytes, _Wait] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def keep(self, call: Call, seconds: float) -> None:
-        """Let a call run on, for as long as it is read, and at most `seconds` after nobody did."""
-        task = asyncio.create_task(self._keep(call, seconds), name="keep")
+    def watch(self, call: Call) -> None:
+        """Count the readers of a call that may have to be kept: they may come before its client leaves."""
+        self._waits[call.id] = _Wait()
+
+    def forget(self, call: Call) -> None:
+        """Do so no more."""
+        self._waits.pop(call.id, None)
+
+    def keep(self, call: Call, seconds: float) -> bool:
+        """Let a call that is watched run on, for as long as it is read, and at most `seconds` after nobody did.
+
+        False if there are too many.
+        """
+        if len(self._tasks) >= self._most:
+            return False
+        task = asyncio.create_task(self._keep(call, self._waits[call.id], seconds), name="keep")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return True
 
     def handle(self, message: Message) -> None:
         """Hear of readers."""
@@ -37,8 +53,7 @@ class Kept:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _keep(self, call: Call, seconds: float) -> None:
-        wait = self._waits[call.id] = _Wait()
+    async def _keep(self, call: Call, wait: "_Wait", seconds: float) -> None:
         draining = asyncio.create_task(_drain(call), name="drain")
         try:
             while not draining.done():
@@ -51,13 +66,13 @@ class Kept:
                     break
             call.close()  # which cancels it unless it has ended
         finally:
-            del self._waits[call.id]
+            self.forget(call)
             draining.cancel()
             await asyncio.wait([draining])
 
 
 class _Wait:
-    """For a reader of one request."""
+    """For readers of one request."""
 
     def __init__(self) -> None:
         self.readers = 0
@@ -70,6 +85,8 @@ async def _drain(call: Call) -> None:
         async with asyncio.timeout(max(0.0, call.scope.remaining)):
             while await call.next() is not None:
                 pass
+    except FellBehindError:  # whoever reads it from the log has it go on
+        await asyncio.sleep(max(0.0, call.scope.remaining))
     except TimeoutError:
         pass  # its deadline: whoever reads it from the log is told so by its worker
     except Exception as error:

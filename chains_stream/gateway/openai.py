@@ -29,7 +29,6 @@ from chains_stream.gateway.limits import Place
 from chains_stream.gateway.openai_answers import Chat, ChunkForm, Dialect, Stamp, Text, to_json
 from chains_stream.gateway.openai_offers import CHAT, COMPLETIONS, EMBEDDINGS, Offer, offers
 from chains_stream.gateway.problems import Problem, Refusal
-from chains_stream.gateway.streaming import Stream
 from chains_stream.settings import Settings
 
 _IS_JSON = (b"content-type", JSON.encode())
@@ -131,7 +130,7 @@ class Generation(_ModelEndpoint):
 
     async def _stream(self, exchange: Exchange, model: OfferedModel, name: str, usage: bool, call: Answer) -> None:  # noqa: FBT001 - bound
         form = ChunkForm(self._dialect, model.codec, self._stamp(exchange, name), include_usage=usage)
-        await Stream(exchange, call, form, self.shared.pulse).run()
+        await self.stream(exchange, form, call)
 
     async def _split(self, exchange: Exchange, model: OfferedModel, name: str, usage: bool, call: Answer) -> None:  # noqa: FBT001 - bound
         """Stream what is given as a whole."""

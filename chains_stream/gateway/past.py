@@ -3,7 +3,7 @@
 from chains_stream.broker import Broker
 from chains_stream.calls import Caller
 from chains_stream.codec import Codec
-from chains_stream.errors import OffsetExpiredError
+from chains_stream.errors import OffsetExpiredError, UnknownTopicError
 from chains_stream.following import Follower, Following
 from chains_stream.gateway.exchange import PIECE
 from chains_stream.gateway.ids import Ids, RequestId, secret_of
@@ -39,28 +39,51 @@ class Past:
         return f"{self._namespace}.{found.kind}"
 
     async def check(self, found: RequestId) -> None:
-        """Raise OffsetExpiredError if the log no longer reaches back to a request."""
-        if found.offset < await self.broker.begin_offset(self.topic_of(found), found.partition):
+        """Raise OffsetExpiredError if the log does not reach to a request, in the past or, made anew, at its end."""
+        end = await self._end(found)
+        begin = await self.broker.begin_offset(self.topic_of(found), found.partition)
+        if not begin <= found.offset <= end:
             raise OffsetExpiredError("the log no longer holds the answer to this request")
 
     async def known(self, found: RequestId) -> Known:
         """Find out what became of a request so far. Raises OffsetExpiredError, BrokerError."""
         if found.kind == "results":
             return await self.results.find(found)
-        topic, known = self.topic_of(found), Known()
-        await self.results.scan(topic, found, await self.broker.end_offset(topic, found.partition), known)
+        known = Known()
+        await self.results.scan(self.topic_of(found), found, await self._end(found), known)
         return known
 
-    def follow(self, found: RequestId, scope: Scope, *, offset: int | None = None, had: int = 0) -> Following:
-        """Give the answer to a request, which may still be coming. Close it."""
+    async def _end(self, found: RequestId) -> int:
+        try:
+            return await self.broker.end_offset(self.topic_of(found), found.partition)
+        except UnknownTopicError:
+            raise OffsetExpiredError("the log has no such partition any more") from None
+
+    def follow(
+        self,
+        found: RequestId,
+        scope: Scope,
+        *,
+        begin: tuple[int, int] | None = None,
+        had: int = 0,
+        topic: str | None = None,
+        credits_worker: bool = True,
+    ) -> Following:
+        """Give the answer to a request, on `topic` if not ours, which may still be coming. Close it.
+
+        It is read from where its frames `begin`, an offset and an attempt, if more is known than the id says. Unless it
+        `credits_worker`, a stream comes as far as its own reader has it sent.
+        """
+        offset, attempt = (found.offset, 0) if begin is None else begin
         return self._follower.follow(
             (self.topic_of(found), found.partition),
-            found.offset if offset is None else offset,
+            offset,
             found.correlation_id,
-            topic=self.topic,
+            attempt=attempt,
+            topic=topic or self.topic,
             scope=scope,
             had=had,
-            credits_worker=found.kind == "replies",
+            credits_worker=credits_worker and found.kind == "replies",
         )
 
 

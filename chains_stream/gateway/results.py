@@ -6,7 +6,7 @@ from collections import OrderedDict
 from enum import StrEnum
 
 from chains_stream.broker import Broker, Reader, TopicSpec
-from chains_stream.errors import CallCancelledError, OffsetExpiredError, QueueExpiredError
+from chains_stream.errors import BrokerError, CallCancelledError, OffsetExpiredError, QueueExpiredError
 from chains_stream.fold import Fold, Step
 from chains_stream.gateway.ids import RequestId
 from chains_stream.log import get_logger
@@ -42,14 +42,16 @@ class Known:
 
     Attributes:
         end: the offset of the record with the end of its answer.
+        run: where the run of its stream begins that counts: the offset of that record, and the attempt.
         chunks: of a stream, as far as it has come.
     """
 
-    __slots__ = ("_fold", "_held", "_waiters", "chunks", "end", "status")
+    __slots__ = ("_fold", "_held", "_waiters", "chunks", "end", "run", "status")
 
     def __init__(self) -> None:
         self.status = Status.QUEUED
         self.end: int | None = None
+        self.run: tuple[int, int] | None = None
         self.chunks = 0
         self._fold: Fold | None = Fold()
         self._held: list[tuple[Frame, int]] | None = None  # that came while what lies before them was looked up
@@ -83,8 +85,11 @@ class Known:
             if isinstance(frame, Undelivered) and self.status.final:
                 self.status = Status.WEBHOOK_FAILED
             return
+        begins_again = fold.begins_again(frame)
         step = fold.take(frame)
         self.chunks = fold.chunks
+        if begins_again or (step is Step.CHUNK and self.run is None):
+            self.run = offset, frame.attempt
         if step is Step.END or step is Step.GAP:
             self.end, self._fold = offset, None
             self.status = _ended(frame) if step is Step.END else Status.FAILED
@@ -173,12 +178,16 @@ class Results:
 
     async def find(self, request_id: RequestId) -> Known:
         """Give what is known of a request; it changes as the log grows. Raises OffsetExpiredError, BrokerError."""
+        if self._task is not None and self._task.done():
+            raise BrokerError("what became of requests can't be followed any more")
         while (found := self._known.get(request_id.correlation_id)) is not None:
             await found.ready()
             if self._known.get(request_id.correlation_id) is found:  # else looking it up has failed
                 self._known.move_to_end(request_id.correlation_id)
                 return found
         assert self._reader is not None, "started"
+        if request_id.partition >= self.partitions:
+            raise OffsetExpiredError("the log has no such partition any more")
         found = Known()
         found.hold()
         self._remember(request_id.correlation_id, found)
@@ -198,10 +207,13 @@ class Results:
             if begin < await self._broker.begin_offset(topic, partition):
                 raise OffsetExpiredError("the log no longer holds the answer to this request")
             if begin >= end:
+                if begin > end and begin > await self._broker.end_offset(topic, partition):
+                    raise OffsetExpiredError("the log is not the one that the request was made with")
                 return
+            webhooks = topic == self.topic  # of which more may be told after the end
             reader = await self._broker.read(topic, {partition: begin})
             try:
-                while reader.position(partition) < end:
+                while reader.position(partition) < end and (webhooks or not found.status.final):
                     for record in await reader.fetch():
                         for frame, _ in found_in(record):
                             if frame.correlation_id == request_id.correlation_id:

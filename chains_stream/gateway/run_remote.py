@@ -9,7 +9,7 @@ from chains_stream.codec import Codec
 from chains_stream.gateway.endpoint import JSON, Endpoint, Shared
 from chains_stream.gateway.exchange import PIECE, Exchange
 from chains_stream.gateway.limits import Place
-from chains_stream.gateway.streaming import Form, Forms, Stream
+from chains_stream.gateway.streaming import Forms
 
 _IS_JSON = (b"content-type", JSON.encode())
 
@@ -30,13 +30,10 @@ class RunRemote(Endpoint):
             body = await self.body(exchange, place) or b"{}"
             arguments = self._codec.arguments_from_json(body)
             answer = (
-                partial(self._stream, exchange, form) if form is not None else partial(self._result, exchange, place)
+                partial(self.stream, exchange, form) if form is not None else partial(self._result, exchange, place)
             )
             body = body if exchange.keyed else b""  # let go of, but for the comparison with an earlier one
             await self.run_once(exchange, place, self._target, body, arguments, scope=request, answer=answer)
-
-    async def _stream(self, exchange: Exchange, form: Form, call: Answer) -> None:
-        await Stream(exchange, call, form, self.shared.pulse).run()
 
     async def _result(self, exchange: Exchange, place: Place, call: Answer) -> None:
         result = self._codec.result_to_json(await call.result())

@@ -207,9 +207,21 @@ class Stream:
         self._call = call
         self._form = form
         self._pulse = pulse
-        self._sequence = first  # of the next chunk
+        self._sequence = first
         self._written = 0.0  # when something last was
         self._waits = False  # for chunks
+
+    @property
+    def sequence(self) -> int:
+        """The number of the next chunk."""
+        return self._sequence
+
+    async def go_on(self, source: Source) -> None:
+        """Answer with the rest of the stream, from elsewhere, after `run` has raised."""
+        self._call = source
+        if self._exchange.started and self._form.heartbeat:
+            self._pulse.add(self)
+        await self.run()
 
     async def run(self, *, at_once: bool = False) -> None:
         """Answer with the stream. What fails before the first chunk is raised before the answer has begun.

@@ -213,3 +213,34 @@ async def test_how_much_waits() -> None:
         Seen.note("go")
         for request_id in waiting:
             await report(served, request_id, 20)
+
+
+async def test_what_keeps_a_gateway_from_reading_a_result_is_no_part_of_it() -> None:
+    async with serving(Greet, max_body_bytes=100_000, max_buffered_bytes=100_000) as served:
+        request_id = await submit(served, {"name": "", "times": 10_000})
+        assert len((await report(served, request_id, 20))["result"]) == 80_000
+        async with served.connect() as other:
+            head = ("POST /run_remote HTTP/1.1", "host: t", "content-type: application/json", "content-length: 90000")
+            await other.send_raw(
+                "\r\n".join([*head, "", ""]).encode() + b" " * 80_000
+            )  # held for as long as the rest does not come
+            async with asyncio.timeout(5):
+                while (answer := await served.http.get(f"/async_request/{request_id}")).status_code == HTTPStatus.OK:
+                    assert "error" not in answer.json(), "the request has succeeded"
+        assert problem_of(answer, HTTPStatus.TOO_MANY_REQUESTS)["code"] == "overloaded"
+
+
+async def test_a_gateway_that_hears_of_no_results_says_so() -> None:
+    """As when the right to read them was taken from it: what it knows would stay as it is."""
+    async with serving(Greet) as served:
+        request_id = await submit(served, {})
+        await report(served, request_id, 20)
+        reader = served.gateway._past.results._reader
+        assert reader is not None
+        await reader.close()
+        with pytest.raises(chains.BrokerError):
+            await asyncio.wait_for(served.gateway.failed(), 20)
+        problem_of(await served.http.get(f"/async_request/{request_id}"), HTTPStatus.SERVICE_UNAVAILABLE)
+        health = await served.http.get("/healthz")
+        assert health.status_code == HTTPStatus.SERVICE_UNAVAILABLE
+        assert "results can't be read any more" in health.json()["reason"]

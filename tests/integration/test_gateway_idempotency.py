@@ -1,15 +1,23 @@
 """Requests with an idempotency key: of those with one key one runs, through whichever gateway they come."""
 
 import asyncio
+import hashlib
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 import chains_stream as chains
+from chains_stream.gateway.claims import PARTITIONS, Claimed
+from chains_stream.gateway.ids import Ids, RequestId
+from chains_stream.messages import new_id, now_ms
 from tests.sample import Seen
-from tests.serving import Say, Served, Slow, problem_of, serving
+from tests.serving import WAIT, Say, Served, Slow, problem_of, request_log, serving
 
 
 @pytest.fixture(autouse=True)
@@ -127,3 +135,116 @@ async def test_an_asynchronous_request_is_made_once() -> None:
         assert len(ids) == 1
         report = await served.http.get(f"/async_request/{ids.pop()}", headers={"prefer": "wait=10"})
         assert report.json()["result"] == 1
+
+
+async def test_a_client_that_leaves_before_its_request_is_made_locks_no_key() -> None:
+    async with serving(Count) as served, served.connect() as client:
+        claims = await served.follow(f"{served.settings.namespace}.idempotency")
+        with slow_publishing(served, "idempotency"):
+            await client.send({"name": "early"}, "idempotency-key: k")
+            await asyncio.wait_for(claims.fetch(), WAIT)
+            with request_log() as log:
+                await client.leave()
+                await log.wait()
+        async with asyncio.timeout(5):
+            while (answer := await ask(served, "k", name="early")).status_code == HTTPStatus.CONFLICT:
+                pass
+        assert answer.json() == 1
+        await claims.close()
+
+
+async def test_a_client_that_leaves_as_its_request_is_stored_makes_it_once() -> None:
+    async with serving(Count) as served, served.connect() as client:
+        requests = await served.follow(served.topic)
+        body, headers = b'{"name": "once"}', {"idempotency-key": "k", "content-type": "application/json"}
+        lines = [f"{name}: {value}" for name, value in headers.items()]
+        head = "\r\n".join(
+            ["POST /async_run_remote HTTP/1.1", "host: t", f"content-length: {len(body)}", *lines, "", ""]
+        )
+        with slow_publishing(served, "run_remote"):
+            await client.send_raw(head.encode() + body)
+            await asyncio.wait_for(requests.fetch(), WAIT)
+            with request_log() as log:
+                await client.leave()
+                await log.wait()
+        answer = await served.http.post("/async_run_remote", content=body, headers=headers)
+        request_id = answer.json()["request_id"]
+        report = await served.http.get(f"/async_request/{request_id}", headers={"prefer": "wait=10"})
+        assert report.json()["result"] == 1
+        assert Seen.counts["once"] == 1
+        await requests.close()
+
+
+@contextmanager
+def slow_publishing(served: Served, part: str) -> Iterator[None]:
+    """Have nobody told, while the block runs, that records of a topic are stored: as by a broker that is slow."""
+    publish, waiting = served.broker.publish, list[tuple[asyncio.Future[int], asyncio.Future[int]]]()
+
+    async def late(topic: str, value: bytes, **options: Any) -> asyncio.Future[int]:
+        stored = await publish(topic, value, **options)
+        if part not in topic:
+            return stored
+        told = asyncio.get_running_loop().create_future()
+        waiting.append((told, stored))
+        return told
+
+    served.broker.publish = late  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        served.broker.publish = publish  # type: ignore[method-assign]
+        for told, stored in waiting:
+            if not told.done():
+                told.set_result(stored.result())
+
+
+async def test_what_came_too_late_stays_so() -> None:
+    async with serving(Slow) as served:
+        headers = {"idempotency-key": "k", "x-request-timeout": "0.3"}
+        for _ in range(2):
+            answer = await served.http.post("/run_remote", json={"name": "late"}, headers=headers)
+            async with asyncio.timeout(5):
+                while answer.status_code == HTTPStatus.CONFLICT:
+                    answer = await served.http.post("/run_remote", json={"name": "late"}, headers=headers)
+            assert problem_of(answer, HTTPStatus.GATEWAY_TIMEOUT)["code"] == "deadline-exceeded"
+        assert Seen.counts["late began"] == 1
+
+
+async def claim_elsewhere(served: Served, route: str, body: bytes, age: float) -> None:
+    """Claim the key `k` as a gateway does that is killed then, so many seconds ago."""
+    where = RequestId("results", 0, 0, new_id())
+    digest = hashlib.sha256(route.encode() + b"\0" + body).digest()
+    key = hashlib.sha256(b"\0k").digest()
+    claimed = Claimed(key, digest, Ids(b"t", served.topic).mint(where, ""), now_ms() - int(age * 1000))
+    topic = f"{served.settings.namespace}.idempotency"
+    partition = zlib.crc32(key) % PARTITIONS
+    await (await served.broker.publish(topic, msgspec.msgpack.encode(claimed), partition=partition, key=key))
+
+
+async def test_a_gateway_that_dies_with_a_claimed_key_loses_no_request() -> None:
+    async with serving(Count) as served:
+        body, headers = b'{"name":"later"}', {"idempotency-key": "k", "content-type": "application/json"}
+        await claim_elsewhere(served, "/async_run_remote", body, age=31)
+        async with asyncio.timeout(5):
+            while True:
+                answer = await served.http.post("/async_run_remote", content=body, headers=headers)
+                if answer.status_code == HTTPStatus.ACCEPTED:
+                    break
+                assert problem_of(answer, HTTPStatus.CONFLICT)["code"] == "idempotency-key-in-use"
+        report = await served.http.get(answer.headers["location"], headers={"prefer": "wait=5"})
+        assert report.json().get("result") == 1
+
+
+async def test_a_request_that_is_being_made_is_not_made_twice() -> None:
+    async with serving(Count) as served:
+        body, headers = b'{"name":"now"}', {"idempotency-key": "k", "content-type": "application/json"}
+        await claim_elsewhere(served, "/async_run_remote", body, age=1)
+        for _ in range(3):
+            problem_of(await served.http.post("/async_run_remote", content=body, headers=headers), HTTPStatus.CONFLICT)
+
+
+async def test_a_key_may_be_used_anew_after_a_day_whatever_a_gateway_remembers() -> None:
+    async with serving(Count) as served:
+        await claim_elsewhere(served, "/run_remote", b"another body", age=24 * 3600 + 60)
+        assert (await ask(served, "k", name="anew")).json() == 1
+        assert (await ask(served, "k", name="anew")).json() == 1
