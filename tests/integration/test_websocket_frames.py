@@ -7,13 +7,15 @@ from typing import Literal
 
 import pytest
 import uvicorn
+import uvloop
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
+from chains_stream.gateway import websocket as gateway_websocket
 from chains_stream.gateway import websocket_session
 from chains_stream.gateway.app import Gateway
 from tests.sample import Seen
-from tests.serving import RawClient, Served, serving
+from tests.serving import RawClient, Served, request_log, serving
 from tests.websockets import BINARY, CLOSE, OPENING, PING, PONG, TEXT, Frames, Talk, talk
 
 LIMIT = 100_000  # bytes of a message
@@ -202,6 +204,27 @@ async def test_pings_are_sent_and_a_client_that_answers_none_is_lost(
         assert await alive.recv() == "hanging"
         assert not Seen.counts["alive ended"]  # it has answered all of them
         await (await alive.ping())
+
+
+def test_no_ping_is_sent_to_who_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it sent before is still on its way to a worker that takes nothing; the command's loop minds such writing."""
+    monkeypatch.setattr(websocket_session, "BEAT", 0.02)
+    monkeypatch.setattr(gateway_websocket, "LINGER", 0.5)
+    faults: list[str] = []
+
+    async def leave() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(str(context)))
+        with request_log() as log:
+            async with serving(Talk) as served, talk(served, do="hang") as client:
+                await client.recv()
+                for _ in range(3_000):
+                    await client.send("more than there is room for")
+                client.transport.abort()
+                await log.wait()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(leave())
+    assert not faults
 
 
 async def test_what_all_hold_is_bounded() -> None:
