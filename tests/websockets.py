@@ -78,6 +78,11 @@ class Talk(chains.ChainletBase):
             await websocket.send_text(str(number).ljust(size))
             Seen.note("pushed")
 
+    async def _push_and_wait(self, websocket: chains.WebSocketProtocol) -> None:
+        await websocket.send_text("x" * int(websocket.query_params["size"]))
+        Seen.note("pushed")
+        await self._listen(websocket)
+
     async def _collect(self, websocket: chains.WebSocketProtocol) -> None:
         await Seen.until("go", seconds=WAIT)
         sizes = [len(await websocket.receive_bytes()) for _ in range(int(websocket.query_params["count"]))]

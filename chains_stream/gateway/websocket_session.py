@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import msgspec
 from wsproto.connection import Connection, ConnectionState, ConnectionType
-from wsproto.events import BytesMessage, CloseConnection, Ping, Pong, TextMessage
+from wsproto.events import BytesMessage, CloseConnection, Ping, TextMessage
 
 from chains_stream.batching import FRAME_ROOM
 from chains_stream.calls import Call, Caller
@@ -179,6 +179,8 @@ class Session:
         self._over = False  # nothing more is taken from the client
         self._parted = asyncio.Event()  # the client has said that it leaves, or is gone
         self._pong: Ping | None = None  # to be answered once there is room
+        self._ping = False  # is to be sent once there is room
+        self._unsent = 0  # bytes for the client that were buffered when it was last looked
         self._loop = asyncio.get_running_loop()
         self._heard = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
@@ -259,10 +261,18 @@ class Session:
 
     def _answer(self, ping: Ping) -> None:
         """Answer a ping; while the client reads nothing, only the latest is kept (RFC 6455, section 5.5.3)."""
-        if self._tunnel.buffers:
-            self._pong = ping
-        elif self._frames.state is ConnectionState.OPEN:
-            self._tunnel.transport.write(self._frames.send(ping.response()))
+        self._pong = ping
+        if not self._tunnel.buffers:
+            self._tunnel.transport.write(self._controls())
+
+    def _controls(self) -> bytes:
+        """Give the frames of our own that wait to be sent: there is room for them."""
+        ping, pong, self._ping, self._pong = self._ping, self._pong, False, None
+        if self._frames.state is not ConnectionState.OPEN:
+            return b""
+        return b"".join(
+            [self._frames.send(pong.response()) if pong else b"", self._frames.send(Ping()) if ping else b""]
+        )
 
     def _leave(self, close: Close) -> None:
         """The client has closed it, or has sent what is none of the protocol."""
@@ -282,13 +292,15 @@ class Session:
         """See whether the client is still there, and tell the worker that we are."""
         self._timer = self._loop.call_later(BEAT, self._tick)
         now = self._loop.time()
-        if self._paused:
+        before, self._unsent = self._unsent, self._tunnel.transport.get_write_buffer_size()
+        if self._paused or self._unsent < before:  # the client can't be heard, or is taking what it was sent
             self._heard = now
         elif now - self._heard >= SILENCE:
             self._fail(Close(ABNORMAL, "the client answered no ping"))
             return
-        if self._frames.state is ConnectionState.OPEN and not self._tunnel.buffers:
-            self._tunnel.transport.write(self._frames.send(Ping()))
+        self._ping = True
+        if not self._tunnel.buffers:
+            self._tunnel.transport.write(self._controls())
         if self._beating is None or self._beating.done():
             self._beating = asyncio.create_task(self._beat(), name="websocket beat")
 
@@ -336,13 +348,13 @@ class Session:
         return Close()
 
     async def _write(self, data: list[bytes]) -> None:
-        if self._pong is not None and self._frames.state is ConnectionState.OPEN:
-            data.append(self._frames.send(Pong(self._pong.payload)))
-            self._pong = None
-        if data:
+        data.append(self._controls())
+        while any(data):
             self._tunnel.transport.write(b"".join(data))
-            if self._tunnel.buffers:
-                await self._tunnel.taken()
+            if not self._tunnel.buffers:
+                return
+            await self._tunnel.taken()
+            data = [self._controls()]  # what has come up meanwhile: it may be long until the worker sends more
 
     # --- the end
 
