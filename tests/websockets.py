@@ -60,6 +60,11 @@ class Talk(chains.ChainletBase):
         async for text in websocket.iter_text():
             Seen.note(f"got {text}")
 
+    async def _slowly(self, websocket: chains.WebSocketProtocol) -> None:
+        async for _ in websocket.iter_text():
+            await asyncio.sleep(0.1)
+            Seen.note("taken")
+
     async def _json(self, websocket: chains.WebSocketProtocol) -> None:
         async for value in websocket.iter_json():
             await websocket.send_json({"got": value})

@@ -5,6 +5,7 @@ nothing more is read from the socket; what the worker sends is taken only as fas
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,6 +37,8 @@ HIGH_WATER = 64 << 10  # bytes that wait for the worker, until no more are read
 COST = 64  # bytes that each message counts for beyond its own
 SILENCE = 2 * BEAT  # seconds without a byte of a client, which is asked for one after half of that, until it is lost
 LINGER = 5.0  # seconds for what still waits for the worker, once the client has left
+TURN = 0.01  # seconds in which frames of one client are read, until others have their turn of the event loop
+SLICE = 4 << 10  # bytes of them, from one look at that to the next
 ATTEMPT = 1  # of the client's stream: there is no other
 
 log = get_logger(__name__)
@@ -173,6 +176,8 @@ class Session:
         self._end = end
         self._frames = Connection(ConnectionType.SERVER)
         self._tunnel: Tunnel
+        self._arrived = bytearray()  # and was not read yet; meanwhile no more is taken from the socket
+        self._reading: asyncio.Handle | None = None
         self._parts = bytearray()  # of a message that is not complete
         self._paused = False
         self._deaf = False  # what comes after a bad frame can't be read
@@ -199,6 +204,25 @@ class Session:
     def receive(self, data: bytes) -> None:
         """Take what arrives on the socket."""
         self._heard = self._loop.time()
+        self._arrived += data
+        if self._reading is None:
+            self._read(self._heard + TURN)
+
+    def _read(self, until: float | None = None) -> None:
+        """Read what has arrived: thousands of empty frames fit in what a socket gives at once, and take a second."""
+        self._reading = None
+        end = self._loop.time() + TURN if until is None else until
+        while self._arrived and self._loop.time() < end:
+            data = bytes(self._arrived[:SLICE])
+            del self._arrived[:SLICE]
+            self._take(data)
+        if self._arrived:
+            self._tunnel.pause_reading()
+            self._reading = self._loop.call_soon(self._read)
+        elif not self._paused:
+            self._tunnel.resume_reading()
+
+    def _take(self, data: bytes) -> None:
         frames = self._frames
         if self._deaf or frames.state in (ConnectionState.CLOSED, ConnectionState.REMOTE_CLOSING):
             return
@@ -220,8 +244,15 @@ class Session:
 
     def lost(self) -> None:
         """The connection is gone."""
+        self._stop_reading()
+        self._read(math.inf)
         self._over = True
         self._parted.set()
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
 
     def _part(self, value: str | bytes, part: bytes | bytearray, *, complete: bool) -> None:
         if self._over:
@@ -257,7 +288,8 @@ class Session:
         if self._paused:
             self._paused = False
             self._heard = self._loop.time()  # what it sent meanwhile was not read
-            self._tunnel.resume_reading()
+            if self._reading is None:
+                self._tunnel.resume_reading()
 
     def _answer(self, ping: Ping) -> None:
         """Answer a ping; while the client reads nothing, only the latest is kept (RFC 6455, section 5.5.3)."""
@@ -383,6 +415,7 @@ class Session:
 
     async def close(self) -> None:
         """End what was started."""
+        self._stop_reading()
         if self._timer is not None:
             self._timer.cancel()
         tasks = [task for task in (self._forwarding, self._beating) if task is not None]

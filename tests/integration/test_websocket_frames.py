@@ -190,6 +190,26 @@ async def test_a_flood_of_pings_costs_nothing(client: Frames) -> None:
     assert found[-2] == (PONG, b"4999")
 
 
+@pytest.mark.parametrize(
+    "flood",
+    [b"\x89\x80" + bytes(4), b"\x00\x80" + bytes(4), b"\x81\x80" + bytes(4)],
+    ids=["pings", "fragments", "messages"],
+)
+async def test_a_flood_of_empty_frames_keeps_others_from_nothing(client: Frames, flood: bytes) -> None:
+    """What a socket gives at once holds 40,000 of them, and they take a second to read."""
+    await client.open(b"do=listen")
+    if flood[0] == CONTINUATION:
+        await client.send_frame(TEXT, b"", final=False)
+    clock = asyncio.get_running_loop().time
+    client.writer.write(flood * 100_000)
+    longest, end = 0.0, clock() + 2
+    while (now := clock()) < end:
+        await asyncio.sleep(0)
+        longest = max(longest, clock() - now)
+    assert longest < 0.5
+    assert not Seen.counts["talk ended"]
+
+
 async def test_pings_are_sent_and_a_client_that_answers_none_is_lost(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
