@@ -9,6 +9,8 @@ import asyncio
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from itertools import takewhile
+from typing import NamedTuple
 
 from chains_stream.broker import Broker, Committed, GroupConsumer, Record, TopicSpec
 from chains_stream.errors import BrokerError, ChainsUsageError, UnknownTopicError
@@ -25,6 +27,7 @@ SPARE_MS = 24 * 3_600_000  # that a record is kept longer than its delay, for wh
 FETCH_RECORDS = 50  # that a mover holds, a partition
 LOOK_AGAIN = 30.0  # seconds at most until a head is looked at again: the clock may have been put right
 HANDOVER = 5.0  # seconds that a partition's going waits for what is being moved of it
+AWAY = 30.0  # seconds until a record is tried again whose topic can't be written to
 
 log = get_logger(__name__)
 
@@ -89,8 +92,14 @@ class Delays:
         await stored
 
     def _number(self, seconds: float) -> int:
-        classes = self._classes
-        return next((number for number, delay in enumerate(classes) if delay >= seconds), len(classes) - 1)
+        return _class_of(self._classes, seconds)
+
+
+class _Waiting(NamedTuple):
+    """A record that a mover holds, and the time of its event loop at which it is due at the latest."""
+
+    record: Record
+    latest: float
 
 
 class Mover:
@@ -106,7 +115,8 @@ class Mover:
         self._topic = delayed_topic(settings)
         self._consumer: GroupConsumer | None = None
         self._task: asyncio.Task[None] | None = None
-        self._waiting: defaultdict[int, deque[Record]] = defaultdict(deque)  # by partition; those are paused
+        self._waiting: defaultdict[int, deque[_Waiting]] = defaultdict(deque)  # by partition; those are paused
+        self._moved: set[tuple[int, int]] = set()  # of these, behind one that could not be: they don't go twice
         self._uncommitted: dict[int, Committed] = {}
         self._generation = 0  # of the assignment: what was taken under another one is not ours any more
         self._moving = asyncio.Lock()
@@ -142,6 +152,7 @@ class Mover:
         log.info("delayed.revoked", partitions=sorted(partitions))
         self._generation += 1
         self._waiting.clear()
+        self._moved.clear()
         self._uncommitted.clear()
 
     async def _settle(self) -> None:
@@ -159,8 +170,9 @@ class Mover:
                     records = await consumer.fetch(FETCH_RECORDS)
             except TimeoutError:  # cancelled so, it has taken none
                 records = []
+            now = asyncio.get_running_loop().time()
             for record in records:
-                self._waiting[record.partition].append(record)
+                self._waiting[record.partition].append(_Waiting(record, now + self._delay(record)))
             for partition in {record.partition for record in records}:
                 consumer.pause(partition)
             async with self._moving:
@@ -168,31 +180,32 @@ class Mover:
 
     def _seconds(self) -> float:
         """Give how long nothing is due."""
-        heads = [self._due_ms(queue[0]) for queue in self._waiting.values() if queue]
-        seconds = LOOK_AGAIN if not heads else min(LOOK_AGAIN, max(0.0, (min(heads) - now_ms()) / 1000))
+        heads = [self._due_in(queue[0]) for queue in self._waiting.values() if queue]
+        seconds = min(LOOK_AGAIN, max(0.0, min(heads, default=LOOK_AGAIN)))
         return max(seconds, backoff(self._failures)) if self._failures else seconds
 
-    def _due_ms(self, record: Record) -> int:
-        seconds = self._classes[record.partition] if record.partition < len(self._classes) else 0.0  # one added since
-        return record.timestamp_ms + int(seconds * 1000)
+    def _delay(self, record: Record) -> float:
+        return self._classes[record.partition] if record.partition < len(self._classes) else 0.0  # one added since
+
+    def _due_in(self, waiting: _Waiting) -> float:
+        """Give the seconds until a record is due: never more than its delay, whatever the clocks of others say."""
+        record, latest = waiting
+        by_clock = (record.timestamp_ms - now_ms()) / 1000 + self._delay(record)
+        return min(by_clock, latest - asyncio.get_running_loop().time())
 
     async def _move(self, consumer: GroupConsumer) -> None:
         """Publish what is due, commit it once it is stored, and go on with the partitions of which all is moved."""
-        generation, now = self._generation, now_ms()
-        failed = False
+        generation, failed = self._generation, False
         for partition, queue in list(self._waiting.items()):
-            due = []
-            for record in queue:
-                if self._due_ms(record) > now:
-                    break
-                due.append(record)
-            moved = await self._publish(due)
+            due = [one.record for one in takewhile(lambda one: self._due_in(one) <= 0, queue)]
+            moved = await self._publish([record for record in due if _place(record) not in self._moved])
             if generation != self._generation:
                 return
-            failed = failed or moved < len(due)
-            for record in due[:moved]:
-                queue.popleft()
-                self._uncommitted[partition] = Committed(record.offset + 1)
+            self._moved.update(moved)
+            while queue and (place := _place(queue[0].record)) in self._moved:
+                self._moved.remove(place)
+                self._uncommitted[partition] = Committed(queue.popleft().record.offset + 1)
+            failed = failed or bool(queue and due and queue[0].record.offset <= due[-1].offset)
         if self._uncommitted and not await self._commit(consumer):
             failed = True
         if generation != self._generation:
@@ -202,19 +215,25 @@ class Mover:
             consumer.resume(partition)
         self._failures = self._failures + 1 if failed else 0
 
-    async def _publish(self, records: Sequence[Record]) -> int:
-        """Publish records to where they belong; give how many, from the first one on, are stored there."""
-        results = await asyncio.gather(*map(self._send, records), return_exceptions=True)
-        for number, result in enumerate(results):
+    async def _publish(self, records: Sequence[Record]) -> list[tuple[int, int]]:
+        """Publish records to where they belong; give the places of those that are stored there."""
+        moved = list[tuple[int, int]]()
+        for record, result in zip(
+            records, await asyncio.gather(*map(self._send, records), return_exceptions=True), strict=True
+        ):
             if isinstance(result, BrokerError):
                 log.warning("delayed.retry", topic=self._topic, reason=str(result))
-                return number
-            if isinstance(result, BaseException):
+            elif isinstance(result, BaseException):
                 raise result
-        return len(results)
+            else:
+                moved.append(_place(record))
+        return moved
 
     async def _send(self, record: Record) -> None:
-        """Publish a record; one that can't be is put aside. Raises BrokerError if the broker is away."""
+        """Publish a record; one that can't be is put aside, or waits anew while only its topic is away.
+
+        Raises BrokerError if the broker is away.
+        """
         topic = (dict(record.headers).get(TARGET) or b"").decode("utf-8", "replace")
         try:
             if not topic:
@@ -229,11 +248,21 @@ class Mover:
             )
         except BrokerError as error:
             if error.retryable:
-                raise
+                await self._put_back(record, topic, error)
+                return
             letter = await send_letter(self._broker, record, self._topic, error)
             log.error(  # noqa: TRY400 - the message says it all
                 "delayed.dead_lettered", target=topic, letter=f"{letter[0]}@{letter[1]}", reason=str(error)
             )
+
+    async def _put_back(self, record: Record, topic: str, error: BrokerError) -> None:
+        """Have a record come again later, so that it does not hold up those behind it. Raises BrokerError."""
+        number = _class_of(self._classes, AWAY)
+        stored = self._broker.publish(
+            self._topic, record.value, partition=number, key=record.key, headers=record.headers
+        )
+        await (await stored)
+        log.warning("delayed.put_back", target=topic, again_in=self._classes[number], reason=str(error))
 
     async def _commit(self, consumer: GroupConsumer) -> bool:
         try:
@@ -245,9 +274,17 @@ class Mover:
         return True
 
 
+def _class_of(classes: Sequence[float], seconds: float) -> int:
+    return next((number for number, delay in enumerate(classes) if delay >= seconds), len(classes) - 1)
+
+
 async def _partition(broker: Broker, topic: str, key: bytes | None, otherwise: bytes) -> int:
     """Choose a partition: that of the key, or evenly."""
     return zlib.crc32(otherwise if key is None else key) % await broker.partitions(topic)
+
+
+def _place(record: Record) -> tuple[int, int]:
+    return record.partition, record.offset
 
 
 def _own(headers: Headers) -> Headers:

@@ -26,6 +26,7 @@ ANSWER_BYTES = 16 << 10  # of an answer that are read, so that its sender sees i
 URL_LENGTH = 2048
 # Look-ups at once. The name is that of the threads a command leaves behind when they are stuck: see `cli.process`.
 THREADS, THREAD_NAME = 64, "chains-thread-dns"
+MAX_PORT = 65_535
 
 _NOT_PUBLIC = tuple(
     map(
@@ -199,6 +200,8 @@ def _parse(url: str) -> httpx.URL:
         raise unreadable
     if parsed.scheme not in ("http", "https") or not host:
         raise InvalidArgumentError("the URL of a webhook must be http:// or https:// and a host")
+    if parsed.port is not None and not 0 < parsed.port <= MAX_PORT:
+        raise InvalidArgumentError(f"the port in the URL of a webhook is from 1 to {MAX_PORT}, and not {parsed.port}")
     if parsed.userinfo:
         raise InvalidArgumentError("the URL of a webhook must hold no credentials: it is signed instead")
     return parsed

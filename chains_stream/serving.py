@@ -258,7 +258,8 @@ class Job:
             except RecordTooLargeError as error:
                 outcome = Outcome(error=error)
             except BrokerError as error:
-                late = now_ms() > self._deadline_ms + ANSWER_GRACE * 1000
+                # What nobody waits for is asked for later, and its webhook is yet to be told.
+                late = self._async is None and now_ms() > self._deadline_ms + ANSWER_GRACE * 1000
                 if late or not error.retryable:
                     log.error("answer.unsent", reason=str(error))  # noqa: TRY400 - the message says it all
                     return

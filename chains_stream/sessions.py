@@ -39,7 +39,7 @@ from chains_stream.websocket import (
 
 BEAT = 20.0  # seconds between two signs of life that a gateway sends for each WebSocket
 SILENCE = 75.0  # seconds without one, until its gateway counts as lost
-LEAVE_SECONDS = 5.0  # that `run_remote` may take to end once its client has left
+LEAVE_SECONDS = 5.0  # that `run_remote` may take once its client has left, for each message still to come, and to end
 
 log = get_logger(__name__)
 
@@ -93,6 +93,7 @@ class Session:
     def __init__(self, handshake: Handshake, inbox: Inbox, reply: Reply) -> None:
         self.headers = Fields(handshake.headers)
         self.query_params = dict(reversed(parse_qsl(handshake.query, keep_blank_values=True)))
+        self.on_take: Callable[[], None] | None = None  # called for each message that is taken
         self._inbox = inbox
         self._reply = reply
         self._pending: deque[msgspec.Raw] = deque()
@@ -118,6 +119,8 @@ class Session:
             if chunks is None:
                 raise await self._inbox.left()
             self._pending.extend(chunks)
+        if self.on_take is not None:
+            self.on_take()
         return decode_message(self._pending.popleft()).data
 
     async def receive_text(self) -> str:
@@ -249,9 +252,10 @@ async def converse(
     loop, limit = asyncio.get_running_loop(), asyncio.timeout(None)
 
     def leave() -> None:
-        if not session.closed:  # else it is for `run_remote` to say when it is done
+        if not (session.closed or limit.expired()):  # closed, it is for `run_remote` to say when it is done
             session.drop()
             limit.reschedule(loop.time() + LEAVE_SECONDS)
+            session.on_take = leave  # what it sent before it left is still given
 
     try:
         where, partition, chunks, size = caller.expect(inbox)
@@ -262,13 +266,13 @@ async def converse(
                 leave()
             await run(session)
             await session.flush()
-            inbox.on_end = None
+            inbox.on_end = session.on_take = None
     except TimeoutError:
         if not limit.expired():
             raise
         log.warning("websocket.abandoned", reason=f"run_remote did not end within {LEAVE_SECONDS:g} s of its client")
     finally:
-        inbox.on_end = None
+        inbox.on_end = session.on_take = None
         session.drop()
         inbox.close()
         await session.flush()

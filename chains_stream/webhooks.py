@@ -51,6 +51,7 @@ MOST_PUT_OFF = 36_000.0  # seconds, whatever a receiver asks for
 PLACES = 64  # deliveries of a process at once
 A_RECEIVERS_PLACES = 32  # of them that go to one host, which may be slow
 PATIENCE, CROWDED = 1.0, 5.0  # seconds to wait for such a place; until it is looked for again
+MOST_WAITING = 8  # deliveries that wait so for one host; each takes a place that others could have
 SMALL = 1 << 20  # bytes of a body, up to which as many are held as there are places
 READINGS = 8  # answers that are read at once, each of any size
 
@@ -110,6 +111,10 @@ class DeliverWebhook(ChainletBase):
             except InvalidArgumentError as error:
                 await self._give_up(delivery, str(error))
                 return
+            except Exception as error:
+                # A defect of ours. Raised, it would end the delivery, and nobody would ever hear of it.
+                log.exception("webhook.defect", host=host, attempt=attempt)
+                answer = Answer(None, f"the gateway failed: {error!r}")
         if answer.status is not None and HTTPStatus.OK <= answer.status < HTTPStatus.MULTIPLE_CHOICES:
             log.info("webhook.delivered", host=host, attempt=attempt, status=answer.status)
             metrics.WEBHOOKS.labels("delivered").inc()
@@ -211,6 +216,9 @@ class _Receivers:
     @asynccontextmanager
     async def place(self, host: str) -> AsyncIterator[bool]:
         """Hold a place for a host; False if none was free for some time."""
+        if self._users.get(host, 0) >= A_RECEIVERS_PLACES + MOST_WAITING:
+            yield False
+            return
         free = self._places.setdefault(host, asyncio.Semaphore(A_RECEIVERS_PLACES))
         self._users[host] = self._users.get(host, 0) + 1
         held = False

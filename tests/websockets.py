@@ -60,6 +60,11 @@ class Talk(chains.ChainletBase):
         async for text in websocket.iter_text():
             Seen.note(f"got {text}")
 
+    async def _slowly(self, websocket: chains.WebSocketProtocol) -> None:
+        async for _ in websocket.iter_text():
+            await asyncio.sleep(0.1)
+            Seen.note("taken")
+
     async def _json(self, websocket: chains.WebSocketProtocol) -> None:
         async for value in websocket.iter_json():
             await websocket.send_json({"got": value})
@@ -77,6 +82,11 @@ class Talk(chains.ChainletBase):
         for number in range(count):
             await websocket.send_text(str(number).ljust(size))
             Seen.note("pushed")
+
+    async def _push_and_wait(self, websocket: chains.WebSocketProtocol) -> None:
+        await websocket.send_text("x" * int(websocket.query_params["size"]))
+        Seen.note("pushed")
+        await self._listen(websocket)
 
     async def _collect(self, websocket: chains.WebSocketProtocol) -> None:
         await Seen.until("go", seconds=WAIT)

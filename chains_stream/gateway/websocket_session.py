@@ -5,13 +5,14 @@ nothing more is read from the socket; what the worker sends is taken only as fas
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
 from wsproto.connection import Connection, ConnectionState, ConnectionType
-from wsproto.events import BytesMessage, CloseConnection, Ping, Pong, TextMessage
+from wsproto.events import BytesMessage, CloseConnection, Ping, TextMessage
 
 from chains_stream.batching import FRAME_ROOM
 from chains_stream.calls import Call, Caller
@@ -36,6 +37,8 @@ HIGH_WATER = 64 << 10  # bytes that wait for the worker, until no more are read
 COST = 64  # bytes that each message counts for beyond its own
 SILENCE = 2 * BEAT  # seconds without a byte of a client, which is asked for one after half of that, until it is lost
 LINGER = 5.0  # seconds for what still waits for the worker, once the client has left
+TURN = 0.01  # seconds in which frames of one client are read, until others have their turn of the event loop
+SLICE = 4 << 10  # bytes of them, from one look at that to the next
 ATTEMPT = 1  # of the client's stream: there is no other
 
 log = get_logger(__name__)
@@ -173,12 +176,16 @@ class Session:
         self._end = end
         self._frames = Connection(ConnectionType.SERVER)
         self._tunnel: Tunnel
+        self._arrived = bytearray()  # and was not read yet; meanwhile no more is taken from the socket
+        self._reading: asyncio.Handle | None = None
         self._parts = bytearray()  # of a message that is not complete
         self._paused = False
         self._deaf = False  # what comes after a bad frame can't be read
         self._over = False  # nothing more is taken from the client
         self._parted = asyncio.Event()  # the client has said that it leaves, or is gone
         self._pong: Ping | None = None  # to be answered once there is room
+        self._ping = False  # is to be sent once there is room
+        self._unsent = 0  # bytes for the client that were buffered when it was last looked
         self._loop = asyncio.get_running_loop()
         self._heard = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
@@ -197,6 +204,25 @@ class Session:
     def receive(self, data: bytes) -> None:
         """Take what arrives on the socket."""
         self._heard = self._loop.time()
+        self._arrived += data
+        if self._reading is None:
+            self._read(self._heard + TURN)
+
+    def _read(self, until: float | None = None) -> None:
+        """Read what has arrived: thousands of empty frames fit in what a socket gives at once, and take a second."""
+        self._reading = None
+        end = self._loop.time() + TURN if until is None else until
+        while self._arrived and self._loop.time() < end:
+            data = bytes(self._arrived[:SLICE])
+            del self._arrived[:SLICE]
+            self._take(data)
+        if self._arrived:
+            self._tunnel.pause_reading()
+            self._reading = self._loop.call_soon(self._read)
+        elif not self._paused:
+            self._tunnel.resume_reading()
+
+    def _take(self, data: bytes) -> None:
         frames = self._frames
         if self._deaf or frames.state in (ConnectionState.CLOSED, ConnectionState.REMOTE_CLOSING):
             return
@@ -218,8 +244,15 @@ class Session:
 
     def lost(self) -> None:
         """The connection is gone."""
+        self._stop_reading()
+        self._read(math.inf)
         self._over = True
         self._parted.set()
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
 
     def _part(self, value: str | bytes, part: bytes | bytearray, *, complete: bool) -> None:
         if self._over:
@@ -255,14 +288,23 @@ class Session:
         if self._paused:
             self._paused = False
             self._heard = self._loop.time()  # what it sent meanwhile was not read
-            self._tunnel.resume_reading()
+            if self._reading is None:
+                self._tunnel.resume_reading()
 
     def _answer(self, ping: Ping) -> None:
         """Answer a ping; while the client reads nothing, only the latest is kept (RFC 6455, section 5.5.3)."""
-        if self._tunnel.buffers:
-            self._pong = ping
-        elif self._frames.state is ConnectionState.OPEN:
-            self._tunnel.transport.write(self._frames.send(ping.response()))
+        self._pong = ping
+        if not self._tunnel.buffers:
+            self._tunnel.transport.write(self._controls())
+
+    def _controls(self) -> bytes:
+        """Give the frames of our own that wait to be sent: there is room for them."""
+        ping, pong, self._ping, self._pong = self._ping, self._pong, False, None
+        if self._frames.state is not ConnectionState.OPEN:
+            return b""
+        return b"".join(
+            [self._frames.send(pong.response()) if pong else b"", self._frames.send(Ping()) if ping else b""]
+        )
 
     def _leave(self, close: Close) -> None:
         """The client has closed it, or has sent what is none of the protocol."""
@@ -282,14 +324,16 @@ class Session:
         """See whether the client is still there, and tell the worker that we are."""
         self._timer = self._loop.call_later(BEAT, self._tick)
         now = self._loop.time()
-        if self._paused:
+        before, self._unsent = self._unsent, self._tunnel.transport.get_write_buffer_size()
+        if self._paused or self._unsent < before:  # the client can't be heard, or is taking what it was sent
             self._heard = now
         elif now - self._heard >= SILENCE:
             self._fail(Close(ABNORMAL, "the client answered no ping"))
             return
+        self._ping = True
         transport = self._tunnel.transport
-        if self._frames.state is ConnectionState.OPEN and not (self._tunnel.buffers or transport.is_closing()):
-            transport.write(self._frames.send(Ping()))
+        if not (self._tunnel.buffers or transport.is_closing()):
+            transport.write(self._controls())
         if self._beating is None or self._beating.done():
             self._beating = asyncio.create_task(self._beat(), name="websocket beat")
 
@@ -337,13 +381,13 @@ class Session:
         return Close()
 
     async def _write(self, data: list[bytes]) -> None:
-        if self._pong is not None and self._frames.state is ConnectionState.OPEN:
-            data.append(self._frames.send(Pong(self._pong.payload)))
-            self._pong = None
-        if data and not self._tunnel.transport.is_closing():  # else the client has left, which ends this
+        data.append(self._controls())
+        while any(data) and not self._tunnel.transport.is_closing():  # else the client has left, which ends this
             self._tunnel.transport.write(b"".join(data))
-            if self._tunnel.buffers:
-                await self._tunnel.taken()
+            if not self._tunnel.buffers:
+                return
+            await self._tunnel.taken()
+            data = [self._controls()]  # what has come up meanwhile: it may be long until the worker sends more
 
     # --- the end
 
@@ -372,6 +416,7 @@ class Session:
 
     async def close(self) -> None:
         """End what was started."""
+        self._stop_reading()
         if self._timer is not None:
             self._timer.cancel()
         tasks = [task for task in (self._forwarding, self._beating) if task is not None]

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 import chains_stream as chains
+from chains_stream import serving
 from chains_stream.broker import Broker, Committed, TopicSpec
 from chains_stream.calls import Caller
 from chains_stream.chain import Chain
@@ -18,7 +19,7 @@ from chains_stream.client import open_caller, open_connected
 from chains_stream.control import Cancel
 from chains_stream.delays import Delays, Mover
 from chains_stream.deliveries import Delivery, webhooks_topic
-from chains_stream.errors import UnknownTopicError
+from chains_stream.errors import BrokerError, UnknownTopicError
 from chains_stream.letters import dead_letter_topic
 from chains_stream.messages import (
     Cancelled,
@@ -335,6 +336,32 @@ async def test_what_can_not_succeed_is_not_tried_again(parts: Parts) -> None:
     assert isinstance(end, Failed)
     assert end.error.exception_cls_name == "RuntimeError", "the deadline comes before the next try"
     assert Seen.counts["two"] == 1
+
+
+async def test_an_answer_that_nobody_waits_for_outlasts_a_broker_that_is_away(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that is: a caller that waits would have left by then, and this one asks later."""
+    monkeypatch.setattr(serving, "ANSWER_GRACE", 0.0)
+    publish, refused = parts.broker.publish, asyncio.Semaphore(0)
+
+    async def away(topic: str, value: bytes, **more: Any) -> asyncio.Future[int]:
+        if topic == parts.results and b"one" in value:
+            refused.release()
+            raise BrokerError("no connection")
+        return await publish(topic, value, **more)
+
+    monkeypatch.setattr(parts.broker, "publish", away)
+    await parts.host()
+    deadline_ms = now_ms() + 1_000
+    sent = await parts.send("one", webhook=HOOK, deadline_ms=deadline_ms)
+    async with asyncio.timeout(WAIT):
+        while now_ms() < deadline_ms:
+            await refused.acquire()
+        await refused.acquire()
+    monkeypatch.setattr(parts.broker, "publish", publish)
+    assert isinstance((await parts.end(sent))[1], Done)
+    assert (await parts.delivery(sent)).status == "SUCCEEDED"
 
 
 async def test_a_stream_begins_anew_with_the_next_try(spelling: Parts) -> None:

@@ -12,11 +12,13 @@ from uuid import uuid4
 
 import pytest
 
+from chains_stream import delays
 from chains_stream.broker import Broker, Record, TopicSpec
 from chains_stream.client import open_connected
 from chains_stream.delays import TARGET, Delays, Mover, delayed_spec, delayed_topic
-from chains_stream.errors import ChainsUsageError
+from chains_stream.errors import BrokerError, ChainsUsageError
 from chains_stream.letters import Letter, dead_letter_topic
+from chains_stream.messages import now_ms
 from chains_stream.settings import KafkaSettings, Settings
 from tests.members import HOUR_MS, take
 
@@ -136,6 +138,71 @@ async def test_what_can_not_be_moved_is_put_aside_and_holds_up_nothing(queue: Qu
     assert TARGET in (letters[b"stranger"].message or "")
 
 
+async def test_a_topic_that_is_away_holds_up_no_other_and_repeats_none(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one is whose partitions have lost their leader, while the rest of the cluster is well."""
+    publish, away = queue.broker.publish, f"{queue.settings.namespace}.away"
+    await queue.broker.ensure_topics([TopicSpec(away, 1, HOUR_MS)])
+    refused = asyncio.Semaphore(0)
+
+    async def unavailable(topic: str, value: bytes, **more: Any) -> asyncio.Future[int]:
+        if topic == away:
+            refused.release()
+            raise BrokerError("the partition has no leader")
+        return await publish(topic, value, **more)
+
+    monkeypatch.setattr(queue.broker, "publish", unavailable)
+    await queue.delays.send(away, b"patient", delay_seconds=0.1)
+    for number in range(5):
+        await queue.send(str(number), 0.1)
+    await queue.mover()
+    await queue.arrived(5)
+    for _ in range(4):
+        await refused.acquire()
+    await queue.send("last", 0.1)
+    records = await queue.arrived(6)
+    assert sorted(record.value for record in records) == [b"0", b"1", b"2", b"3", b"4", b"last"]
+    monkeypatch.setattr(queue.broker, "publish", publish)
+    reader = await queue.broker.read(away, {0: 0})
+    async with asyncio.timeout(WAIT):
+        [record] = await take(reader, 1)
+    await reader.close()
+    assert (record.value, record.headers) == (b"patient", ())
+
+
+async def test_a_clock_that_went_wrong_holds_up_no_longer_than_the_delay(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written in the future, as whoever moves it sees it, comes after its delay; so does what is behind it."""
+    monkeypatch.setattr(delays, "now_ms", lambda: now_ms() - HOUR_MS)
+    await queue.send("first", 0.1)
+    await queue.mover()
+    await queue.arrived(1)
+    monkeypatch.undo()
+    await queue.send("second", 0.1)
+    assert [record.value for record in await queue.arrived(2)] == [b"first", b"second"]
+
+
+async def test_a_broker_that_is_away_in_part_has_nothing_moved_twice(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, failures = queue.broker.publish, list(range(6))
+
+    async def away_for_one(topic: str, value: bytes, **more: Any) -> asyncio.Future[int]:
+        if value == b"0" and failures:
+            failures.pop()
+            raise BrokerError("no connection")
+        return await publish(topic, value, **more)
+
+    for number in range(5):
+        await queue.send(str(number), 0.1)
+    monkeypatch.setattr(queue.broker, "publish", away_for_one)
+    await queue.mover()
+    values = {record.value for record in await queue.arrived(5)}
+    assert values == {b"0", b"1", b"2", b"3", b"4"}, "each once"
+
+
 async def test_a_topic_with_other_partitions_is_one_clear_error(queue: Queue) -> None:
     with pytest.raises(ChainsUsageError, match=r"\.delayed has 3 partitions, and must have 8"):
         await Mover(queue.broker, queue.settings).start()
@@ -145,6 +212,7 @@ MOVE = """
 import asyncio, sys
 from chains_stream.client import open_connected
 from chains_stream.delays import Mover
+from chains_stream.messages import now_ms
 from chains_stream.settings import KafkaSettings, Settings
 from contextlib import AsyncExitStack
 

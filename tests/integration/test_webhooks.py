@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -40,6 +40,7 @@ from chains_stream.messages import (
     new_id,
     now_ms,
 )
+from chains_stream.posting import Answer, Poster
 from chains_stream.settings import Settings
 from chains_stream.webhooks import WebhookHost, open_webhooks
 from tests.receiver import OK, WAIT, Post, Receiver, answer, receiving
@@ -298,6 +299,44 @@ async def test_a_slow_receiver_does_not_hold_up_others(
         await requests.end(f"http://localhost:{receiver.port}/quick", Done(new_id(), 1, 0, raw("x")))
         await receiver.wait(path="/quick")
         assert len(await receiver.wait(0, path="/slow")) == webhooks.A_RECEIVERS_PLACES
+
+
+async def test_a_crowd_for_a_slow_receiver_does_not_hold_up_others(receiver: Receiver) -> None:
+    """Each that waits for a place at its receiver would take one that others could have, for all of its patience."""
+    never = asyncio.Event()
+
+    async def hang(post: Post) -> bytes:
+        if post.path == "/slow":
+            await never.wait()
+        return OK
+
+    receiver.answers = hang
+    async with ended() as requests:
+        for _ in range(10 * webhooks.PLACES):
+            await requests.end(f"{receiver.url}/slow", Done(new_id(), 1, 0, raw("x")))
+        await requests.end(f"http://localhost:{receiver.port}/quick", Done(new_id(), 1, 0, raw("x")))
+        await requests.host()
+        began = time.monotonic()
+        await receiver.wait(path="/quick")
+        assert time.monotonic() - began < 5
+
+
+async def test_a_delivery_that_meets_a_defect_is_tried_again(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    post, failures = Poster.post, [RuntimeError("a defect")]
+
+    async def fail_once(poster: Poster, url: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+        if failures:
+            raise failures.pop()
+        return await post(poster, url, body, headers)
+
+    monkeypatch.setattr(Poster, "post", fail_once)
+    async with ended() as requests:
+        await requests.host()
+        request_id = await requests.end(receiver.url, Done(new_id(), 1, 0, raw("x")))
+        [told] = await receiver.wait()
+        assert told.headers["webhook-id"] == request_id
 
 
 async def test_what_waits_for_a_place_comes_in_its_turn(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:

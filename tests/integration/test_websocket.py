@@ -216,6 +216,17 @@ async def test_a_client_that_leaves_has_what_hangs_cancelled(broker: str, monkey
         await Seen.until("talk ended")
 
 
+async def test_what_a_client_sent_before_it_left_is_taken(broker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if that takes longer, in all, than `run_remote` is given to end."""
+    monkeypatch.setattr(sessions, "LEAVE_SECONDS", 0.5)
+    async with serving(Talk, broker=broker) as served:
+        async with talk(served, do="slowly") as websocket:
+            for _ in range(20):
+                await websocket.send("hi")
+        await Seen.until("talk ended")
+        assert Seen.counts["taken"] == 20
+
+
 async def test_a_client_that_leaves_before_it_is_served(broker: str) -> None:
     async with serving(Talk, broker=broker, workers=False) as served:
         requests = await served.follow(served.topic)

@@ -20,6 +20,7 @@ from tests.websockets import BINARY, CLOSE, OPENING, PING, PONG, TEXT, Frames, T
 
 LIMIT = 100_000  # bytes of a message
 CONTINUATION = 0x0
+LARGE, HEAD = 16_000_000, 10  # bytes of a message, more than sockets buffer, and of its head
 
 
 @pytest.fixture(autouse=True)
@@ -191,6 +192,26 @@ async def test_a_flood_of_pings_costs_nothing(client: Frames) -> None:
     assert found[-2] == (PONG, b"4999")
 
 
+@pytest.mark.parametrize(
+    "flood",
+    [b"\x89\x80" + bytes(4), b"\x00\x80" + bytes(4), b"\x81\x80" + bytes(4)],
+    ids=["pings", "fragments", "messages"],
+)
+async def test_a_flood_of_empty_frames_keeps_others_from_nothing(client: Frames, flood: bytes) -> None:
+    """What a socket gives at once holds 40,000 of them, and they take a second to read."""
+    await client.open(b"do=listen")
+    if flood[0] == CONTINUATION:
+        await client.send_frame(TEXT, b"", final=False)
+    clock = asyncio.get_running_loop().time
+    client.writer.write(flood * 100_000)
+    longest, end = 0.0, clock() + 2
+    while (now := clock()) < end:
+        await asyncio.sleep(0)
+        longest = max(longest, clock() - now)
+    assert longest < 0.5
+    assert not Seen.counts["talk ended"]
+
+
 async def test_pings_are_sent_and_a_client_that_answers_none_is_lost(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +246,33 @@ def test_no_ping_is_sent_to_who_has_left(monkeypatch: pytest.MonkeyPatch) -> Non
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(leave())
     assert not faults
+
+
+async def test_a_ping_is_answered_once_a_client_has_read_what_it_was_sent_before(client: Frames) -> None:
+    """Though the worker sends nothing more: the client would take the gateway for dead."""
+    await client.open(b"do=push_and_wait&size=%d" % LARGE)
+    await client.reader.readexactly(HEAD)  # of a message that is on its way
+    await client.send_frame(PING, b"there?")
+    await client.send_frame(TEXT, b"go on")
+    await Seen.until("got go on")  # so the ping was read
+    await client.reader.readexactly(LARGE)
+    assert await client.read_frame() == (PONG, b"there?")
+
+
+async def test_a_client_that_is_busy_reading_is_not_lost(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no chance to answer a ping: one stands behind all that was sent before."""
+    monkeypatch.setattr(websocket_session, "BEAT", 0.2)
+    monkeypatch.setattr(websocket_session, "SILENCE", 0.4)
+    async with Frames(served.url, narrow=True) as client:
+        await client.open(b"name=slow&do=push_and_wait&size=%d" % LARGE)
+        while (await client.reader.readexactly(2))[0] & 0xF == PING:
+            pass
+        await client.reader.readexactly(HEAD - 2)
+        for _ in range(40):
+            await client.reader.readexactly(LARGE // 40)
+            await asyncio.sleep(0.05)  # which makes 2 seconds at least
+        assert (await client.read_frame())[0] == PING
+        assert not Seen.counts["slow ended"]
 
 
 async def test_what_all_hold_is_bounded() -> None:

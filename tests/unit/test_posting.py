@@ -111,6 +111,8 @@ def test_a_url_into_the_own_network_is_refused_unless_it_is_allowed(url: str) ->
         ("http://ada:hunter2@example.com/", "credentials"),
         ("http://hunter2@example.com/", "credentials"),
         ("http://example.com:port/?hunter2", "can be read"),
+        ("http://example.com:0/?hunter2", "port"),
+        ("http://example.com:65536/?hunter2", "port"),
         ("http://[::1/?hunter2", "can be read"),
         ("http://exa mple.com/?hunter2", "can be read"),
         ("http://0177.0.0.1/?hunter2", "can be read"),
