@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from chains_stream.broker import Broker, Record
+from chains_stream.broker import Broker, Reader, Record
 from chains_stream.errors import OffsetExpiredError
 from chains_stream.fold import Fold, Step
 from chains_stream.log import get_logger
 from chains_stream.messages import Chunk, Frame, decode_frames
 from chains_stream.store import reference_in
+
+SILENCE = 30.0  # seconds without a record, until it is asked whether there are any more
 
 log = get_logger(__name__)
 
@@ -120,7 +122,7 @@ class ReadBack:
         reader = await self._broker.read(topic, {partition: min(one.begin for one in wanted)})
         try:
             while reader.position(partition) < end:
-                for record in await reader.fetch():
+                for record in await self._fetch(reader, topic, partition, end):
                     for frame, reference in found_in(record):
                         for one in by_id.get(frame.correlation_id, ()):
                             if one.begin <= record.offset < one.end:
@@ -128,6 +130,19 @@ class ReadBack:
                 _tell(wanted, reader.position(partition))
         finally:
             await reader.close()
+
+    async def _fetch(self, reader: Reader, topic: str, partition: int, end: int) -> list[Record]:
+        """Wait for records. Raises OffsetExpiredError if the log has lost its end, as that of a topic made anew."""
+        while True:
+            limit = asyncio.timeout(SILENCE)
+            try:
+                async with limit:
+                    return await reader.fetch()
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                if (now := await self._broker.end_offset(topic, partition)) < end:
+                    raise OffsetExpiredError(f"{topic} ends at {now}, and was read up to {end} before") from None
 
 
 def _tell(wanted: Sequence[_Wanted], position: int) -> None:
