@@ -15,7 +15,7 @@ from chains_stream.chainlet import ChainletBase, chainlet_name, signature
 from chains_stream.checks import advice
 from chains_stream.cli.example import example_arguments
 from chains_stream.cli.health import Health
-from chains_stream.cli.process import Serving, Signals, connect, run, serve
+from chains_stream.cli.process import Serving, Signals, connect, end, run, serve
 from chains_stream.codec import codec_of
 from chains_stream.delays import Mover
 from chains_stream.errors import ChainsUsageError
@@ -154,20 +154,33 @@ async def _start_gateway(
 ) -> Callable[[], Awaitable[None]]:
     """Start a gateway, and what every process that has one does besides: move what is due, deliver webhooks.
 
-    Gives a wait for what ends one of them.
+    Gives a wait for what ends one of them. Requests do not wait for the latter two to begin: a group whose member was
+    killed lets nobody in until its session is over, and whoever takes its place has connections waiting.
     """
     chain, broker, caller = parts
-    mover = Mover(broker, settings)
     stack.push_async_callback(gateway.close)
-    stack.push_async_callback(mover.drain)
+    moving = asyncio.create_task(_move(broker, settings), name="move delayed")
+    delivering = asyncio.create_task(_deliver(chain, broker, caller, settings), name="deliver webhooks")
+    stack.push_async_callback(end, moving, delivering)
+    await gateway.start()
+    return lambda: _any(gateway.failed(), asyncio.shield(moving), asyncio.shield(delivering))
+
+
+async def _move(broker: Broker, settings: Settings) -> None:
+    """Publish what is due, until cancelled. Raises what keeps it from that."""
+    mover = Mover(broker, settings)
     try:
-        async with asyncio.TaskGroup() as starting:
-            starting.create_task(gateway.start())
-            starting.create_task(mover.start())
-            webhooks = starting.create_task(open_webhooks(stack, chain, broker, caller, settings))
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None  # one is enough to know, and the others follow from it
-    return lambda: _any(gateway.failed(), mover.failed(), webhooks.result().failed())
+        await mover.start()
+        await mover.failed()
+    finally:
+        await mover.drain()
+
+
+async def _deliver(chain: Chain, broker: Broker, caller: Caller, settings: Settings) -> None:
+    """Deliver webhooks, until cancelled. Raises what keeps it from that."""
+    async with AsyncExitStack() as stack:
+        webhooks = await open_webhooks(stack, chain, broker, caller, settings)
+        await webhooks.failed()
 
 
 async def _any(*failures: Awaitable[None]) -> None:

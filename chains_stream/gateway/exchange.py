@@ -155,7 +155,6 @@ class Exchange:
     def __init__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
         self.correlation_id = b""
-        self.owner = ""
         self.request_id = ""
         self.status = 0
         self.error: str | None = None

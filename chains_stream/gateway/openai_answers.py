@@ -247,7 +247,9 @@ def _delta(message: api.ChatCompletionMessage) -> api.ChoiceDelta:
 def _like(answer: Any, kind: type[Any], choices: list[Any]) -> Any:
     """Give an answer of a kind with what another one says of itself."""
     made = kind(choices=choices, id=answer.id, created=answer.created, model=answer.model, usage=answer.usage)
-    made.system_fingerprint = answer.system_fingerprint
+    for name in ("system_fingerprint", "service_tier"):  # completions have no tier
+        if (value := getattr(answer, name, None)) is not None:
+            setattr(made, name, value)
     return made
 
 

@@ -5,6 +5,7 @@ import inspect
 import msgspec
 
 from chains_stream.chain import Chain
+from chains_stream.chainlet import ChainletBase
 from chains_stream.codec import Codec
 from chains_stream.gateway import openai_paths
 from chains_stream.gateway.gate import OPEN
@@ -64,7 +65,7 @@ def document(chain: Chain, codec: Codec, settings: Settings) -> Json:
         "info": {
             "title": chain.name,
             "version": codec.signature.digest,
-            "description": inspect.getdoc(chain.entrypoint) or f"The Chain {chain.name}.",
+            "description": _said_of(chain) or f"The Chain {chain.name}.",
         },
         "paths": {
             **(websocket_paths(codec, settings) if websocket else _call_paths(codec, schema, settings)),
@@ -81,6 +82,12 @@ def document(chain: Chain, codec: Codec, settings: Settings) -> Json:
     if settings.api_keys is not None:
         _ask_for_keys(described)
     return described
+
+
+def _said_of(chain: Chain) -> str:
+    """Give what its author says of the entrypoint: what the base of all Chainlets says of itself is none of that."""
+    said = inspect.getdoc(chain.entrypoint) or ""
+    return "" if said == inspect.getdoc(ChainletBase) else said
 
 
 def _call_paths(codec: Codec, schema: Json, settings: Settings) -> Json:

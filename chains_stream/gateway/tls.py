@@ -17,11 +17,15 @@ class Tls:
         context: for the server; connections that are made from `reload` on get the new certificate.
     """
 
+    context: ssl.SSLContext
+
     def __init__(self, certfile: str, keyfile: str | None, password: str | None) -> None:
         self._certfile = certfile
         self._keyfile = keyfile
         self._password = password
+        self._current = self._build()
         self.context = self._build()
+        self.context.sni_callback = self._use_current
 
     @classmethod
     def of(cls, settings: Settings) -> Self | None:
@@ -36,8 +40,12 @@ class Tls:
 
     def reload(self) -> None:
         """Read the files again. Raises ChainsUsageError; then the old certificate stays."""
-        self._build()  # what can't be used must not get into the context that is
-        self._load(self.context)
+        # A context of its own: one keeps a certificate of each kind of key, and would go on to choose the old one.
+        self._current = self._build()
+
+    def _use_current(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:  # noqa: ARG002 - ssl's
+        """Have a handshake go on with the certificate that counts now, whether the client names a host or not."""
+        connection.context = self._current
 
     def _build(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

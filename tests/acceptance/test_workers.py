@@ -137,6 +137,25 @@ def test_a_process_that_is_killed_takes_its_own_connections_along_and_is_replace
 
 
 @pytest.mark.kafka
+def test_the_next_process_does_not_wait_for_the_session_of_the_one_that_was_killed(
+    start: Commands, kafka_url: str, namespace: str
+) -> None:
+    options = ("--broker", kafka_url, "--namespace", namespace, "--port", "0", "--workers", "2")
+    gateway = start("gateway", GATE, *options, variables={"CHAINS_KAFKA_SESSION_TIMEOUT_MS": "60000"})
+    url = gateway.ready()
+    for _ in range(2):
+        gateway.logged("gateway.process_ready")
+    until(lambda: gateway.stderr.text().count("delayed.assigned") > 1)
+    began = time.monotonic()
+    os.kill(min(pids(url)), signal.SIGKILL)
+    gateway.logged("gateway.process_ready")
+    assert len(pids(url)) == 2
+    assert time.monotonic() - began < 30
+    gateway.send(signal.SIGTERM)
+    assert gateway.wait(40) == 0
+
+
+@pytest.mark.kafka
 def test_a_renewal_breaks_no_stream_and_refuses_no_connection(
     start: Commands, kafka_url: str, namespace: str, tmp_path: Path
 ) -> None:

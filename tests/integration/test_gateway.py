@@ -371,6 +371,13 @@ async def test_openapi(entrypoint: type[Any]) -> None:
     jsonschema.validate(not_found, {**problem, "components": document["components"]})
 
 
+@pytest.mark.parametrize("entrypoint", [Greet, Counting])
+async def test_openapi_says_of_a_chain_what_its_author_says(entrypoint: type[Any]) -> None:
+    async with serving(entrypoint, workers=False) as served:
+        info = (await served.http.get("/openapi.json")).json()["info"]
+    assert info["description"] == (entrypoint.__doc__ or f"The Chain {served.chain.name}.")
+
+
 async def test_openapi_describes_the_chains_own_types() -> None:
     async with serving(Sample, workers=False) as served:
         document = (await served.http.get("/openapi.json")).json()

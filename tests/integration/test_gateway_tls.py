@@ -47,8 +47,8 @@ class Authority:
         self._ca.configure_trust(self.trust)
         self.issue()
 
-    def issue(self) -> None:
-        made = self._ca.issue_cert("127.0.0.1")
+    def issue(self, kind: trustme.KeyType = trustme.KeyType.ECDSA) -> None:
+        made = self._ca.issue_cert("127.0.0.1", key_type=kind)
         self.certfile.write_bytes(b"".join(blob.bytes() for blob in made.cert_chain_pems))
         self.keyfile.write_bytes(made.private_key_pem.bytes())
 
@@ -135,6 +135,26 @@ async def test_a_new_certificate_is_for_new_connections_and_breaks_no_old_one(au
                 assert session(new).getpeercert(binary_form=True) != before
             Seen.note("go")
             await old.read_until(b"last")
+
+
+@pytest.mark.parametrize("kinds", [("ECDSA", "RSA"), ("RSA", "ECDSA")], ids=" to ".join)
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_certificate_with_another_kind_of_key_replaces_the_old_one(
+    authority: Authority, kinds: tuple[str, str], version: ssl.TLSVersion
+) -> None:
+    authority.trust.maximum_version = version
+    first, second = (trustme.KeyType[kind] for kind in kinds)
+    authority.issue(first)
+    async with secured(authority, Greet) as served:
+        assert served.server.tls is not None
+        async with served.connect():
+            pass
+        authority.issue(second)
+        served.server.tls.reload()
+        expected = ssl.PEM_cert_to_DER_cert(authority.certfile.read_text())
+        async with served.connect() as client:
+            assert session(client).getpeercert(binary_form=True) == expected
+            assert session(client).selected_alpn_protocol() in (None, "http/1.1")
 
 
 async def test_a_wrong_new_certificate_leaves_the_old_one(authority: Authority) -> None:

@@ -184,3 +184,13 @@ def test_the_example_runs_without_a_broker() -> None:
         return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
 
     assert asyncio.run(ask()) == "Dogs bark."
+
+
+def test_a_whole_answer_in_two_chunks_says_all_that_it_said_of_itself() -> None:
+    whole = api.ChatCompletion.of("a", usage=api.Usage(1, 2))
+    whole.system_fingerprint, whole.service_tier = "fp", "flex"
+    gatherer = Chat().gatherer()
+    for chunk in Chat().split(whole):
+        assert (chunk.system_fingerprint, chunk.service_tier) == ("fp", "flex")
+        gatherer.add(chunk)
+    assert gatherer.whole() == whole
