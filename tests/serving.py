@@ -19,7 +19,7 @@ from chains_stream.broker import Broker, Reader
 from chains_stream.calls import Caller
 from chains_stream.chain import Chain
 from chains_stream.client import open_caller, open_connected
-from chains_stream.gateway import exchange
+from chains_stream.gateway import entry
 from chains_stream.gateway.app import Gateway
 from chains_stream.gateway.server import Server
 from chains_stream.gateway.tls import Tls
@@ -238,7 +238,7 @@ class RequestLog(logging.Handler):
 @contextmanager
 def request_log() -> Iterator[RequestLog]:
     """Log what the gateway logs, for as long as the block runs."""
-    handler, logger = RequestLog(), logging.getLogger(exchange.__name__)
+    handler, logger = RequestLog(), logging.getLogger(entry.__name__)
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)

@@ -25,7 +25,8 @@ from chains_stream.errors import BrokerError
 from chains_stream.gateway import asynchronous, openai, openapi, probes, problems
 from chains_stream.gateway.claims import Claims
 from chains_stream.gateway.endpoint import Endpoint, Shared
-from chains_stream.gateway.exchange import Entry, Exchange, exchange_of
+from chains_stream.gateway.entry import Entry
+from chains_stream.gateway.exchange import Exchange, exchange_of
 from chains_stream.gateway.gate import Gate
 from chains_stream.gateway.ids import RequestId
 from chains_stream.gateway.past import Past
