@@ -66,7 +66,9 @@ class Settings(pydantic.BaseModel):
     store: str | None = (
         None  # a URL of fsspec for values over max_record_bytes; a folder of this machine if none is named
     )
-    secret: pydantic.SecretStr | None = None  # that gateways share: it seals request ids
+    secret: Annotated[pydantic.SecretStr, Field(min_length=16)] | None = (
+        None  # that gateways share: it seals request ids
+    )
     instance_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")] | None = None  # for static membership
     max_uncommitted: Annotated[int, Field(ge=1, le=1_500)] = (
         1_000  # records of a partition taken beyond the first open one
@@ -168,6 +170,7 @@ def _explain(error: pydantic.ValidationError, *, source: str, flags: Mapping[str
         said = re.sub(r"^(Input |String |Value error, )should", "should", problem["msg"]).partition(
             ", unable to parse"
         )[0]
+        said = re.sub(r"^Value should have at least (\d+) items .*", r"should have at least \1 characters", said)
         plain = name in _PLAIN and isinstance(problem["input"], str | int | float)
         lines.append(f"{shown}: {said}" + (f" (got {problem['input']!r})" if plain else ""))
     return "; ".join(lines)

@@ -259,7 +259,7 @@ async def serving(
         "partitions": 4,
         "reply_partitions": 1,
         "grace_period": 5.0,
-        "secret": "t",
+        "secret": 32 * "t",
     }
     async with AsyncExitStack() as stack:
         served = Served(entrypoint, stack, Settings.of(**{**named, **settings}), trust)

@@ -13,7 +13,7 @@ Header = tuple[bytes, bytes]
 
 METHODS = b"GET, POST, DELETE"
 MAX_AGE = 7200  # seconds that a browser remembers what it asked: no browser keeps it longer
-EXPOSED = b"x-request-id, retry-after, location, ratelimit, ratelimit-policy"
+EXPOSED = b"x-request-id, retry-after, x-should-retry, location, ratelimit, ratelimit-policy"
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/,*]+")
 _NAMES = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+(\s*,\s*[!#$%&'*+.^_`|~0-9A-Za-z-]+)*")

@@ -81,6 +81,7 @@ def test_an_empty_variable_is_none(set_variables: Set) -> None:
             "CHAINS_KAFKA_SASL_MECHANISM: should be 'PLAIN', 'SCRAM-SHA-256' or 'SCRAM-SHA-512' (got 'GSSAPI')",
         ),
         ({"CHAINS_KAFKA": "nothing"}, {}, "CHAINS_KAFKA: should be JSON"),
+        ({"CHAINS_SECRET": "short"}, {}, "CHAINS_SECRET: should have at least 16 characters"),
         (
             {"CHAINS_KAFKA_SASL_PASWORD": "hunter2"},
             {},
