@@ -15,8 +15,19 @@ help: ## List the targets
 run: $(READY) ## Serve the example Chain on the embedded broker, on http://127.0.0.1:8000 (PORT=…)
 	@exec $(BIN)/chains run chainlets/summarize.py --host 127.0.0.1 --port $(PORT)
 
-test: $(READY) ## Run the whole suite, against a real Apache Kafka of its own on a free port
+test: $(READY) ## Run the whole suite, against real Apache Kafkas of its own on free ports (ARGS="tests/unit -k fold")
+ifdef ARGS
 	@$(BIN)/pytest $(ARGS)
+else
+	@$(MAKE) --no-print-directory --jobs=2 test-commands test-parts
+endif
+
+# Halves that take about as long: both mostly wait, for groups to form and processes to start.
+.PHONY: test-commands test-parts
+test-commands:
+	@$(BIN)/pytest tests/acceptance
+test-parts:
+	@$(BIN)/pytest tests/contract tests/integration tests/typing tests/unit
 
 chaos: $(READY) ## Break processes under load, and account for every request (SEED=… ROUNDS=… SECONDS=… ONLY=…)
 	@exec $(BIN)/python -m tests.chaos $(foreach name,SEED ROUNDS SECONDS ONLY,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) "$($(name))"))

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
+from uuid import uuid4
 
 import httpx
 import openai
@@ -20,7 +21,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 from websockets.sync.client import connect
 
-from tests.acceptance.command import DEADLINE, HERE, Command, Commands
+from tests.acceptance.command import DEADLINE, HERE, STARTED, Command, Commands, commands
 
 FILE = str(HERE / "chains" / "pair.py")
 CHAT = str(HERE.parents[1] / "chainlets" / "openai_chat.py")
@@ -31,20 +32,27 @@ WORDS = 1_500  # more than are on their way to a reader: a worker waits for one,
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
 
-Pair = tuple[Command, str, str]  # the first gateway, and the URLs of both
+SECRET = "whsec_" + base64.b64encode(KEY).decode()
+
+Gateway = tuple[Command, str]  # with its URL
 
 
-def serve(start: Commands, file: str, kafka_url: str, namespace: str, **variables: str) -> Pair:
-    common = ("--broker", kafka_url, "--namespace", namespace)
+def serve(start: Commands, count: int, file: str, kafka_url: str, **variables: str) -> list[Gateway]:
+    """Start a worker and so many gateways."""
+    common = ("--broker", kafka_url, "--namespace", f"t{uuid4().hex[:12]}")
     worker = start("worker", file, *common)
-    first, second = [start("gateway", file, "--port", "0", *common, variables=variables) for _ in range(2)]
+    gateways = [start("gateway", file, "--port", "0", *common, variables=variables) for _ in range(count)]
     worker.ready()
-    return first, first.ready(), second.ready()
+    return [(gateway, gateway.ready()) for gateway in gateways]
 
 
-@pytest.fixture
-def pair(start: Commands, kafka_url: str, namespace: str) -> Pair:
-    return serve(start, FILE, kafka_url, namespace)
+@pytest.fixture(scope="module")
+def gateways(request: pytest.FixtureRequest, kafka_url: str) -> Iterator[list[Gateway]]:
+    """Gateways of one Chain; a test that kills one takes it out."""
+    variables = {"CHAINS_WEBHOOK_SECRETS": SECRET, "CHAINS_WEBHOOK_ALLOW_PRIVATE": "true"}
+    with commands() as started:
+        request.node.stash[STARTED] = started
+        yield serve(started, 3, FILE, kafka_url, **variables)
 
 
 class Reader:
@@ -120,19 +128,13 @@ async def kill_amid_streams(first: Command, url: str, other: str) -> list[Reader
         return readers
 
 
-def test_a_gateway_that_is_killed_loses_no_stream(pair: Pair) -> None:
-    first, url, other = pair
-    readers = asyncio.run(kill_amid_streams(first, url, other))
-    assert [reader._name for reader in readers if not reader.whole] == []
-
-
 def curl(*arguments: str) -> "subprocess.CompletedProcess[str]":
     command = ["curl", "-sS", "-N", "--max-time", "60", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=DEADLINE)
 
 
-def test_with_curl(pair: Pair) -> None:
-    _, url, other = pair
+def test_with_curl(gateways: list[Gateway]) -> None:
+    (_, url), (_, other) = gateways[:2]
     body = json.dumps({"name": "c", "words": 3})
     made = curl("-i", f"{url}/run_remote", "--json", body)
     head, _, text = made.stdout.partition("\n\n" if "\n\n" in made.stdout else "\r\n\r\n")
@@ -148,8 +150,15 @@ def test_with_curl(pair: Pair) -> None:
     assert json.loads(gone)["status"] == "CANCELED"
 
 
-def test_with_the_openai_client(start: Commands, kafka_url: str, namespace: str) -> None:
-    _, *urls = serve(start, CHAT, kafka_url, namespace)
+def test_a_gateway_that_is_killed_loses_no_stream(gateways: list[Gateway]) -> None:
+    first, url = gateways.pop(0)
+    _, other = gateways[0]
+    readers = asyncio.run(kill_amid_streams(first, url, other))
+    assert [reader._name for reader in readers if not reader.whole] == []
+
+
+def test_with_the_openai_client(start: Commands, kafka_url: str) -> None:
+    urls = [url for _, url in serve(start, 2, CHAT, kafka_url)]
     messages: list[ChatCompletionMessageParam] = [
         {"role": "system", "content": "The office opens at nine. Parking is behind the house."},
         {"role": "user", "content": "When does the office open?"},
@@ -166,8 +175,8 @@ def test_with_the_openai_client(start: Commands, kafka_url: str, namespace: str)
                 client.chat.completions.create(model="any", messages="none")  # type: ignore[arg-type]
 
 
-def test_with_a_websocket_client(start: Commands, kafka_url: str, namespace: str) -> None:
-    _, *urls = serve(start, COUNT, kafka_url, namespace)
+def test_with_a_websocket_client(start: Commands, kafka_url: str) -> None:
+    urls = [url for _, url in serve(start, 2, COUNT, kafka_url)]
     for url in urls:
         with connect(f"{url.replace('http', 'ws')}/websocket", proxy=None, open_timeout=DEADLINE) as client:
             client.send("one two")
@@ -207,10 +216,9 @@ def receiver() -> Iterator[str]:
         server.server_close()
 
 
-def test_with_a_webhook_receiver(start: Commands, kafka_url: str, namespace: str) -> None:
-    secret = "whsec_" + base64.b64encode(KEY).decode()
-    variables = {"CHAINS_WEBHOOK_SECRETS": secret, "CHAINS_WEBHOOK_ALLOW_PRIVATE": "true"}
-    first, url, other = serve(start, FILE, kafka_url, namespace, **variables)
+def test_with_a_webhook_receiver(gateways: list[Gateway]) -> None:
+    first, url = gateways.pop(0)
+    _, other = gateways[0]
     Receiver.statuses[:] = [503]
     with receiver() as hook:
         body = {"model_input": {"name": "w", "words": 2}, "webhook_endpoint": hook}
