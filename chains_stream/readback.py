@@ -121,6 +121,7 @@ class ReadBack:
         end = max(one.end for one in wanted)
         reader = await self._broker.read(topic, {partition: min(one.begin for one in wanted)})
         try:
+            _tell(wanted, reader.position(partition))  # of some there may be nothing to read
             while reader.position(partition) < end:
                 for record in await self._fetch(reader, topic, partition, end):
                     for frame, reference in found_in(record):
