@@ -14,7 +14,7 @@ import pytest
 
 import chains_stream as chains
 from chains_stream.gateway.claims import PARTITIONS, Claimed
-from chains_stream.gateway.ids import Ids, RequestId
+from chains_stream.gateway.ids import Ids, RequestId, secret_of
 from chains_stream.messages import new_id, now_ms
 from tests.sample import Seen
 from tests.serving import WAIT, Say, Served, Slow, problem_of, request_log, serving
@@ -215,7 +215,9 @@ async def claim_elsewhere(served: Served, route: str, body: bytes, age: float) -
     where = RequestId("results", 0, 0, new_id())
     digest = hashlib.sha256(route.encode() + b"\0" + body).digest()
     key = hashlib.sha256(b"\0k").digest()
-    claimed = Claimed(key, digest, Ids(b"t", served.topic).mint(where, ""), now_ms() - int(age * 1000))
+    claimed = Claimed(
+        key, digest, Ids(secret_of(served.settings), served.topic).mint(where, ""), now_ms() - int(age * 1000)
+    )
     topic = f"{served.settings.namespace}.idempotency"
     partition = zlib.crc32(key) % PARTITIONS
     await (await served.broker.publish(topic, msgspec.msgpack.encode(claimed), partition=partition, key=key))

@@ -11,7 +11,7 @@ from chains_stream.calls import Call
 from chains_stream.chainlet import signature
 from chains_stream.codec import codec_of
 from chains_stream.control import Message, Reading
-from chains_stream.gateway.ids import Ids, RequestId
+from chains_stream.gateway.ids import Ids, RequestId, secret_of
 from chains_stream.messages import new_id, now_ms
 from chains_stream.policy import Scope
 from tests.sample import Seen
@@ -30,7 +30,7 @@ async def open_call(served: Served, **arguments: Any) -> tuple[Call, str]:
     scope = Scope(request_id="abandoned", deadline_ms=now_ms() + 60_000)
     body = codec_of(signature(served.chain.entrypoint)).encode_arguments((), arguments)
     call = await caller.open(served.topic, body, scope, correlation_id=correlation_id)
-    return call, Ids(b"t", served.topic).mint(where, "")
+    return call, Ids(secret_of(served.settings), served.topic).mint(where, "")
 
 
 async def test_a_reader_that_has_all_that_was_sent_gets_the_rest() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import chains_stream as chains
 from chains_stream.errors import GatewayError
-from chains_stream.gateway.ids import Ids, RequestId
+from chains_stream.gateway.ids import Ids, RequestId, secret_of
 from chains_stream.messages import new_id
 from tests.sample import Seen
 from tests.serving import Pause, Pieces, Say, Served, Slow, serving
@@ -189,7 +189,7 @@ async def test_what_the_log_no_longer_holds_is_gone() -> None:
 @pytest.mark.parametrize(("partition", "offset"), [(0, 10**9), (999, 0)])
 async def test_an_id_from_before_the_log_was_made_anew_is_gone(kind: str, partition: int, offset: int) -> None:
     async with serving(Say) as served:
-        old = Ids(b"t", served.topic).mint(RequestId(kind, partition, offset, new_id()), "")
+        old = Ids(secret_of(served.settings), served.topic).mint(RequestId(kind, partition, offset, new_id()), "")
         for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
             response = await served.http.request(method, f"/async_request/{old}{path}")
             assert response.status_code == HTTPStatus.GONE
