@@ -34,6 +34,7 @@ MAX_AHEAD = 16  # requests that a client may send before the first of them is an
 HIGH_WATER = 64 << 10  # bytes of a body that nobody has asked for yet, until no more are read
 KEEP_ALIVE = 5.0  # seconds that a connection may be idle after an answer
 HEAD_SECONDS = 30.0  # that a head may take to arrive, the first one after the connection was made
+NEWCOMER = 0.2  # seconds that a new connection has to send something, when the server stops
 SWEEP = 1.0  # seconds between two looks at who has been idle for too long
 
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
@@ -91,6 +92,12 @@ class Listener:
         now = self.loop.time()
         for connection in tuple(self.connections):
             connection.close_if_idle(now)
+
+    async def hear_out(self) -> None:
+        """Give those that have only just connected a moment to send what they came for."""
+        await asyncio.sleep(0)  # for those that were accepted, and are not here yet
+        if any(connection.is_new for connection in self.connections):
+            await asyncio.sleep(NEWCOMER)
 
     def shutdown(self) -> None:
         """Have every connection close once what it brought is answered."""
@@ -471,6 +478,12 @@ class Connection(asyncio.Protocol):
         waits_for_more = self._open or self._receiving is not None or not self._used
         if self._current is None and now - self._since >= (HEAD_SECONDS if waits_for_more else KEEP_ALIVE):
             self.transport.close()
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it was made a moment ago, and nothing has come by it yet."""
+        unused = not (self._used or self._current is not None or self.transport.is_closing())
+        return unused and self._listener.loop.time() - self._since < NEWCOMER
 
     def shutdown(self) -> None:
         """Close once what is here is answered; begin nothing that comes from now on."""

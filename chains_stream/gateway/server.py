@@ -106,6 +106,7 @@ class Server:
         """Stop accepting, let running requests finish within the grace period, end the others, and close."""
         if self._listening is not None and self._listener is not None:
             self._listening.close()
+            await self._listener.hear_out()
             self._listener.shutdown()
             timer = asyncio.get_running_loop().call_later(self._grace_period, self._interrupt)
             try:
