@@ -59,8 +59,13 @@ class Kept:
             while not draining.done():
                 changed = asyncio.create_task(wait.changed.wait())
                 limit = None if wait.readers else seconds
-                done, _ = await asyncio.wait({draining, changed}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-                changed.cancel()
+                try:
+                    done, _ = await asyncio.wait(
+                        {draining, changed}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
+                    )
+                finally:  # also where the gateway ends meanwhile
+                    changed.cancel()
+                    await asyncio.wait([changed])
                 wait.changed.clear()
                 if not done:
                     break

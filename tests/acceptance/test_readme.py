@@ -58,6 +58,23 @@ def test_the_commands_on_a_chain_file(folder: Path) -> None:
     assert answers["call"].stdout.splitlines() == ['"ADA!"', '"GRACE!"']
 
 
+def test_an_answer_is_had_again_and_without_waiting(start: Commands, folder: Path) -> None:
+    url = start("run", "cheer.py", "--port", "0", cwd=folder).ready()
+    block = next(block for block in SHELL if block.startswith("curl -i"))
+    ids = [""]
+    answers = []
+    for line in block.splitlines():
+        command = shlex.split(line.replace("http://127.0.0.1:8000", url).replace("/ID", f"/{ids[-1]}"), comments=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, timeout=60)
+        answers.append(done.stdout)
+        ids += re.findall(r'(?:x-request-id: |"request_id":")([\w-]{48})', done.stdout)
+    assert answers[0].endswith("ADA!")
+    assert answers[1].endswith('event: done\ndata: {"chunks":1}\n\n')
+    assert '"QUEUED"' in answers[2]
+    assert '"status":"SUCCEEDED"' in answers[3]
+    assert '"result":["ADA!"]' in answers[3]
+
+
 def test_the_test_runs(folder: Path) -> None:
     assert python(TEST, folder) == ""
 
