@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse
 from chains_stream.errors import ChainsUsageError
 from chains_stream.gateway.server import Server
 from tests.sample import Seen
-from tests.serving import Pause, RequestLog, Slow, problem_of, request_log, serving
+from tests.serving import Greet, Pause, RequestLog, Slow, problem_of, request_log, serving
 
 APP = PlainTextResponse("here")
 
@@ -154,3 +154,13 @@ async def test_a_stream_that_is_not_done_within_the_grace_period(accept: str, en
 async def _get(url: str) -> str:
     async with httpx.AsyncClient(trust_env=False) as http:
         return (await http.get(url)).text
+
+
+async def test_who_has_only_just_connected_is_heard_before_the_server_stops() -> None:
+    async with serving(Greet) as served, served.connect() as client:
+        await served.call()  # over a connection that came later: so the first one is accepted
+        stopping = asyncio.create_task(served.server.stop())
+        await asyncio.sleep(0)  # it has begun
+        await client.send({})
+        assert (await client.read_answer()).startswith(b"HTTP/1.1 200 OK")
+        await stopping
