@@ -15,7 +15,29 @@ from chains_stream.messages import Cancelled, Chunk, Done, Failed, Frame
 NOTHING = msgspec.Raw()
 
 
-class Answer:
+class Waited:
+    """Something whose changes are waited for, by any number of tasks."""
+
+    __slots__ = ("_waiters",)
+
+    def __init__(self) -> None:
+        self._waiters: list[asyncio.Future[None]] = []
+
+    def _wake(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.remove(waiter)
+
+
+class Answer(Waited):
     """Makes a result or a stream of the frames that answer one request (`fold`).
 
     Attributes:
@@ -34,7 +56,6 @@ class Answer:
         "_taken",
         "_taken_size",
         "_value",
-        "_waiters",
         "answered",
         "ended",
         "had",
@@ -42,6 +63,7 @@ class Answer:
     )
 
     def __init__(self, correlation_id: bytes, modules: tuple[str, ...], had: int = 0) -> None:
+        super().__init__()
         self.id = correlation_id
         self.had = had
         self.ended = False
@@ -51,7 +73,6 @@ class Answer:
         self._chunks: list[msgspec.Raw | str] = []  # a str is where one lies in the store
         self._value: msgspec.Raw | str = NOTHING
         self._error: Exception | None = None
-        self._waiters: list[asyncio.Future[None]] = []
         self._nudged = False
         self._taken = self._taken_size = 0  # by the reader of the stream
 
@@ -199,16 +220,3 @@ class Answer:
         if self.answered:
             self._over()
         self._wake()
-
-    def _wake(self) -> None:
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    async def _wait(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        try:
-            await waiter
-        finally:
-            self._waiters.remove(waiter)

@@ -5,6 +5,7 @@ import zlib
 from collections import OrderedDict
 from enum import StrEnum
 
+from chains_stream.answers import Waited
 from chains_stream.broker import Broker, Reader, TopicSpec
 from chains_stream.errors import BrokerError, CallCancelledError, OffsetExpiredError, QueueExpiredError
 from chains_stream.fold import Fold, Step
@@ -37,7 +38,7 @@ class Status(StrEnum):
         return self not in (Status.QUEUED, Status.IN_PROGRESS)
 
 
-class Known:
+class Known(Waited):
     """What is known of one request.
 
     Attributes:
@@ -46,16 +47,16 @@ class Known:
         chunks: of a stream, as far as it has come.
     """
 
-    __slots__ = ("_fold", "_held", "_waiters", "chunks", "end", "run", "status")
+    __slots__ = ("_fold", "_held", "chunks", "end", "run", "status")
 
     def __init__(self) -> None:
+        super().__init__()
         self.status = Status.QUEUED
         self.end: int | None = None
         self.run: tuple[int, int] | None = None
         self.chunks = 0
         self._fold: Fold | None = Fold()
         self._held: list[tuple[Frame, int]] | None = None  # that came while what lies before them was looked up
-        self._waiters: list[asyncio.Future[None]] = []
 
     @property
     def watched(self) -> bool:
@@ -106,19 +107,6 @@ class Known:
         """Wait until the answer has ended."""
         while not self.status.final:
             await self._wait()
-
-    def _wake(self) -> None:
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    async def _wait(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        try:
-            await waiter
-        finally:
-            self._waiters.remove(waiter)
 
 
 def _ended(frame: Frame) -> Status:
