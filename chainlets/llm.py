@@ -2,7 +2,8 @@
 
     chains run chainlets/llm.py --set model=Qwen/Qwen3-0.6B
     chains run chainlets/llm.py --set engine=triton --set url=localhost:8001 --set model=tensorrt_llm_bls
-    curl -N localhost:8000/v1/chat/completions --json '{"stream": true, "messages": [{"role": "user", "content": "Hi!"}]}'
+    curl -N localhost:8000/v1/chat/completions --json '{
+      "stream": true, "messages": [{"role": "user", "content": "Hello!"}]}'
 
 `model` is a folder or an id on the Hugging Face Hub; for Triton, the name of a model that it serves. Every other field
 of `VLLMConfig` or `TritonConfig` can be set too, such as ``--set max_model_len=8192 --set tensor_parallel_size=2``, and
