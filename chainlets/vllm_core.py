@@ -1,4 +1,4 @@
-"""The vLLM engine of a process: one for each config, shared by the Chainlets that use it."""
+"""The vLLM engine of a process: one for each model, shared by the Chainlets that use it."""
 
 import asyncio
 import uuid
@@ -13,102 +13,66 @@ from chainlets.vllm_start import continues_in_sampler, one_line, start, stop
 
 DEATH_POLL = 0.2  # seconds between two looks at whether the engine lives
 
-_engines: "WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Engine]]" = WeakKeyDictionary()
+_cores: "WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Core]]" = WeakKeyDictionary()
 
 
 async def open_engine(config: VLLMConfig) -> "Engine":
-    """Give the engine of a config in this process, started if this is the first to ask for it. See `Engine.use`."""
-    here = _engines.setdefault(asyncio.get_running_loop(), {})
-    engine = here.setdefault(config.key, Engine(config))
-    await engine.use()
-    return engine
+    """Give the engine of a config, started if this process has none that serves it; `Engine.close` lets it go.
+
+    Raises ChainsUsageError or ChainsRuntimeError, with what is wrong in a line.
+    """
+    here = _cores.setdefault(asyncio.get_running_loop(), {})
+    core = here.setdefault(config.engine_key, _Core(config))
+    await core.use()
+    try:
+        return Engine(config, core)
+    except BaseException:
+        await core.close()
+        raise
 
 
 class Engine:
-    """vLLM's ``AsyncLLM``, which belongs to the event loop that it was started on; see `open_engine`."""
+    """An engine as one config speaks to it. It belongs to the event loop that it was opened on: see `open_engine`."""
 
-    def __init__(self, config: VLLMConfig) -> None:
+    def __init__(self, config: VLLMConfig, core: "_Core") -> None:
         self.config = config
-        self._users = 0
-        self._starting: asyncio.Task[None] | None = None
-        self._llm: Any = None
-        self._frontend: Frontend | None = None
-        self._loras: dict[str, Any] = {}
-
-    async def use(self) -> None:
-        """Start it if nobody has yet, and wait until it can serve; `close` it as often as this succeeded.
-
-        Raises ChainsUsageError or ChainsRuntimeError, with what is wrong in a line.
-        """
-        self._users += 1
-        try:
-            if self._starting is None:
-                self._starting = asyncio.create_task(self._start(), name=f"start vLLM with {self.config.model}")
-            await asyncio.shield(self._starting)
-        except BaseException:
-            await self.close()
-            raise
+        self.frontend = Frontend(core.llm, config)
+        self.sampler = Sampler(core.llm.vllm_config)
+        self._core = core
 
     async def close(self) -> None:
-        """Let the engine go; it ends with its last user. Requests that it still runs fail."""
-        self._users -= 1
-        if self._users:
-            return
-        here = _engines[asyncio.get_running_loop()]
-        del here[self.config.key]
-        if self._starting is not None:
-            await asyncio.wait([self._starting])  # a start can't be broken off: it is in a thread
-        if self._llm is not None:
-            llm, self._llm = self._llm, None
-            await asyncio.to_thread(stop, llm, last=not any(_engines.values()))
-
-    async def _start(self) -> None:
-        self._llm = llm = await asyncio.to_thread(start, self.config)
-        self._frontend = Frontend(llm, self.config)
-        from vllm.lora.request import LoRARequest
-
-        for number, (name, folder) in enumerate(self.config.lora_modules.items(), 1):
-            self._loras[name] = lora = LoRARequest(name, number, folder)
-            try:
-                await llm.add_lora(lora)
-            except Exception as error:
-                reason = one_line(error.__cause__ or error)
-                raise chains.ChainsUsageError(f"VLLMConfig.lora_modules: {name} can't be loaded: {reason}") from error
+        """Let it go, once. It ends with the last that is let go, and what it still runs fails."""
+        await self._core.close()
 
     @property
     def llm(self) -> Any:
         """The engine itself, vLLM's ``AsyncLLM``."""
-        assert self._llm is not None, "the engine is open"
-        return self._llm
-
-    @property
-    def frontend(self) -> Frontend:
-        assert self._frontend is not None, "the engine is open"
-        return self._frontend
+        return self._core.llm
 
     @property
     def alive(self) -> bool:
         """Whether it can serve."""
-        return self._llm is not None and not self._llm.errored
+        return self._core.alive
 
     async def failed(self) -> None:
-        """Wait until the engine is dead. Raises ChainsRuntimeError."""
-        while self._llm is None or not self._llm.errored:
-            await asyncio.sleep(DEATH_POLL)  # noqa: ASYNC110 - vLLM tells nobody
+        """Wait until the engine is dead. Raises WorkerLostError."""
+        while self._core.alive:  # noqa: ASYNC110 - vLLM tells nobody
+            await asyncio.sleep(DEATH_POLL)
         raise self._death()
 
     def adapter(self, name: str, others: Sequence[str]) -> Any:
-        """Give the LoRA adapter that a request asks for by `name`, None for the model itself, one of the `others`.
+        """Give the LoRA adapter that a request asks for by `name`; None for the model itself, as one of the `others`.
 
-        Raises InvalidArgumentError for a name that neither has, where there are names to choose from.
+        Raises InvalidArgumentError for a name that nobody has, where there are names to choose from.
         """
-        if name in self._loras:
-            return self._loras[name]
-        if not name or name in others or name in self.config.base_names:
+        loras, config = self._core.loras, self.config
+        if name in loras:
+            return loras[name]
+        if not name or name in others or name in config.base_names:
             return None
-        if not self._loras and self.config.served_model_name is None:
+        if not loras and config.served_model_name is None:
             return None  # there is one model, whatever clients call it
-        known = ", ".join(dict.fromkeys([*self.config.base_names, *self._loras]))
+        known = ", ".join(dict.fromkeys([*config.base_names, *loras]))
         raise chains.InvalidArgumentError(f"there is no model `{name}`; there are {known}", path="$.model")
 
     async def generate(self, job: Job, lora: Any, priority: int) -> AsyncGenerator[Any, None]:
@@ -125,7 +89,7 @@ class Engine:
         try:
             async for output in outputs:
                 yield output
-        except (VLLMClientError, ValueError) as error:
+        except VLLMClientError as error:
             raise chains.InvalidArgumentError(one_line(error)) from error
         except GracefulHTTPError as error:
             raise chains.OverloadedError(one_line(error), retry_after=1.0) from error
@@ -150,3 +114,57 @@ class Sampler:
         self.continues = continues_in_sampler(vllm_config)
         self.by_position = bool(vllm_config.use_v2_model_runner)
         self.speculative = vllm_config.speculative_config is not None
+
+
+class _Core:
+    """An ``AsyncLLM`` with its adapters, and how many use it."""
+
+    def __init__(self, config: VLLMConfig) -> None:
+        self.loras: dict[str, Any] = {}
+        self._config = config
+        self._users = 0
+        self._starting: asyncio.Task[None] | None = None
+        self._llm: Any = None
+
+    @property
+    def llm(self) -> Any:
+        assert self._llm is not None, "the engine is open"
+        return self._llm
+
+    @property
+    def alive(self) -> bool:
+        return self._llm is not None and not self._llm.errored
+
+    async def use(self) -> None:
+        """Start it if nobody has yet, and wait until it can serve; `close` it as often as this succeeded."""
+        self._users += 1
+        try:
+            if self._starting is None:
+                self._starting = asyncio.create_task(self._start(), name=f"start vLLM with {self._config.model}")
+            await asyncio.shield(self._starting)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        self._users -= 1
+        if self._users:
+            return
+        del _cores[asyncio.get_running_loop()][self._config.engine_key]
+        if self._starting is not None:
+            await asyncio.wait([self._starting])  # a start can't be broken off: it is in a thread
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            await asyncio.to_thread(stop, llm, last=not any(_cores.values()))
+
+    async def _start(self) -> None:
+        self._llm = llm = await asyncio.to_thread(start, self._config)
+        from vllm.lora.request import LoRARequest
+
+        for number, (name, folder) in enumerate(self._config.lora_modules.items(), 1):
+            self.loras[name] = lora = LoRARequest(name, number, folder)
+            try:
+                await llm.add_lora(lora)
+            except Exception as error:
+                reason = one_line(error.__cause__ or error)
+                raise chains.ChainsUsageError(f"VLLMConfig.lora_modules: {name} can't be loaded: {reason}") from error

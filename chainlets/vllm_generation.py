@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import chains_stream as chains
-from chainlets.vllm_core import Engine, Sampler
+from chainlets.vllm_core import Engine
 from chainlets.vllm_frontend import Job
 from chainlets.vllm_resume import Past, continuing
 from chains_stream.openai import FinishReason
@@ -79,7 +79,7 @@ class Run:
                     return  # the engine may not know of it, and is told by the end of its generator
 
     def _rest(self, job: Job, tokens: list[int]) -> Job:
-        params = continuing(job.params, len(tokens), Sampler(self.engine.llm.vllm_config))
+        params = continuing(job.params, len(tokens), self.engine.sampler)
         prompt = dict(job.prompt) | {"prompt_token_ids": job.prompt_token_ids + tokens}
         return replace(job, prompt=prompt, params=params)
 
