@@ -1,9 +1,8 @@
 """Stands in for TensorRT-LLM: one token a step, a thread a request, and notes what it was asked and whether it ended.
 
-Its tokens are the words of the prompt, and some of them tell it how to go on:
-``endless`` begins again until there are `max_tokens`, ``slowly`` takes 20 ms over a token, ``breaking`` fails after two,
-``bytewise`` sends each byte by itself, ``accumulating`` sends all there is with each token. What it notes goes into
-the file that the word ``key=…`` names.
+Its tokens are the words of the prompt, some of which tell it how to go on: ``endless`` begins again until there are
+`max_tokens`, ``slowly`` takes 20 ms over a token, ``breaking`` fails after two, ``bytewise`` sends each byte by itself,
+``accumulating`` sends all there is with each token. What it notes goes into the file that a word ``key=…`` names.
 """
 
 import itertools
