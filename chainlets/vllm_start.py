@@ -4,11 +4,12 @@ What this module and `vllm_frontend` take of vLLM is what depends on its version
 """
 
 import json
+import logging
 import os
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ _DEFAULTS = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_LOGGING_STREAM": "ex
 _LOGGING = "VLLM_LOGGING_CONFIG_PATH"
 
 _one_at_a_time = threading.Lock()  # each start sets environment variables for its processes
+
+
+class LastWords(logging.FileHandler):
+    """Writes errors to a file while its folder is there: those of the engine's start alone are read."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
 
 
 def start(config: VLLMConfig, metrics: CollectorRegistry) -> Any:
@@ -101,7 +110,12 @@ def _last_words() -> Iterator[Path | None]:
         return
     with tempfile.TemporaryDirectory(prefix="chains-vllm-") as folder:
         errors, settings = Path(folder, "errors"), Path(folder, "logging.json")
-        handler = {"class": "logging.FileHandler", "level": "ERROR", "filename": str(errors), "delay": True}
+        handler = {
+            "class": f"{__name__}.{LastWords.__name__}",
+            "level": "ERROR",
+            "filename": str(errors),
+            "delay": True,
+        }
         config = json.loads(json.dumps(DEFAULT_LOGGING_CONFIG))
         config["handlers"]["errors"] = handler
         config["loggers"]["vllm"]["handlers"].append("errors")
