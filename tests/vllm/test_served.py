@@ -143,7 +143,7 @@ def fleet(request: pytest.FixtureRequest, model: Path, kafka_url: str, expected:
 
 @pytest.fixture
 async def client(fleet: Fleet) -> AsyncIterator[openai.AsyncOpenAI]:
-    http = openai.DefaultAsyncHttpxClient(trust_env=False, limits=httpx.Limits(max_connections=None))
+    http = openai.DefaultAsyncHttpxClient(trust_env=False)
     url = f"{fleet.url}/v1"
     async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=120, http_client=http) as client:
         yield client
