@@ -9,7 +9,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ def start(config: VLLMConfig, metrics: CollectorRegistry) -> Any:
             raise chains.ChainsUsageError(f"vLLM can't be imported: {one_line(error)}") from error
         raise chains.ChainsUsageError(INSTALL) from error
     arguments = config.arguments(AsyncEngineArgs)
-    with _one_at_a_time, _last_words() as errors:
+    elsewhere = arguments.get("distributed_executor_backend") == "ray"  # on machines that have no such file
+    with _one_at_a_time, nullcontext() if elsewhere else _last_words() as errors:
         try:
             engine_args = AsyncEngineArgs(**arguments)
             if config.structured_outputs_backend != "auto":
