@@ -138,11 +138,16 @@ class Triton:
             responses = self._client.stream_infer(_once(request), stream_timeout=seconds, headers=self._headers)
             try:
                 async for result, error in responses:
-                    if error is not None:  # of an older server, which tells no code
-                        raise error
+                    if error is not None:
+                        raise await self._kind_of(error)
                     yield self._outputs(result, {})
             finally:
                 responses.cancel()  # or the model would go on; after the end it does nothing
+
+    async def _kind_of(self, error: Any) -> chains.ChainsRuntimeError:
+        """Give the error for what a stream says, which is text alone: whether the model is ready has to be asked."""
+        status = "" if await self.is_ready() else "UNAVAILABLE"
+        return error_of(status, error.message() or "", self.config.shown)
 
     async def _input(self, name: str, array: Array, held: list[Region] | None) -> Any:
         """Give an input as tritonclient takes it: with its data, or where they lie in shared memory."""

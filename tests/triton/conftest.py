@@ -1,4 +1,4 @@
-"""The Triton server that the tests share; without its environment they are skipped by name, and with CI set they fail."""
+"""The Triton server that the tests share. Without its environment they are skipped by name; with CI set they fail."""
 
 import os
 import shutil

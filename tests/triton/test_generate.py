@@ -237,9 +237,9 @@ async def test_the_form_of_an_answer_is_given_to_the_model(
 
 
 @pytest.mark.parametrize(
-    ("fields", "path"),
+    ("fields", "name"),
     [
-        ({"n": 2}, "$.request.n"),
+        ({"n": 2}, "`n`"),
         ({"logprobs": True}, "logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"extra_body": {"min_p": 0.5}}, "min_p"),
@@ -248,11 +248,11 @@ async def test_the_form_of_an_answer_is_given_to_the_model(
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
     ],
 )
-async def test_what_can_not_be_had_is_an_error_of_the_client(fields: dict[str, Any], path: str) -> None:
+async def test_what_can_not_be_had_is_an_error_of_the_client(fields: dict[str, Any], name: str) -> None:
     async with serving(Chat) as served, client_of(served.url) as client:
         with pytest.raises(openai.BadRequestError) as caught:
             await client.chat.completions.create(**{"model": "any", "messages": say("hi"), **fields})
-    assert path.rpartition(".")[2] in str(caught.value)
+    assert name in f"{caught.value.param} {caught.value}"
 
 
 async def test_a_chat_template_writes_the_prompt(key: str, tmp_path: Path) -> None:

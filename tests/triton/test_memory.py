@@ -15,7 +15,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 import chains_stream as chains
 from chainlets import triton_memory
 from chainlets.triton_engine import TritonConfig
-from chainlets.triton_memory import FOLDER, PREFIX
+from chainlets.triton_memory import PREFIX
 from tests.triton.chainlets import Double, Wait
 from tests.triton.server import PORT, ROOT, URL, Notes, Server, until
 
@@ -25,7 +25,7 @@ ONES = np.ones((1024, 1024), np.float32)
 
 
 def regions() -> list[str]:
-    return sorted(path.name for path in FOLDER.iterdir() if PREFIX in path.name)
+    return sorted(path.name for path in triton_memory.FOLDER.iterdir() if PREFIX in path.name)
 
 
 async def registered() -> list[str]:
@@ -94,7 +94,7 @@ async def test_where_the_server_can_not_open_them_tensors_go_with_the_request(
     (said,) = [record.getMessage() for record in caplog.records if "shared memory" in record.getMessage()]
     assert said.startswith(f"no shared memory for model `doubling` at {URL}: ")
     assert said.endswith("; tensors go with the requests")
-    assert list(tmp_path.iterdir()) == []
+    assert regions() == []
 
 
 PROGRAM = f"""
@@ -115,7 +115,7 @@ asyncio.run(main())
 
 
 async def test_what_a_killed_process_leaves_the_next_one_removes() -> None:
-    running = subprocess.Popen(
+    running = subprocess.Popen(  # noqa: ASYNC220 - it starts in no time
         [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     try:
