@@ -10,9 +10,10 @@ from openai.types.chat import ChatCompletionMessageParam
 
 import chains_stream as chains
 from chainlets.triton_engine import Guide, Sampling, TritonGenerate, TritonTextConfig
+from chains_stream.chain import Chain
 from tests.serving import serving
 from tests.triton.chainlets import Chat, Generate
-from tests.triton.server import URL, WAIT, Notes
+from tests.triton.server import ROOT, URL, WAIT, Notes
 
 pytestmark = pytest.mark.usefixtures("triton")
 
@@ -203,6 +204,15 @@ async def test_a_chat_streams_to_the_client(key: str) -> None:
     inputs = asked(key)
     assert (inputs["text_input"], inputs["max_tokens"], inputs["top_k"]) == (prompt, 50, 1)
     assert "temperature" not in inputs
+
+
+async def test_the_ready_chain_serves_a_model_on_triton() -> None:
+    values = {"engine": "triton", "url": URL, "model": "tensorrt_llm_bls", "max_in_flight": "8"}
+    chain = Chain.load(str(ROOT / "chainlets" / "llm.py"), values)
+    assert chain.entrypoint.remote_config.compute.predict_concurrency == 8
+    async with serving(chain.entrypoint) as served, client_of(served.url) as client:
+        whole = await client.chat.completions.create(model="any", messages=say("hello"))
+    assert whole.choices[0].message.content == " system: Be brief. user: hello assistant:"
 
 
 async def test_a_chat_in_whole_and_at_its_limit() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -49,6 +50,22 @@ async def test_a_large_tensor_goes_through_shared_memory_both_ways() -> None:
         assert await registered() == regions()
     assert regions() == []
     assert await registered() == []
+
+
+async def test_outputs_of_any_size_need_a_bound() -> None:
+    class Identity(Wait):
+        config = TritonConfig(url=URL, model="identity", shared_memory_outputs={"BF16_OUT": 4 << 20})
+        inputs: ClassVar = {}
+        outputs: ClassVar = {}
+
+    given = (np.arange(1 << 21, dtype=np.float32) % 256).reshape(2, -1)
+    async with Identity() as model:
+        found = (await model.infer({"BF16": given}))["BF16_OUT"]
+        np.testing.assert_array_equal(found, given)
+        assert len(regions()) == 3
+        with pytest.raises(chains.ChainsRuntimeError, match="shared memory"):
+            await model.infer({"BF16": np.zeros((1, 1 << 22), np.float32)})
+    assert regions() == []
 
 
 async def test_many_at_once_do_not_mix() -> None:

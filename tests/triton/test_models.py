@@ -1,7 +1,7 @@
 """Models of any kind: their types, their batches, their streams, and Chainlets that don't fit them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypedDict
 
@@ -233,8 +233,8 @@ class WrongTensors(TritonModel):
         return text
 
 
-def faults(cls: type[TritonModel]) -> Mapping[str, list[str]]:
-    return {
+def faults(cls: type[TritonModel]) -> list[str]:
+    expected = {
         "Wrong": [
             "the input `COUNT:0` is float here, and INT32 in the model",
             "the model has no input `begin`; it has `COUNT:0`, `START:0`",
@@ -258,7 +258,8 @@ def faults(cls: type[TritonModel]) -> Mapping[str, list[str]]:
             "the model has no input `z`; it has `x`",
             "the output `y` is FP16 here, and FP32 in the model",
         ],
-    }[cls.__name__]
+    }
+    return expected[cls.__name__]
 
 
 @pytest.mark.parametrize("cls", [Wrong, WrongOutputs, WrongTensors])
