@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -65,6 +66,29 @@ async def test_outputs_of_any_size_need_a_bound() -> None:
         assert len(regions()) == 3
         with pytest.raises(chains.ChainsRuntimeError, match="shared memory"):
             await model.infer({"BF16": np.zeros((1, 1 << 22), np.float32)})
+    assert regions() == []
+
+
+async def test_where_there_is_no_room_tensors_go_with_the_request(caplog: pytest.LogCaptureFixture) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    async with Double() as model:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+        try:
+            for _ in range(2):
+                assert (await model.infer({"x": ONES}))["y"].max() == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [record.getMessage() for record in caplog.records if "shared memory" in record.getMessage()] == [
+        "no shared memory of 4194304 bytes: [Errno 27] File too large; such tensors go with the requests"
+    ]
+    assert regions() == []
+
+
+async def test_a_stream_takes_its_inputs_from_shared_memory() -> None:
+    async with Double() as model:
+        (found,) = [outputs async for outputs in model.infer_stream({"x": ONES})]
+        assert found["y"].max() == 2
+        assert len(regions()) == 2
     assert regions() == []
 
 
@@ -155,10 +179,11 @@ async def test_it_is_faster_than_the_socket(triton: Server) -> None:
 
     async def seconds(cls: type[Double]) -> float:
         async with cls() as model:
-            await model.infer({"x": ONES})
-            began = time.perf_counter()
-            for _ in range(10):
+            taken = []
+            for _ in range(20):
+                began = time.perf_counter()
                 await model.infer({"x": ONES})
-            return time.perf_counter() - began
+                taken.append(time.perf_counter() - began)
+            return min(taken)  # what else the machine does comes on top
 
     assert await seconds(Double) < await seconds(Plain)
