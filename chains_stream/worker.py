@@ -127,7 +127,8 @@ class Worker:
                 log.warning("worker.abandoned", chainlet=self.name, requests=len(ignoring))
         await _end(*self._tasks[1:])
         await self._service.read_back.close()
-        await self._assignment.leave()
+        # Where its Chainlet died, a request may have killed it, and is to be found as if the process had been killed.
+        await self._assignment.leave(clean=not await self.callee.dead())
         log.info("worker.stopped", chainlet=self.name)
 
     @property

@@ -11,7 +11,7 @@ import pytest
 
 import chains_stream as chains
 from chains_stream.client import Connection
-from chains_stream.errors import ChainsRuntimeError, ChainsUsageError
+from chains_stream.errors import ChainsRuntimeError, ChainsUsageError, DeadLetteredError
 from tests.sample import Seen
 
 WIDE = chains.RemoteConfig(compute=chains.Compute(predict_concurrency=8))
@@ -176,3 +176,18 @@ async def test_what_fails_with_a_dead_one_is_run_by_another(kafka_url: str) -> N
         await stack.enter_async_context(chains.run_chain(Engine, **settings))
         async with asyncio.timeout(60):
             assert {await handle.result() for handle in handles} == {first + 1}
+
+
+@pytest.mark.kafka
+async def test_a_request_that_kills_every_engine_is_put_aside(kafka_url: str) -> None:
+    settings: dict[str, Any] = {"broker": kafka_url, "namespace": f"t{uuid4().hex[:10]}", "partitions": 1}
+    async with chains.connect(kafka_url, Engine, namespace=settings["namespace"], partitions=1) as client:
+        deadly = asyncio.create_task((await client.submit("die")).result())
+        for killed in range(1, 6):  # two until it is suspected, and as many as `max_deliveries` by default alone
+            async with chains.run_chain(Engine, **settings), asyncio.timeout(30):
+                await Seen.until("died", times=killed)
+        async with chains.run_chain(Engine, **settings), asyncio.timeout(30):
+            with pytest.raises(DeadLetteredError, match="3 workers died"):
+                await deadly
+            assert await client.run_remote() == Engine.made
+    assert Seen.counts["died"] == 5
