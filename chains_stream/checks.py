@@ -26,6 +26,7 @@ from chains_stream.options import DeploymentContext, RemoteConfig
 from chains_stream.signature import name_fault, read, resolve, takes_websocket, topic_part
 
 _HEALTH = "is_healthy"
+_DEATH = "failed"
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
 
 
@@ -39,13 +40,14 @@ def check_chain_file(classes: Sequence[type[ChainletBase]]) -> list[Problem]:
 
 
 def check_chainlet(cls: type[ChainletBase]) -> list[Problem]:
-    """Check one Chainlet: its method, constructor, health check, options and body. Empty if all is well."""
+    """Check one Chainlet: its method, constructor, optional methods, options and body. Empty if all is well."""
     problems = [
         *_remote_config(cls),
         *_name(cls),
         *_method(cls),
         *_constructor(cls),
         *_health_check(cls),
+        *_death_watch(cls),
         *_instantiations(cls),
     ]
     return sorted(set(problems))
@@ -210,6 +212,26 @@ def _health_check(cls: type[ChainletBase]) -> Iterator[Problem]:
         faults.append(f"`{_HEALTH}` is not annotated to return bool")
     for fault in faults:
         yield Problem(place.file, place.line, f"{cls.__name__}.{_HEALTH}", "HEALTH_CHECK", f"{fault}{mend}")
+
+
+def _death_watch(cls: type[ChainletBase]) -> Iterator[Problem]:
+    found = inspect.getattr_static(cls, _DEATH, None)
+    if found is None:
+        return
+    mend = f"; write `async def {_DEATH}(self) -> None`, which waits until the Chainlet can't serve, and raises why"
+    if not isinstance(found, FunctionType):
+        yield _at_class(cls, _DEATH, "FAILED", f"`{_DEATH}` is not a method{mend}")
+        return
+    inner = inspect.unwrap(found)
+    place = source.of_function(inner)
+    names = list(inspect.signature(inner).parameters)
+    faults = []
+    if names != ["self"]:
+        faults.append(f"`{_DEATH}` takes `self` alone, and has ({', '.join(names)})")
+    if not inspect.iscoroutinefunction(inner):
+        faults.append(f"`{_DEATH}` is not a coroutine")
+    for fault in faults:
+        yield Problem(place.file, place.line, f"{cls.__name__}.{_DEATH}", "FAILED", f"{fault}{mend}")
 
 
 def _remote_config(cls: type[ChainletBase]) -> Iterator[Problem]:
