@@ -62,7 +62,7 @@ def parameters(kind: type[ModelT]) -> ModelT:
     try:
         return kind.model_validate(values, by_name=True)
     except pydantic.ValidationError as error:
-        wrong = {problem["loc"][0] for problem in error.errors() if problem["loc"]}
+        wrong = {_field_of(kind, problem["loc"][0]) for problem in error.errors() if problem["loc"]}
     # What is no text may have been written as JSON.
     values |= {name: _from_json(values[name]) for name in wrong if isinstance(name, str) and name in values}
     try:
@@ -96,16 +96,23 @@ def _from_json(value: Any) -> Any:
 
 
 def _explain(problem: Any, kind: type[pydantic.BaseModel]) -> str:
-    name = ".".join(map(str, problem["loc"]))
+    field = _field_of(kind, problem["loc"][0]) if problem["loc"] else ""
+    name = ".".join(map(str, (field, *problem["loc"][1:])))
     if problem["type"] == "missing":
         mend = f": give it with --set {name}=…" if len(problem["loc"]) == 1 else ""  # else it is within one
         return f"parameter `{name}` is missing{mend}"
     said = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]
     if not problem["loc"]:  # what several of them are together: all would be shown, secrets too
         return f"the parameters of {kind.__name__}: {said}"
-    if _is_secret(kind, problem["loc"][0]):
+    if _is_secret(kind, field):
         return f"parameter `{name}` {said}"
     return f"parameter `{name}` {said} (got {problem['input']!r})"
+
+
+def _field_of(kind: type[pydantic.BaseModel], place: Any) -> Any:
+    """Give the name of a field, which errors call by its alias."""
+    fields = kind.model_fields.items()
+    return next((name for name, field in fields if place in (name, field.alias, field.validation_alias)), place)
 
 
 def _is_secret(kind: type[pydantic.BaseModel], name: Any) -> bool:

@@ -125,9 +125,13 @@ def test_what_is_missing_in_a_field_is_not_asked_for_as_a_field() -> None:
 def test_a_field_with_an_alias_is_told_by_its_name() -> None:
     class Served(pydantic.BaseModel):
         model_name: str = pydantic.Field("small", alias="model")
+        places: list[int] = pydantic.Field([], validation_alias="seats")
 
-    with chains.parameter_values(model_name="large"):
-        assert chains.parameters(Served).model_name == "large"
+    with chains.parameter_values(model_name="large", places="[1, 2]"):
+        served = chains.parameters(Served)
+    assert (served.model_name, served.places) == ("large", [1, 2])
+    with pytest.raises(ChainsUsageError, match=r"^parameter `places` "), chains.parameter_values(places="many"):
+        chains.parameters(Served)
 
 
 def test_several_models_take_each_its_own() -> None:
