@@ -23,7 +23,7 @@ from chains_stream.chainlet import (
     signature,
 )
 from chains_stream.codec import Buffer, Codec, codec_of
-from chains_stream.errors import WebSocketClosedError
+from chains_stream.errors import ChainsRuntimeError, WebSocketClosedError, message_of
 from chains_stream.options import DeployedServiceDescriptor, DeploymentContext, RPCOptions
 from chains_stream.policy import Limit, Scope, current, scope_or_new
 from chains_stream.stub import Stub
@@ -56,7 +56,15 @@ class Callee:
     async def enter(self, stack: AsyncExitStack) -> None:
         """Enter an instance that is an async context manager; `stack` exits it. Raises what it raises."""
         if isinstance(self.instance, AbstractAsyncContextManager):
-            await stack.enter_async_context(self.instance)
+            await self.instance.__aenter__()
+            stack.push_async_callback(self._exit, self.instance)
+
+    async def _exit(self, instance: AbstractAsyncContextManager[Any]) -> None:
+        try:
+            await instance.__aexit__(None, None, None)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {message_of(error)}"
+            raise ChainsRuntimeError(f"{self.name}.__aexit__ failed: {reason}") from error
 
     async def enter_for_the_loop(self) -> None:
         """Enter it once, as the first call of an event loop needs it; it is exited when that loop ends."""

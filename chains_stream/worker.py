@@ -417,6 +417,16 @@ class Host:
 
     async def drain(self) -> None:
         """Stop, callers before those they call: what still runs may need an answer from below."""
+        try:
+            await self._stop()
+        finally:  # an engine may have processes, which nobody else ends
+            try:
+                await self._entered.aclose()
+            finally:
+                for callee in self._callees.values():
+                    callee.close()
+
+    async def _stop(self) -> None:
         loop = asyncio.get_running_loop()
         end = loop.time() + self._settings.grace_period
         for left, worker in reversed(list(enumerate(self.workers))):
@@ -432,11 +442,6 @@ class Host:
                 await asyncio.gather(*(one.drain(grace) for one in workers))
         await self._frames.close()
         await self._reporter.close()
-        try:
-            await self._entered.aclose()
-        finally:
-            for callee in self._callees.values():
-                callee.close()
 
     async def _ensure(self, topics: Mapping[type[ChainletBase], str]) -> None:
         """Create the topics that are taken from, and those that workers publish to."""

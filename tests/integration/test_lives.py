@@ -141,6 +141,31 @@ async def test_one_that_cannot_be_entered_says_why_and_the_others_are_exited(set
     assert (Seen.counts["entered"], Seen.counts["exited"]) == (2, 2)
 
 
+class Clinging(Engine):
+    """Can't be exited."""
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await super().__aexit__(kind, error, trace)
+        raise ValueError("still in use")
+
+
+class Over(chains.ChainletBase):
+    """Stands over two that are exited, one of which fails at it."""
+
+    def __init__(self, engine: Engine = chains.depends(Engine), last: Clinging = chains.depends(Clinging)) -> None: ...
+
+    async def run_remote(self) -> None: ...
+
+
+async def test_one_that_cannot_be_exited_is_named_and_the_others_are_exited(settings: dict[str, Any]) -> None:
+    with pytest.raises(ChainsRuntimeError, match=r"^Clinging\.__aexit__ failed: ValueError: still in use$"):
+        async with chains.run_chain(Over, **settings) as chain:
+            await chain.run_remote()
+    assert (Seen.counts["entered"], Seen.counts["exited"]) == (2, 2)
+
+
 async def test_a_local_call_of_one_that_cannot_be_entered_says_why() -> None:
     with chains.run_local():
         broken = Broken()
