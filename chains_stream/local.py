@@ -6,7 +6,7 @@ A local call passes through the same codec and the same policy as a remote one: 
 import asyncio
 import contextvars
 import types
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, contextmanager, suppress
 from pathlib import Path
@@ -46,6 +46,7 @@ class Callee:
         self.resumable = cls.remote_config.options.resumable
         self.slots = Limit(self.concurrency)
         self.colocated = False  # called in this process too, and not by its worker alone
+        self.beneath: Sequence[Callee] = ()  # those that it calls in this process, and can't do without
         # Of its own: the event loop's has a handful, whatever `predict_concurrency` says. Threads start as needed.
         self._threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix=f"{THREADS}-{self.name}")
         self.instance = instance
@@ -78,9 +79,11 @@ class Callee:
         await asyncio.shield(self._lives[1])
 
     async def dead(self) -> bool:
-        """Tell whether the Chainlet says, by its `failed`, that it can't serve any more."""
+        """Tell whether the Chainlet, or one beneath it, says by its `failed` that it can't serve any more."""
         failed = getattr(self.instance, FAILED, None)
-        return failed is not None and await fault_of(failed) is not None
+        if failed is not None and await fault_of(failed) is not None:
+            return True
+        return any([await callee.dead() for callee in self.beneath])
 
     async def call(self, arguments: Mapping[str, Any]) -> bytes:
         """Run a unary `run_remote`, a sync one in a thread, and encode its result.

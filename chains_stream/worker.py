@@ -486,6 +486,8 @@ class Host:
             frames = user_frames(error.__traceback__)
             place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
             raise ChainsUsageError(f"{place}{name}.{doing} failed: {type(error).__name__}: {error}") from error
+        here = [each.chainlet for each in dependencies(cls).values() if each.options.colocated]
+        callee.beneath = [self._callees[other] for other in here if other in self._callees]
         return callee
 
     async def _stub(self, cls: type[ChainletBase], options: RPCOptions) -> Stub:

@@ -79,8 +79,8 @@ class Front(chains.ChainletBase):
     def __init__(self, engine: Engine = chains.depends(Engine, colocated=True)) -> None:
         self._engine = engine
 
-    async def run_remote(self, command: str = "") -> int:
-        return await self._engine.run_remote(command)
+    async def run_remote(self, command: str = "", *, first: int = 0) -> int:
+        return await self._engine.run_remote(command, first=first)
 
 
 @pytest.mark.parametrize("entrypoint", [Engine, Front])
@@ -188,17 +188,19 @@ async def test_a_dead_one_ends_its_host(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.kafka
-async def test_what_fails_with_a_dead_one_is_run_by_another(kafka_url: str) -> None:
+@pytest.mark.parametrize("entrypoint", [Engine, Front])
+async def test_what_fails_with_a_dead_one_is_run_by_another(kafka_url: str, entrypoint: type[Any]) -> None:
     settings: dict[str, Any] = {"broker": kafka_url, "namespace": f"t{uuid4().hex[:10]}", "partitions": 2}
     first = Engine.made + 1
+    client: Connection[..., Any]
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(
-            chains.connect(kafka_url, Engine, namespace=settings["namespace"], partitions=2)
+            chains.connect(kafka_url, entrypoint, namespace=settings["namespace"], partitions=2)
         )
-        async with chains.run_chain(Engine, **settings):
+        async with chains.run_chain(entrypoint, **settings):
             handles = [await client.submit("die", first=first) for _ in range(6)]
             await Seen.until("died", times=6)
-        await stack.enter_async_context(chains.run_chain(Engine, **settings))
+        await stack.enter_async_context(chains.run_chain(entrypoint, **settings))
         async with asyncio.timeout(60):
             assert {await handle.result() for handle in handles} == {first + 1}
 
