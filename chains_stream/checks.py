@@ -47,6 +47,7 @@ def check_chainlet(cls: type[ChainletBase]) -> list[Problem]:
         *_method(cls),
         *_constructor(cls),
         *_health_check(cls),
+        *_life(cls),
         *_death_watch(cls),
         *_instantiations(cls),
     ]
@@ -212,6 +213,14 @@ def _health_check(cls: type[ChainletBase]) -> Iterator[Problem]:
         faults.append(f"`{_HEALTH}` is not annotated to return bool")
     for fault in faults:
         yield Problem(place.file, place.line, f"{cls.__name__}.{_HEALTH}", "HEALTH_CHECK", f"{fault}{mend}")
+
+
+def _life(cls: type[ChainletBase]) -> Iterator[Problem]:
+    begin, end = "__aenter__", "__aexit__"
+    for name, other in ((begin, end), (end, begin)):
+        if hasattr(cls, name) and not hasattr(cls, other):
+            message = f"`{name}` is not called without `{other}`; write `async def {other}` too"
+            yield _at_class(cls, name, "LIFE", message)
 
 
 def _death_watch(cls: type[ChainletBase]) -> Iterator[Problem]:
