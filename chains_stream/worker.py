@@ -416,7 +416,10 @@ class Host:
         )
 
     async def drain(self) -> None:
-        """Stop, callers before those they call: what still runs may need an answer from below."""
+        """Stop, callers before those they call: what still runs may need an answer from below.
+
+        Before them come those that are dead: what needs an answer of theirs has it from other processes.
+        """
         try:
             await self._stop()
         finally:  # an engine may have processes, which nobody else ends
@@ -429,17 +432,20 @@ class Host:
     async def _stop(self) -> None:
         loop = asyncio.get_running_loop()
         end = loop.time() + self._settings.grace_period
-        for left, worker in reversed(list(enumerate(self.workers))):
+        workers = self.workers[::-1]
+        dead = [worker for worker in workers if await worker.callee.dead()]
+        order = [*dead, *(worker for worker in workers if worker not in dead)]
+        for left, worker in zip(reversed(range(len(order))), order, strict=True):
             remaining = max(0.0, end - loop.time())
             # What is called by other processes too goes on meanwhile, and needs some of it for itself.
-            workers = [worker]
+            both = [worker]
             if self.background is not None and self.background.callee is worker.callee:
-                workers.append(self.background)
+                both.append(self.background)
             async with AsyncExitStack() as stack:
-                for one in workers:
+                for one in both:
                     await stack.enter_async_context(self._reporter.leaving(one))
                 grace = remaining * CALLERS_SHARE if left else remaining
-                await asyncio.gather(*(one.drain(grace) for one in workers))
+                await asyncio.gather(*(one.drain(grace) for one in both))
         await self._frames.close()
         await self._reporter.close()
 
