@@ -17,6 +17,7 @@ import pydantic
 from prometheus_client import CollectorRegistry
 
 import chains_stream as chains
+from chainlets import vllm_watch
 from chainlets.vllm_config import VLLMConfig
 from chainlets.vllm_metrics import stat_logger
 
@@ -44,6 +45,7 @@ def start(config: VLLMConfig, metrics: CollectorRegistry) -> Any:
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    os.environ[vllm_watch.WORKER] = str(os.getpid())
     try:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
