@@ -1,7 +1,7 @@
 """The processes of a vLLM engine end with the worker that has started them, however that ends.
 
-vLLM ends them when it is told to. A worker that is killed tells nobody, and its engine would keep the GPU for ever. This
-is a plugin of vLLM, which all its processes load as they start: see `pyproject.toml`.
+vLLM ends them when it is told to. A worker that is killed tells nobody, and its engine would keep the GPU for ever. So
+this is a plugin of vLLM, which all its processes load as they start: see `pyproject.toml`.
 """
 
 import os
