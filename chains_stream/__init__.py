@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from chains_stream.chain_parameters import parameter_values, parameters
     from chains_stream.chainlet import ChainletBase, depends, depends_context, mark_entrypoint
     from chains_stream.client import Connection, Handle, connect, run_chain
     from chains_stream.errors import (
@@ -109,13 +110,15 @@ __all__ = [
     "depends_context",
     "make_abs_path_here",
     "mark_entrypoint",
+    "parameter_values",
+    "parameters",
     "run_chain",
     "run_local",
 ]
 
 # Where the names above live: imported when first asked for, in this order. A Chain file gets by without `client`, which
 # brings HTTP and the brokers with it, and `chains --help` without any of them.
-_HOMES = ("errors", "options", "policy", "websocket", "chainlet", "local", "client")
+_HOMES = ("errors", "options", "chain_parameters", "policy", "websocket", "chainlet", "local", "client")
 
 
 def __getattr__(name: str) -> Any:

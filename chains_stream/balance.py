@@ -47,6 +47,10 @@ class Report:
     def full(self) -> bool:
         return self.busy + self.sent >= self.capacity
 
+    def overloaded(self) -> bool:
+        """Tell whether at least as many requests wait for it as it runs at once; or it takes nothing more."""
+        return self.busy + self.sent >= 2 * self.capacity
+
     def less_loaded_than(self, other: "Report") -> bool:
         if self.capacity <= 0 or other.capacity <= 0:  # one that takes nothing more
             return self.capacity > 0
@@ -65,9 +69,9 @@ class Balancer:
         self._known: tuple[Report, ...] = ()  # the same, to draw from
 
     def choose(self, affinity: bytes | None) -> int:
-        """Give the partition for a request; those of one `affinity` get the same."""
+        """Give the partition for a request; those of one `affinity` get the same, if its worker isn't overloaded."""
         if affinity is not None:
-            return zlib.crc32(affinity) % self._partitions
+            return self._of_key(affinity)
         partition = next(self._rotation) % self._partitions
         first, known = self._owners[partition], self._known
         if first is None or len(known) < 2:  # noqa: PLR2004 - there is a choice between two
@@ -85,6 +89,19 @@ class Balancer:
             if not best.full():
                 break
         return partition if best is first else random.choice(best.partitions)  # noqa: S311 - as above
+
+    def _of_key(self, key: bytes) -> int:
+        """Give the partition of a key: its own, or one of the worker that is the next for this key and has room."""
+        partition = zlib.crc32(key) % self._partitions
+        home, oldest = self._owners[partition], self._clock() - REPORT_VALID
+        if home is None or home.arrived < oldest or not home.overloaded():
+            return partition
+        others = [each for each in self._known if each is not home and each.arrived >= oldest and not each.full()]
+        if not others:
+            return partition
+        # The same one each time, whoever comes and goes beside it (rendezvous hashing): what it caches is met again.
+        other = max(others, key=lambda each: zlib.crc32(key, zlib.crc32(each.worker)))
+        return other.partitions[partition % len(other.partitions)]
 
     def running(self) -> int:
         """Count the requests that run, by what workers have reported lately."""

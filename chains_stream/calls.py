@@ -155,7 +155,7 @@ class Caller:
         self._reader: Reader | None = None
         self._task: asyncio.Task[None] | None = None
         self._telling: set[asyncio.Task[None]] = set()
-        self._broken: BrokerError | None = None
+        self._broken: ChainsRuntimeError | None = None
 
     async def start(self) -> None:
         """Find the reply partition, and be at its end before anything is published."""
@@ -407,7 +407,7 @@ class Caller:
                 log.exception("reply.defect", request_id=call.scope.request_id)
                 call.fail(ChainsRuntimeError(f"the answer can't be read: {error!r}"))
 
-    def fail(self, error: BrokerError) -> None:
+    def fail(self, error: ChainsRuntimeError) -> None:
         """Fail all calls, and those to come."""
         if self._broken is None:
             self._broken = error

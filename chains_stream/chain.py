@@ -5,11 +5,13 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
+from chains_stream.chain_parameters import UnknownParameterError, parameter_values
 from chains_stream.chainlet import (
     ChainletBase,
     chainlet_name,
@@ -42,13 +44,19 @@ class Chain:
         return cls(entrypoint_name(entrypoint) or chainlet_name(entrypoint), entrypoint, chainlets)
 
     @classmethod
-    def load(cls, target: str) -> "Chain":
+    def load(cls, target: str, values: Mapping[str, Any] | None = None) -> "Chain":
         """Import a Chain file, given as ``path/to/chain.py`` or ``path/to/chain.py:Entrypoint``.
+
+        `values` are for the `parameters` of the file, by name.
 
         Raises ChainsUsageError, or InvalidChainError with all the mistakes in the file.
         """
         path, _, wanted = target.rpartition(":") if re.search(r"\.py:\w*$", target) else (target, "", "")
-        module, defined = _import(Path(path))
+        try:
+            with parameter_values(**(values or {})):
+                module, defined = _import(Path(path))
+        except UnknownParameterError as error:
+            raise ChainsUsageError(f"{path}: {error}") from None
         if problems := check_chain_file(defined):
             raise InvalidChainError(problems)
         return cls.of(_choose_entrypoint(path, wanted, module, defined))

@@ -6,7 +6,7 @@ worker by a stub that calls it over the broker.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar, NoReturn, Protocol, Self, TypeVar, cast, overload
@@ -30,11 +30,18 @@ class ChainletBase:
     """Base of every Chainlet: a class with one public method, ``run_remote``, whose arguments and result are annotated.
 
     ``run_remote`` is ``async def``; one that yields, annotated ``AsyncIterator[T]``, is a stream. ``__init__`` runs
-    once a worker process, and takes nothing but `depends` and, last, `depends_context`. An optional ``is_healthy``
-    method, sync or async, without arguments and returning bool, is asked by the worker's health check.
+    once a worker process, and takes nothing but `depends` and, last, `depends_context`.
+
+    Three things are optional. ``is_healthy``, sync or async, without arguments and returning bool, is asked by the
+    worker's health check. A Chainlet that is an asynchronous context manager (``__aenter__``, ``__aexit__``) is entered
+    before its first request, and exited after its last: what takes long to load, and needs an end, goes there. And
+    ``async def failed(self) -> None`` waits until the Chainlet can't serve any more, and raises why: its process then
+    ends in order, and the requests that fail meanwhile are left to other processes.
     """
 
     remote_config: ClassVar[RemoteConfig] = RemoteConfig()
+    openai_models: ClassVar[Sequence[str]] = ()
+    """The models that clients of OpenAI's API may ask it for, and no others; none for whatever they call it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

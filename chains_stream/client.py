@@ -13,7 +13,7 @@ from chains_stream.chain import Chain
 from chains_stream.chainlet import ChainletBase, signature
 from chains_stream.codec import Buffer, Codec, codec_of
 from chains_stream.control import Control
-from chains_stream.errors import BrokerError, ChainsUsageError, DeadlineExceededError
+from chains_stream.errors import ChainsRuntimeError, ChainsUsageError, DeadlineExceededError
 from chains_stream.http_target import HttpTarget
 from chains_stream.options import RPCOptions
 from chains_stream.policy import scope_or_new
@@ -158,7 +158,7 @@ async def connect(url: str, chainlet: type[_Callable[P, R_co]], **settings: Any)
             yield Connection(Stub(signature(chain.entrypoint), target, UNHINDERED, checked.deadline), None)
         return
     checked = Settings.of(broker=url, **settings)
-    if checked.broker.startswith("memory:"):
+    if checked.embedded:
         raise ChainsUsageError("memory:// lives in one process: host the Chain here with chains.run_chain(...)")
     async with AsyncExitStack() as stack:
         broker = await open_connected(stack, checked)
@@ -213,7 +213,7 @@ async def _watch(host: Host, caller: Caller) -> None:
     """Fail the calls to a host that can't go on: nobody would answer them."""
     try:
         await host.failed()
-    except BrokerError as error:
+    except ChainsRuntimeError as error:
         caller.fail(error)
 
 

@@ -8,7 +8,7 @@ import contextvars
 import types
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from chains_stream.errors import WebSocketClosedError
 from chains_stream.options import DeployedServiceDescriptor, DeploymentContext, RPCOptions
 from chains_stream.policy import Limit, Scope, current, scope_or_new
 from chains_stream.stub import Stub
-from chains_stream.timeouts import Timeout
+from chains_stream.timeouts import Timeout, fault_of
 from chains_stream.websocket import WebSocketProtocol
 
 THREADS = "chains-thread"  # how the names of the threads of sync Chainlets begin
+FAILED = "failed"  # of a Chainlet: waits until it can't serve any more, and raises why
 LOCAL_DEADLINE = 600.0  # seconds, of a request made in `run_local`
 
 
@@ -50,6 +51,28 @@ class Callee:
         self.instance = instance
         # The class's own: `run_local` puts a stub in its place on the instance.
         self._method = types.MethodType(getattr(type(instance), METHOD), instance)
+        self._lives: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None  # where, and its entering
+
+    async def enter(self, stack: AsyncExitStack) -> None:
+        """Enter an instance that is an async context manager; `stack` exits it. Raises what it raises."""
+        if isinstance(self.instance, AbstractAsyncContextManager):
+            await stack.enter_async_context(self.instance)
+
+    async def enter_for_the_loop(self) -> None:
+        """Enter it once, as the first call of an event loop needs it; it is exited when that loop ends."""
+        if not isinstance(self.instance, AbstractAsyncContextManager):
+            return
+        loop = asyncio.get_running_loop()
+        if self._lives is None or self._lives[0] is not loop:
+            # The loop closes an asynchronous generator that is still open when it ends: nobody else is there to.
+            life = self._life = _life(self.instance)
+            self._lives = loop, loop.create_task(_begin(life), name=f"enter {self.name}")
+        await asyncio.shield(self._lives[1])
+
+    async def dead(self) -> bool:
+        """Tell whether the Chainlet says, by its `failed`, that it can't serve any more."""
+        failed = getattr(self.instance, FAILED, None)
+        return failed is not None and await fault_of(failed) is not None
 
     async def call(self, arguments: Mapping[str, Any]) -> bytes:
         """Run a unary `run_remote`, a sync one in a thread, and encode its result.
@@ -89,6 +112,7 @@ class Callee:
 
     async def converse_locally(self, websocket: WebSocketProtocol) -> None:
         """Run it as a request of its own, under a deadline."""
+        await self.enter_for_the_loop()
         scope = scope_or_new(LOCAL_DEADLINE).of_a_call()
         token = current.set(scope)
         try:
@@ -99,14 +123,27 @@ class Callee:
             current.reset(token)
 
 
+async def _life(instance: AbstractAsyncContextManager[Any]) -> AsyncGenerator[None, None]:
+    async with instance:
+        yield
+
+
+async def _begin(life: AsyncGenerator[None, None]) -> None:
+    await anext(life)
+
+
 class LocalTarget:
     """Calls an instance in this process, as many at once as its `predict_concurrency` allows."""
 
-    def __init__(self, callee: Callee) -> None:
+    def __init__(self, callee: Callee, *, hosted: bool = True) -> None:
+        """Call a `callee` that a host has entered, or else enter it with the first call."""
         self._callee = callee
+        self._hosted = hosted
 
     async def call(self, arguments: bytes, scope: Scope, attempt: int) -> Buffer:  # noqa: ARG002 - Target's
         decoded = self._callee.codec.decode_arguments(arguments)
+        if not self._hosted:
+            await self._callee.enter_for_the_loop()
         async with self._callee.slots.here():
             token = current.set(scope.of_a_call())
             try:
@@ -118,6 +155,8 @@ class LocalTarget:
         scope = scope.of_a_call()
         encode = self._callee.codec.encode_result
         decoded = self._callee.codec.decode_arguments(arguments)
+        if not self._hosted:
+            await self._callee.enter_for_the_loop()
         async with self._callee.slots.here(), aclosing(self._callee.stream(decoded)) as items:
             while True:
                 # Set anew for each step: between two of them the reader runs, in the same context.
@@ -156,7 +195,7 @@ class LocalRun:
         return self._stub(self._callees[dependency.chainlet], dependency.options)
 
     def _stub(self, callee: Callee, options: RPCOptions) -> Stub:
-        return Stub(callee.signature, LocalTarget(callee), options, LOCAL_DEADLINE)
+        return Stub(callee.signature, LocalTarget(callee, hosted=False), options, LOCAL_DEADLINE)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ class Scope(msgspec.Struct, eq=False):
     """One request as it passes through this process. `deadline_ms` is Unix time.
 
     `emitted` are the chunks of a stream that other workers have sent, in the `attempt` before this one or earlier ones.
-    Requests of one `affinity` go to one partition of each topic, and so to one worker for as long as it is there.
+    Requests of one `affinity` go to one partition of each topic, and so to one worker, while it isn't overloaded.
     """
 
     request_id: str
@@ -151,7 +151,8 @@ def affinity(key: str | bytes) -> Iterator[None]:
     """Send the calls made inside the block, and those made for them, to one worker of each Chainlet.
 
     Calls of one key meet the same worker for as long as the same workers are there; what it holds of a session, a cache
-    say, is found again. It is a preference: a worker that goes, or one that comes, may move the key.
+    say, is found again. It is a preference: a worker that goes, or one that comes, may move the key; and if as many
+    requests wait for a worker as it runs at once, further ones go to another that has room.
 
     Args:
         key: 1 to 256 bytes, or a text of that length in UTF-8.

@@ -2,10 +2,12 @@
 
 `asyncio.timeout` sets a timer of the event loop for each, which costs about as much as a task does. Here one that is
 far off has none: it stands in a set of those that end in the same second, and gets its timer when that second comes.
+And `fault_of` looks at what is waited for, without waiting.
 """
 
 import asyncio
 import threading
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -131,3 +133,14 @@ def _far_of(loop: asyncio.AbstractEventLoop) -> _Far:
     if _here.loop is not loop:
         _here.loop, _here.far = loop, _Far(loop)
     return _here.far
+
+
+async def fault_of(failed: Callable[[], Awaitable[None]]) -> BaseException | None:
+    """Give what a wait for a failure would raise now; None if it would go on waiting, or we end it ourselves."""
+    waiting = asyncio.ensure_future(failed())
+    await asyncio.wait([waiting], timeout=0)
+    if waiting.done():
+        return None if waiting.cancelled() else waiting.exception()
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    return None

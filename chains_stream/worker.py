@@ -19,9 +19,9 @@ from chains_stream.chainlet import ChainletBase, chainlet_name, dependencies, in
 from chains_stream.control import Cancel, CancelRequest, Credit, Message
 from chains_stream.delays import Delays
 from chains_stream.deliveries import webhooks_spec
-from chains_stream.errors import ChainsUsageError, user_frames
+from chains_stream.errors import ChainsError, ChainsRuntimeError, ChainsUsageError, message_of, user_frames
 from chains_stream.letters import dead_letter_spec
-from chains_stream.local import Callee, LocalTarget
+from chains_stream.local import FAILED, Callee, LocalTarget
 from chains_stream.log import get_logger
 from chains_stream.offsets import Ledger
 from chains_stream.options import DeploymentContext, RPCOptions
@@ -291,7 +291,7 @@ class Worker:
     async def _serve(self, job: Job, ledger: Ledger) -> None:
         try:
             outcome = await self._run(job)
-            if job.stop in ("lost", "drained"):
+            if job.stop in ("lost", "drained") or await self._left_behind(outcome):
                 return  # it is not finished: another worker takes it up
             if outcome is not None and not (outcome.error is not None and await job.put_off(outcome.error)):
                 await job.answer(outcome)
@@ -304,6 +304,13 @@ class Worker:
             del self._jobs[job.task]
             self._places.changed.set()
         self._assignment.finish(job.record, ledger)
+
+    async def _left_behind(self, outcome: Outcome | None) -> bool:
+        """Tell whether a request failed as its Chainlet is dead here, and another process may run it."""
+        if outcome is None or outcome.error is None or self._settings.embedded or not await self.callee.dead():
+            return False
+        log.warning("request.left", chainlet=self.name, reason=message_of(outcome.error))
+        return True
 
     async def _run(self, job: Job) -> Outcome | None:
         """Have a request run, in one of the places that `predict_concurrency` gives."""
@@ -364,6 +371,7 @@ class Host:
         self._settings = settings
         self._frames = FrameBatcher(broker)
         self._callees: dict[type[ChainletBase], Callee] = {}
+        self._entered = AsyncExitStack()  # Chainlets that are context managers
         self._delays = delays or Delays(broker, settings)
         self.workers: list[Worker] = []
         self._all: list[Worker] = []
@@ -379,7 +387,7 @@ class Host:
         await self._caller.use(*(self._chain.topic(cls, settings.namespace) for cls in called))
         quarantine = Quarantine()
         for cls, topic in topics.items():
-            callee = self._callees[cls] = Callee(cls, await self._build(cls))
+            callee = self._callees[cls] = await self._build(cls)
             worker = Worker(self._service(callee, topic), quarantine)
             self.workers.append(worker)
             if cls is entrypoint:
@@ -403,6 +411,7 @@ class Host:
             control.failed(),
             self._caller.failed(),
             self._reporter.failed(),
+            *map(_death, self._callees.values()),
         )
 
     async def drain(self) -> None:
@@ -422,8 +431,11 @@ class Host:
                 await asyncio.gather(*(one.drain(grace) for one in workers))
         await self._frames.close()
         await self._reporter.close()
-        for callee in self._callees.values():
-            callee.close()
+        try:
+            await self._entered.aclose()
+        finally:
+            for callee in self._callees.values():
+                callee.close()
 
     async def _ensure(self, topics: Mapping[type[ChainletBase], str]) -> None:
         """Create the topics that are taken from, and those that workers publish to."""
@@ -447,7 +459,8 @@ class Host:
             caller=self._caller,
         )
 
-    async def _build(self, cls: type[ChainletBase]) -> ChainletBase:
+    async def _build(self, cls: type[ChainletBase]) -> Callee:
+        """Build a Chainlet, and enter it if it is a context manager. Raises ChainsUsageError."""
         stubs = {
             name: await self._stub(dependency.chainlet, dependency.options)
             for name, dependency in dependencies(cls).items()
@@ -456,12 +469,18 @@ class Host:
         context = DeploymentContext.from_environment(assets.secret_keys)
         name = chainlet_name(cls)
         log.info("chainlet.loading", chainlet=name)
+        doing = "__init__"
         try:
-            return instantiate(cls, stubs, context)
+            callee = Callee(cls, instantiate(cls, stubs, context))
+            doing = "__aenter__"
+            await callee.enter(self._entered)
+        except ChainsError as error:  # which was written to be read
+            raise ChainsUsageError(f"{name} can't start: {message_of(error)}") from error
         except Exception as error:
             frames = user_frames(error.__traceback__)
             place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
-            raise ChainsUsageError(f"{place}{name}.__init__ failed: {type(error).__name__}: {error}") from error
+            raise ChainsUsageError(f"{place}{name}.{doing} failed: {type(error).__name__}: {error}") from error
+        return callee
 
     async def _stub(self, cls: type[ChainletBase], options: RPCOptions) -> Stub:
         callee = self._callees.get(cls)
@@ -470,3 +489,14 @@ class Host:
             return Stub(callee.signature, LocalTarget(callee), options, self._settings.deadline)
         target = await remote_target(self._chain, cls, self._caller, self._settings)
         return Stub(signature(cls), target, options, self._settings.deadline)
+
+
+async def _death(callee: Callee) -> None:
+    """Wait until a Chainlet that tells it can't serve any more. Raises ChainsRuntimeError, which says why."""
+    failed = getattr(callee.instance, FAILED, None)
+    if failed is None:
+        return
+    try:
+        await failed()
+    except Exception as error:
+        raise ChainsRuntimeError(f"{callee.name} can't serve any more: {message_of(error)}") from error

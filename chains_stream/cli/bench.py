@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from chains_stream.cli.options import options, read_settings
+from chains_stream.cli.options import not_for_url, options, read_settings, set_option
 
 LEVELS = (1, 16, 64)  # in flight, if nothing else is asked for
 SECONDS = 10.0
@@ -41,6 +41,7 @@ Examples:
   chains bench chain.py --broker kafka://127.0.0.1:9092 --sweep --out results""",
 )
 @click.argument("target", metavar="FILE|URL")
+@set_option
 @click.option("--body", metavar="JSON", help="The arguments of run_remote; small ones are made up if none are given.")
 @click.option(
     "--body-file",
@@ -101,6 +102,8 @@ def bench(target: str, body: str | None, body_file: Path | None, **given: Any) -
         raise ChainsUsageError("--requests bounds a closed loop: leave out --seconds, --rate and --sweep")
     if target.startswith(URLS) and (given["broker"] or given["namespace"]):
         raise ChainsUsageError("--broker and --namespace are for a FILE; a running gateway has its own")
+    if target.startswith(URLS):
+        not_for_url()
     if not loads["in_flight"] and not loads["rate"]:
         loads["in_flight"] = LEVELS
     loads["seconds"] = loads["seconds"] or SECONDS

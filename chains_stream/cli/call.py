@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from chains_stream.cli.options import load_chain, options, read_settings
+from chains_stream.cli.options import load_chain, not_for_url, options, read_settings, set_option
 from chains_stream.cli.output import Output
 
 
@@ -18,6 +18,7 @@ Examples:
 )
 @click.argument("target", metavar="FILE|URL")
 @click.argument("arguments", metavar="[JSON]", required=False)
+@set_option
 @click.option("--raw", is_flag=True, help="Print text as it is, not as JSON.")
 @options("broker", "namespace", quiet=True)
 def call(target: str, arguments: str | None, *, raw: bool, **flags: str | None) -> None:
@@ -32,6 +33,7 @@ def call(target: str, arguments: str | None, *, raw: bool, **flags: str | None) 
 
     output = Output(raw=raw)
     if target.startswith(("http://", "https://")):
+        not_for_url()
         request.call_gateway(target, settings, _arguments(arguments), output)
     else:
         request.call_chain(load_chain(target), settings, _arguments(arguments), output)

@@ -235,7 +235,7 @@ def try_it(chain: Chain, url: str) -> str:
 
 def need_cluster(settings: Settings) -> None:
     """Raise ChainsUsageError for a broker that no other process reaches."""
-    if settings.broker.startswith("memory:"):
+    if settings.embedded:
         raise ChainsUsageError(
             "memory:// lives in one process: use `chains run`, or name a cluster with --broker kafka://host:port"
         )

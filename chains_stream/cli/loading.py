@@ -19,6 +19,7 @@ import msgspec
 from chains_stream import load
 from chains_stream.cli.example import example
 from chains_stream.cli.figures import Machine, Report, caveats, duration, kinds, number, plots
+from chains_stream.cli.options import parameter_flags
 from chains_stream.cli.process import Signals, run, until_stopped
 from chains_stream.cli.report import FAILED, printable, say
 from chains_stream.cli.request import refusal
@@ -106,7 +107,7 @@ async def _measure(target: str, settings: Settings, given: Sequence[bytes], plan
     if target.startswith(("http://", "https://")):
         await _load_all(target, settings, given, plan, report)
         return
-    kafka = not settings.broker.startswith("memory:")
+    kafka = not settings.embedded
     broker = settings.broker if kafka else "the embedded broker"
     report.where = f"{target}, gateway and Chainlets in one process, on {broker}"
     async with _served(target, settings) as url:
@@ -250,7 +251,7 @@ async def _served(file: str, settings: Settings) -> AsyncIterator[str]:
     where = ("--host", "127.0.0.1", "--port", "0", "--broker", settings.broker, "--namespace", namespace)
     logs = ("--log-level", level, "--log-format", settings.log_format)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "chains_stream", "run", file, *where, *logs),
+        *(sys.executable, "-m", "chains_stream", "run", file, *parameter_flags(), *where, *logs),
         stdout=asyncio.subprocess.PIPE,
         start_new_session=True,  # Ctrl-C is ours: its requests are stopped first
     )

@@ -32,7 +32,49 @@ _SETTINGS = {
     "quiet_log_level": "log_level",
 }  # that an option stands for, where it has another name
 
-file_argument = click.argument("file", metavar="FILE")
+_PARAMETERS = "chains.parameters"  # where the context of a command keeps what its file is told
+
+
+def file_argument(command: F) -> F:
+    """Add the Chain file to a command, and what it is to be told."""
+    return click.argument("file", metavar="FILE")(set_option(command))
+
+
+def _keep_parameters(context: click.Context, _option: click.Parameter, pairs: tuple[str, ...]) -> None:
+    for pair in pairs:
+        name, equals, _ = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise click.BadParameter(f"should be NAME=VALUE, such as model=small (got {pair!r})")
+    context.meta[_PARAMETERS] = dict(pair.split("=", 1) for pair in pairs)
+
+
+set_option = click.option(
+    "--set",
+    metavar="NAME=VALUE",
+    multiple=True,
+    expose_value=False,
+    callback=_keep_parameters,
+    help="Tell the file something that it asks for by chains.parameters; may be repeated.",
+)
+
+
+def parameter_flags() -> list[str]:
+    """Give what the file of this command is told, as flags for another command."""
+    return [f"--set={name}={value}" for name, value in _parameters().items()]
+
+
+def not_for_url() -> None:
+    """Refuse `--set` for a Chain that runs already. Raises ChainsUsageError."""
+    from chains_stream.errors import ChainsUsageError
+
+    if _parameters():
+        raise ChainsUsageError("--set is for a file: a Chain that runs behind a URL was told when it was started")
+
+
+def _parameters() -> dict[str, str]:
+    context = click.get_current_context(silent=True)
+    found: dict[str, str] = context.meta.get(_PARAMETERS, {}) if context is not None else {}
+    return found
 
 
 class Ordered(click.Group):
@@ -75,7 +117,7 @@ def read_cluster_settings(flags: dict[str, str | None]) -> "Settings":
     from chains_stream.errors import ChainsUsageError
 
     settings = read_settings(flags, quiet=True)
-    if settings.broker.startswith("memory:"):
+    if settings.embedded:
         reason = "memory:// lives in one process, and no other can look into it"
         raise ChainsUsageError(f"{reason}: name a cluster with --broker kafka://host:port")
     return settings
@@ -89,7 +131,7 @@ def load_chain(file: str) -> "Chain":
     # What the file prints is not what the command prints.
     with redirect_stdout(sys.stderr):
         try:
-            return Chain.load(file)
+            return Chain.load(file, _parameters())
         except SystemExit as error:
             reason = "it ends the process when it is imported; put that under `if __name__ == '__main__':`"
             raise ChainsUsageError(f"{file}: {reason}") from error

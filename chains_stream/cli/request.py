@@ -63,7 +63,7 @@ def call_chain(chain: Chain, settings: Settings, json: bytes, output: Output) ->
 
 async def _call(chain: Chain, settings: Settings, arguments: bytes, output: Output) -> None:
     async with AsyncExitStack() as stack:
-        if settings.broker.startswith("memory:"):
+        if settings.embedded:
             target = await _hosted(chain, settings, stack)
             await _answer(target, chain, settings, arguments, output)
             return

@@ -18,6 +18,7 @@ from typing import NoReturn
 import click
 
 from chains_stream.cli.hosting import guard, need_cluster
+from chains_stream.cli.options import parameter_flags
 from chains_stream.cli.process import Signals, end, print_line, run, until_stopped
 from chains_stream.cli.report import FAILED, StoppedError
 from chains_stream.errors import ChainsRuntimeError, ChainsUsageError
@@ -280,7 +281,7 @@ def supervise(file: str, flags: Mapping[str, str | None], settings: Settings) ->
     """Run as many gateway processes as the settings say, with the flags of this one. Raises ChainsUsageError."""
     need_cluster(settings)
     given = {name: value for name, value in flags.items() if value is not None and name != "workers"}
-    command = [file, *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]
+    command = [file, *parameter_flags(), *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]
 
     async def work(signals: Signals) -> None:
         await Fleet(command, settings).run(settings, signals)

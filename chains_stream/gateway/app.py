@@ -38,6 +38,7 @@ from chains_stream.local import Callee
 from chains_stream.messages import new_id
 from chains_stream.settings import Settings
 from chains_stream.signature import background_topic
+from chains_stream.timeouts import fault_of
 
 READY_FOR = 1.0  # seconds that an answer of `/readyz` is kept
 READY_WITHIN = 2.0  # seconds that the broker has to answer: less than a probe's usual patience
@@ -143,7 +144,7 @@ class Gateway:
     async def _healthz(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's
         trouble = await probes.trouble(self._broker, self._caller)
         for what, failed in self._followed().items():
-            if trouble is None and (fault := await probes.fault_of(failed)) is not None:
+            if trouble is None and (fault := await fault_of(failed)) is not None:
                 trouble = f"{what} can't be read any more: {fault}"
         return probes.health(trouble or await self._checkup.complaint())
 
@@ -188,7 +189,7 @@ class Readiness:
         except BrokerError as error:
             return "broker", str(error)
         # The reply position was known when the caller started; since then reading may have stopped.
-        if (fault := await probes.fault_of(self._caller.failed)) is not None:
+        if (fault := await fault_of(self._caller.failed)) is not None:
             return "replies", f"answers can't be read any more: {fault}"
         return None if members else ("worker", f"no worker serves {self._entrypoint} (topic {self._topic})")
 

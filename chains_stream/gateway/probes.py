@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 import threading
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
@@ -18,6 +18,7 @@ from chains_stream.calls import Caller
 from chains_stream.errors import message_of
 from chains_stream.local import Callee
 from chains_stream.log import get_logger
+from chains_stream.timeouts import fault_of
 
 HEALTHY_WITHIN = 5.0  # seconds that a Chainlet's `is_healthy` has: a probe's patience is seldom longer
 
@@ -114,14 +115,3 @@ def _in_thread(ask: Callable[[], Any], name: str) -> asyncio.Future[Any]:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
-
-
-async def fault_of(failed: Callable[[], Awaitable[None]]) -> BaseException | None:
-    """Give what a wait for a failure would raise now; None if it would go on waiting, or we end it ourselves."""
-    waiting = asyncio.ensure_future(failed())
-    await asyncio.wait([waiting], timeout=0)
-    if waiting.done():
-        return None if waiting.cancelled() else waiting.exception()
-    waiting.cancel()
-    await asyncio.wait([waiting])
-    return None

@@ -103,3 +103,48 @@ def test_help_is_there_at_once(arguments: str) -> None:
         "sys.exit(' '.join(heavy & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", code, *arguments.split()], check=True, capture_output=True)
+
+
+TOLD = """
+import pydantic
+import chains_stream as chains
+
+class Options(pydantic.BaseModel):
+    greeting: str = "Hello"
+
+options = chains.parameters(Options)
+
+@chains.mark_entrypoint
+class Greet(chains.ChainletBase):
+    async def run_remote(self, name: str = "Ada") -> str:
+        return f"{options.greeting}, {name}!"
+"""
+
+
+def test_a_file_is_told_by_set(start: Commands, tmp_path: Path) -> None:
+    (tmp_path / "chain.py").write_text(TOLD)
+    assert json.loads(chains("call", "chain.py", "{}", cwd=tmp_path).stdout) == "Hello, Ada!"
+    told = ("--set", "greeting=Hi=there")
+    assert json.loads(chains("call", "chain.py", "{}", *told, cwd=tmp_path).stdout) == "Hi=there, Ada!"
+    server = start("run", "chain.py", "--port", "0", *told, cwd=tmp_path)
+    assert httpx.post(f"{server.ready()}/run_remote", json={}).json() == "Hi=there, Ada!"
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ("check", "chain.py", "--set", "greting=a"),
+            "chain.py: it takes no parameter `greting`: did you mean `greeting`?",
+        ),
+        (("check", "chain.py", "--set", "greeting"), "Invalid value for '--set': should be NAME=VALUE"),
+        (("call", "http://127.0.0.1:9", "--set", "greeting=a"), "--set is for a file"),
+    ],
+)
+def test_a_wrong_set_is_one_line(tmp_path: Path, arguments: tuple[str, ...], line: str) -> None:
+    (tmp_path / "chain.py").write_text(TOLD)
+    done = chains(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert line in done.stderr
+    assert "Traceback" not in done.stderr

@@ -136,14 +136,46 @@ def test_own_requests_are_in_the_next_report(workers: Workers) -> None:
     assert workers.share(RIGHT) == 1
 
 
-def test_requests_of_one_key_go_to_one_partition_whatever_the_load(workers: Workers) -> None:
-    workers.report(b"a", LEFT, 8)
+def test_requests_of_one_key_go_to_one_partition_also_when_they_wait_there(workers: Workers) -> None:
+    workers.report(b"a", LEFT, 8, waiting=7)
     workers.report(b"b", RIGHT, 0)
     keys = [f"session-{number}".encode() for number in range(200)]
     chosen = {key: workers.balancer.choose(key) for key in keys}
     assert all(workers.balancer.choose(key) == partition for key, partition in chosen.items())
     assert chosen == {key: zlib.crc32(key) % PARTITIONS for key in keys}
     assert set(chosen.values()) == set(range(PARTITIONS))
+
+
+def test_keys_of_an_overloaded_worker_go_to_another_one_each_and_come_back(workers: Workers) -> None:
+    first, second = range(2, 4), range(4, 8)
+    workers.report(b"a", range(2), 8, waiting=8)
+    workers.report(b"b", first, 7)
+    workers.report(b"c", second, 0)
+    keys = [f"session-{number}".encode() for number in range(200)]
+    home = {key: zlib.crc32(key) % PARTITIONS for key in keys}
+    chosen = {key: workers.balancer.choose(key) for key in keys}
+    assert all(chosen[key] == home[key] for key in keys if home[key] > 1)
+    moved = {key for key in keys if home[key] < 2}
+    assert {chosen[key] in first for key in moved} == {True, False}, "they share the load"
+    workers.report(b"c", second, 1)
+    assert {key: workers.balancer.choose(key) for key in keys} == chosen, "and stay where they are"
+    workers.report(b"b", first, 8)  # which has no room any more
+    assert {workers.balancer.choose(key) in second for key in moved} == {True}
+    workers.report(b"c", second, 8)
+    assert {key: workers.balancer.choose(key) for key in keys} == home, "nobody has room"
+    workers.report(b"c", second, 0)
+    workers.report(b"a", range(2), 8)
+    assert {key: workers.balancer.choose(key) for key in keys} == home
+
+
+def test_an_overload_that_was_reported_long_ago_moves_no_key(workers: Workers) -> None:
+    workers.report(b"a", LEFT, 8, waiting=8)
+    workers.clock.now += REPORT_VALID / 2
+    workers.report(b"b", RIGHT, 0)
+    key = next(key for key in (b"%d" % number for number in range(99)) if zlib.crc32(key) % PARTITIONS in LEFT)
+    assert workers.balancer.choose(key) in RIGHT
+    workers.clock.now += REPORT_VALID / 2 + 0.1
+    assert workers.balancer.choose(key) in LEFT
 
 
 def test_a_worker_that_vanishes_neither_attracts_nor_repels(workers: Workers) -> None:

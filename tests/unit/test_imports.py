@@ -17,6 +17,7 @@ ORDER = [
     "load",
     "load_http",
     "options",
+    "chain_parameters",
     "openai",
     "settings",
     "source",

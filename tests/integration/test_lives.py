@@ -1,0 +1,178 @@
+"""Chainlets that have something to begin and to end: entered and exited by whoever hosts them, and dying in order."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Any, Self
+from uuid import uuid4
+
+import pytest
+
+import chains_stream as chains
+from chains_stream.client import Connection
+from chains_stream.errors import ChainsRuntimeError, ChainsUsageError
+from tests.sample import Seen
+
+WIDE = chains.RemoteConfig(compute=chains.Compute(predict_concurrency=8))
+
+
+@pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.kafka)])
+def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
+    broker = "memory://" if request.param == "memory" else str(request.getfixturevalue("kafka_url"))
+    return {"broker": broker, "namespace": f"t{uuid4().hex[:10]}", "partitions": 2, "reply_partitions": 2}
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen() -> Iterator[None]:
+    Seen.reset()
+    yield
+    Seen.reset()
+
+
+class Engine(chains.ChainletBase):
+    """Notes when it is entered and exited; dies when it is asked to."""
+
+    remote_config = WIDE
+    made = 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+        self._number = type(self).made
+        self._open = False
+        self._dead = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        await asyncio.sleep(0)
+        self._open = True
+        Seen.note("entered")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.sleep(0)
+        self._open = False
+        Seen.note("exited")
+
+    async def failed(self) -> None:
+        await self._dead.wait()
+        raise RuntimeError("the engine core is gone")
+
+    async def run_remote(self, command: str = "", *, first: int = 0) -> int:
+        assert self._open
+        if command == "hold":
+            Seen.note("holds")
+            await Seen.until("go")
+        if command == "die" and first in (0, self._number):
+            self._dead.set()
+            Seen.note("died")
+            raise ConnectionError("no answer from the engine core")
+        return self._number
+
+
+class Front(chains.ChainletBase):
+    """Calls the one that has a life."""
+
+    remote_config = WIDE
+
+    def __init__(self, engine: Engine = chains.depends(Engine, colocated=True)) -> None:
+        self._engine = engine
+
+    async def run_remote(self, command: str = "") -> int:
+        return await self._engine.run_remote(command)
+
+
+@pytest.mark.parametrize("entrypoint", [Engine, Front])
+async def test_it_is_entered_before_the_first_request_and_exited_after_the_last(
+    settings: dict[str, Any], entrypoint: type[Any]
+) -> None:
+    chain: Connection[..., Any]
+    async with chains.run_chain(entrypoint, **settings) as chain:
+        assert Seen.counts["entered"] == 1
+        await asyncio.gather(*(chain.run_remote() for _ in range(5)))
+        held = await chain.submit("hold")  # type: ignore[arg-type] # of a class that a parameter names
+        await Seen.until("holds")
+        assert (Seen.counts["entered"], Seen.counts["exited"]) == (1, 0)
+        Seen.note("go")
+        await held.result()
+    assert (Seen.counts["entered"], Seen.counts["exited"]) == (1, 1)
+
+
+def test_run_local_enters_it_once_a_loop() -> None:
+    with chains.run_local():
+        front = Front()
+        for times in (1, 2):
+
+            async def ask() -> None:
+                await asyncio.gather(*(front.run_remote() for _ in range(5)))
+
+            asyncio.run(ask())
+            assert (Seen.counts["entered"], Seen.counts["exited"]) == (times, times)
+
+
+async def test_one_that_is_never_called_locally_is_not_entered() -> None:
+    with chains.run_local():
+        Front()
+    assert Seen.counts["entered"] == 0
+
+
+class Broken(Engine):
+    """Can't be entered."""
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        await self.__aexit__(None, None, None)
+        raise ChainsUsageError("/models/llama: no such folder")
+
+
+class Above(chains.ChainletBase):
+    """Is built after two others, of which one can't be entered."""
+
+    def __init__(self, engine: Engine = chains.depends(Engine), broken: Broken = chains.depends(Broken)) -> None: ...
+
+    async def run_remote(self) -> None: ...
+
+
+async def test_one_that_cannot_be_entered_says_why_and_the_others_are_exited(settings: dict[str, Any]) -> None:
+    with pytest.raises(ChainsUsageError, match=r"^Broken can't start: /models/llama: no such folder$"):
+        async with chains.run_chain(Above, **settings):
+            pass
+    assert (Seen.counts["entered"], Seen.counts["exited"]) == (2, 2)
+
+
+async def test_a_local_call_of_one_that_cannot_be_entered_says_why() -> None:
+    with chains.run_local():
+        broken = Broken()
+    for _ in range(2):
+        with pytest.raises(ChainsUsageError, match="no such folder"):
+            await broken.run_remote()
+
+
+async def test_a_dead_one_ends_its_host(settings: dict[str, Any]) -> None:
+    async with chains.run_chain(Front, **settings) as chain:
+        with pytest.raises((ChainsRuntimeError, ConnectionError), match=r"engine core"):
+            await chain.run_remote("die")
+        async with asyncio.timeout(10):
+            while True:
+                with pytest.raises((ChainsRuntimeError, ConnectionError), match="engine core") as caught:
+                    await chain.run_remote("die")
+                if "can't serve any more" in str(caught.value):
+                    break
+    assert Seen.counts["exited"] == 1
+
+
+@pytest.mark.kafka
+async def test_what_fails_with_a_dead_one_is_run_by_another(kafka_url: str) -> None:
+    settings: dict[str, Any] = {"broker": kafka_url, "namespace": f"t{uuid4().hex[:10]}", "partitions": 2}
+    first = Engine.made + 1
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(
+            chains.connect(kafka_url, Engine, namespace=settings["namespace"], partitions=2)
+        )
+        async with chains.run_chain(Engine, **settings):
+            handles = [await client.submit("die", first=first) for _ in range(6)]
+            await Seen.until("died", times=6)
+        await stack.enter_async_context(chains.run_chain(Engine, **settings))
+        async with asyncio.timeout(60):
+            assert {await handle.result() for handle in handles} == {first + 1}
