@@ -26,16 +26,15 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 import pydantic
 
 import chains_stream as chains
-from chains_stream import openai
-
 from chainlets.openai_chat import DIMENSIONS, MAX_DIMENSIONS, cut, embed, words
 from chainlets.summarize import STOP_WORDS, split_sentences
+from chains_stream import openai
 
 Embedder = Literal["auto", "vllm", "sentence-transformers", "hashed"]
 
@@ -48,8 +47,8 @@ SENTENCES = 2  # of an answer without a model
 CITATION = re.compile(r"\[(\d{1,3})\]")
 PASSAGES = re.compile(r"^\[(\d+)\] [^\n]*?: (.*)$", re.MULTILINE)  # in a prompt
 PROMPT = """\
-Answer the question from the passages below, in a few sentences. After each statement cite the passage that it is taken \
-from by its number in square brackets, as in [1]. If the passages do not answer it, say so.
+Answer the question from the passages below, in a few sentences. After each statement cite the passage that it is \
+taken from by its number in square brackets, as in [1]. If the passages do not answer it, say so.
 """
 
 log = logging.getLogger(__name__)
@@ -104,7 +103,7 @@ class HashedEmbed(chains.ChainletBase):
     It finds passages that share words with the question, and no others.
     """
 
-    async def __aenter__(self) -> "HashedEmbed":
+    async def __aenter__(self) -> Self:
         log.warning("no embedding_model is set: words are hashed, and only passages with words of the question found")
         return self
 
@@ -125,7 +124,7 @@ class SentenceEmbed(chains.ChainletBase):
     def __init__(self) -> None:
         self._model: Any = None
 
-    async def __aenter__(self) -> "SentenceEmbed":
+    async def __aenter__(self) -> Self:
         self._model = await asyncio.to_thread(self._load)
         log.info("embedding with sentence-transformers: %s", settings.embedding_model)
         return self
@@ -181,41 +180,42 @@ class Retrieve(chains.ChainletBase):
 
     def __init__(self, embed: Embed = chains.depends(Embed, retries=3, timeout_sec=120)) -> None:
         self._embed = embed
-        self._index: asyncio.Task[list[Passage]] | None = None
-        self._vectors: list[list[float]] = []
+        self._passages: list[Passage] = []
+        self._vectors: asyncio.Task[list[list[float]]] | None = None
 
-    async def __aenter__(self) -> "Retrieve":
-        self._index = self._begin()
+    async def __aenter__(self) -> Self:
+        self._passages = await asyncio.to_thread(read_passages, settings.documents)
+        # Not awaited: `Embed` may be in this process too, and takes requests once all are entered.
+        self._vectors = self._begin()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._index is not None:
-            self._index.cancel()
-            await asyncio.wait([self._index])
+        if self._vectors is not None:
+            self._vectors.cancel()
+            await asyncio.wait([self._vectors])
 
     async def run_remote(self, question: str, count: int = 3) -> list[Passage]:
-        passages = await self._indexed()
+        vectors = await self._index()
         asked = (await self._vectors_of([question]))[0]
-        return await asyncio.to_thread(closest, asked, passages, self._vectors, count)
+        return await asyncio.to_thread(closest, asked, self._passages, vectors, count)
 
-    async def _indexed(self) -> list[Passage]:
-        """Wait for the index, which is begun again where it failed. Raises what it failed of."""
-        if self._index is None or (self._index.done() and (self._index.cancelled() or self._index.exception())):
-            self._index = self._begin()
-        return await asyncio.shield(self._index)
+    async def _index(self) -> list[list[float]]:
+        """Wait until all passages are embedded, which is begun again where it failed. Raises what it fails of."""
+        task = self._vectors
+        if task is None or (task.done() and (task.cancelled() or task.exception())):
+            task = self._vectors = self._begin()
+        return await asyncio.shield(task)
 
-    def _begin(self) -> asyncio.Task[list[Passage]]:
+    def _begin(self) -> asyncio.Task[list[list[float]]]:
         # In a context of its own: it belongs to no request, and ends with none.
-        return asyncio.create_task(self._read(), name="index", context=contextvars.Context())
+        return asyncio.create_task(self._embed_all(), name="index", context=contextvars.Context())
 
-    async def _read(self) -> list[Passage]:
-        passages = await asyncio.to_thread(read_passages, settings.documents)
-        texts = [passage.text for passage in passages]
+    async def _embed_all(self) -> list[list[float]]:
+        texts = [passage.text for passage in self._passages]
         batches = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
         found = await asyncio.gather(*map(self._vectors_of, batches))
-        self._vectors = [vector for vectors in found for vector in vectors]
-        log.info("indexed %d passages of %s", len(passages), settings.documents)
-        return passages
+        log.info("indexed %d passages of %s", len(texts), settings.documents)
+        return [vector for vectors in found for vector in vectors]
 
     async def _vectors_of(self, texts: list[str]) -> list[list[float]]:
         response = await self._embed.run_remote(openai.EmbeddingRequest(input=texts))
@@ -250,9 +250,10 @@ def texts_in(path: Path) -> list[str]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Give all strings in a value of JSON but for the names of its fields."""
+    """Give all strings of several words in a value of JSON, but for the names of its fields."""
     if isinstance(value, str):
-        yield value
+        if " " in value:
+            yield value
     elif isinstance(value, list | dict):
         for item in value.values() if isinstance(value, dict) else value:
             yield from strings(item)
@@ -327,7 +328,8 @@ def extract(question: str, prompt: str) -> str:
     frequency = Counter(word for bag in bags for word in bag)
     asked = set(telling(question))
     scores = [
-        sum(math.log(1 + len(bags) / frequency[word]) for word in asked & bag) / math.sqrt(len(bag) or 1) for bag in bags
+        sum(math.log(1 + len(bags) / frequency[word]) for word in asked & bag) / math.sqrt(len(bag) or 1)
+        for bag in bags
     ]
     best = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:SENTENCES]
     chosen = [at for at in sorted(best) if scores[at] >= max(scores) / 2 > 0]

@@ -1,4 +1,4 @@
-"""What `chainlets/rag.py` promises where there are no models: passages, answers and their sources, and the Chain whole."""
+"""What `chainlets/rag.py` promises where there are no models: passages, answers, their sources, and the Chain whole."""
 
 import asyncio
 import json
@@ -26,8 +26,25 @@ def documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+FROM_THE_FOLDER = pytest.mark.usefixtures("documents")
+
+
 def asking(question: str, **more: object) -> openai.ChatCompletionRequest:
     return openai.ChatCompletionRequest(messages=[openai.ChatMessage("user", question)], **more)  # type: ignore[arg-type]
+
+
+class FailingOnce:
+    """Stands for `Embed`, and fails when it is first asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._embed = rag.HashedEmbed()
+
+    async def run_remote(self, request: openai.EmbeddingRequest) -> openai.EmbeddingResponse:
+        self.asked += 1
+        if self.asked == 1:
+            raise RuntimeError("out of memory")
+        return await self._embed.run_remote(request)
 
 
 async def answer(chunks: AsyncIterator[openai.ChatCompletionChunk]) -> str:
@@ -35,20 +52,23 @@ async def answer(chunks: AsyncIterator[openai.ChatCompletionChunk]) -> str:
 
 
 class TestTheChain:
-    async def test_answers_and_cites_in_one_process(self, documents: Path) -> None:
+    @FROM_THE_FOLDER
+    async def test_answers_and_cites_in_one_process(self) -> None:
         with chains.run_local():
             ask = rag.Ask()
         said = await answer(ask.run_remote(asking("When does the office open?")))
         assert said == "The office opens at nine. [1]\n\nSources: [1] house/handbook.txt"
 
-    async def test_answers_and_cites_over_a_broker(self, documents: Path) -> None:
+    @FROM_THE_FOLDER
+    async def test_answers_and_cites_over_a_broker(self) -> None:
         async with chains.run_chain(rag.Ask) as chat:
             said = await answer(chat.run_remote(asking("Does the canteen take coins?")))
             many = await asyncio.gather(*(answer(chat.run_remote(asking("Where is parking?"))) for _ in range(20)))
         assert said == "The canteen takes cards, and no coins. [1]\n\nSources: [1] canteen.json"
         assert set(many) == {"Parking is behind the house. [1]\n\nSources: [1] house/handbook.txt"}
 
-    async def test_says_that_the_documents_do_not_say(self, documents: Path) -> None:
+    @FROM_THE_FOLDER
+    async def test_says_that_the_documents_do_not_say(self) -> None:
         with chains.run_local():
             ask = rag.Ask()
         assert await answer(ask.run_remote(asking("Who painted Guernica?"))) == rag.UNKNOWN
@@ -61,14 +81,16 @@ class TestTheChain:
         assert "whale.json" in said.rpartition("\n")[2]
 
     @pytest.mark.parametrize("content", ["", "  ", None])
-    async def test_a_question_without_text_is_refused(self, documents: Path, content: str | None) -> None:
+    @FROM_THE_FOLDER
+    async def test_a_question_without_text_is_refused(self, content: str | None) -> None:
         with chains.run_local():
             ask = rag.Ask()
         request = openai.ChatCompletionRequest(messages=[openai.ChatMessage("user", content)])
         with pytest.raises(chains.InvalidArgumentError, match="no question"):
             await answer(ask.run_remote(request))
 
-    async def test_limits_choices_and_stops_are_kept(self, documents: Path) -> None:
+    @FROM_THE_FOLDER
+    async def test_limits_choices_and_stops_are_kept(self) -> None:
         with chains.run_local():
             ask = rag.Ask()
         request = asking("When does the office open?", max_tokens=2, n=2, stop="at")
@@ -82,7 +104,8 @@ class TestTheChain:
 
 
 class TestRetrieving:
-    async def test_the_closest_passage_comes_first(self, documents: Path) -> None:
+    @FROM_THE_FOLDER
+    async def test_the_closest_passage_comes_first(self) -> None:
         with chains.run_local():
             retrieve = rag.Retrieve()
         found = await retrieve.run_remote("fish on Fridays at noon", 5)
@@ -104,17 +127,26 @@ class TestRetrieving:
             f"left out {documents / 'latin.txt'}",
         ]
 
-    async def test_an_index_that_failed_is_begun_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(rag, "settings", rag.Settings(documents=tmp_path / "none"))
+    @FROM_THE_FOLDER
+    async def test_an_index_that_failed_is_begun_again(self) -> None:
+        embed = FailingOnce()
         with chains.run_local():
-            retrieve = rag.Retrieve()
-        with pytest.raises(chains.ChainsUsageError, match="is no folder"):
-            await retrieve.run_remote("What?")
-        (tmp_path / "none").mkdir()
-        with pytest.raises(chains.ChainsUsageError, match="has no text in it"):
-            await retrieve.run_remote("What?")
-        (tmp_path / "none" / "a.md").write_text(HANDBOOK, encoding="utf-8")
-        assert [passage.source for passage in await retrieve.run_remote("parking")] == ["a.md"]
+            retrieve = rag.Retrieve(embed=embed)  # type: ignore[arg-type] # a fake
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await retrieve.run_remote("parking")
+        assert [passage.source for passage in await retrieve.run_remote("parking", 1)] == ["house/handbook.txt"]
+
+    @pytest.mark.parametrize(("made", "message"), [(False, "is no folder"), (True, "has no text in it")])
+    async def test_a_folder_of_nothing_is_refused_at_the_start(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, made: bool, message: str
+    ) -> None:
+        folder = tmp_path / "none"
+        if made:
+            folder.mkdir()
+        monkeypatch.setattr(rag, "settings", rag.Settings(documents=folder))
+        with pytest.raises(chains.ChainsUsageError, match=message):
+            async with chains.run_chain(rag.Ask):
+                pass
 
     def test_passages_are_lines_of_whole_sentences_and_lose_nothing(self) -> None:
         text = json.loads((rag.Settings().documents / "whale.json").read_text(encoding="utf-8"))["document"]
