@@ -5,9 +5,11 @@ KAFKA_PORT ?= 9092
 BIN := .venv/bin
 READY := .venv/.ready
 BENCH_READY := .venv-bench/.ready
+VLLM_READY := .venv-vllm/.ready
+TRITON_READY := .venv-triton/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test chaos fuzz bench bench-quick check format kafka kafka-stop lock clean
+.PHONY: help run test engines chaos fuzz bench bench-quick check format kafka kafka-stop lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -19,15 +21,26 @@ test: $(READY) ## Run the whole suite, against real Apache Kafkas of its own on 
 ifdef ARGS
 	@$(BIN)/pytest $(ARGS)
 else
-	@$(MAKE) --no-print-directory --jobs=2 test-commands test-parts
+	@$(MAKE) --no-print-directory --jobs=2 test-commands test-parts test-engines
 endif
 
-# Halves that take about as long: both mostly wait, for groups to form and processes to start.
-.PHONY: test-commands test-parts
+# Halves that take about as long: both mostly wait, for groups to form and processes to start. The engines, which
+# compute, begin when one of them has ended.
+.PHONY: test-commands test-parts test-engines test-vllm test-triton
 test-commands:
 	@$(BIN)/pytest tests/acceptance
 test-parts:
 	@$(BIN)/pytest tests/contract tests/integration tests/typing tests/unit
+test-engines: test-vllm test-triton
+test-vllm:
+	@if [ -e $(VLLM_READY) ]; then .venv-vllm/bin/pytest tests/vllm; else $(call not-run,tests/vllm,vLLM); fi
+test-triton:
+	@if [ -e $(TRITON_READY) ]; then $(BIN)/pytest tests/triton; else $(call not-run,tests/triton,Triton); fi
+
+# In CI what is not run is a failure.
+not-run = echo "NOT RUN: $(1), for want of a real $(2): make engines sets one up" >&2; test -z "$$CI"
+
+engines: $(VLLM_READY) $(TRITON_READY) ## Set up a real vLLM for the CPU and a real Triton, for their tests (WHEELS=folder)
 
 chaos: $(READY) ## Break processes under load, and account for every request (SEED=… ROUNDS=… SECONDS=… ONLY=…)
 	@exec $(BIN)/python -m tests.chaos $(foreach name,SEED ROUNDS SECONDS ONLY,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) "$($(name))"))
@@ -59,13 +72,20 @@ lock: $(READY) ## Resolve the dependencies anew, into the lock files (needs uv)
 	@uv pip compile pyproject.toml --extra dev $(COMPILE) -o requirements.lock
 	@uv pip compile pyproject.toml $(COMPILE) -o requirements-runtime.lock
 	@uv pip compile pyproject.toml --extra bench $(COMPILE) -o requirements-bench.lock
+	@uv pip compile deploy/engines/vllm.in pyproject.toml --extra dev $(COMPILE_ENGINE) $(FIND_WHEELS) -o deploy/engines/vllm.lock
+	@sed -i 's/^\(torch==[^+]*\)+cpu$$/\1/' deploy/engines/vllm.lock
+	@uv pip compile deploy/engines/triton.in $(COMPILE_ENGINE) -o deploy/engines/triton.lock
 
 clean: ## Remove what the other targets made, the local Kafka's data included
+	@for port in $$(ls .triton 2>/dev/null | grep -E '^[0-9]+$$'); do deploy/engines/triton clean --port $$port; done
 	@for port in $$(ls .kafka 2>/dev/null | grep -E '^[0-9]+$$'); do deploy/kafka/kafka clean --port $$port; done
-	rm -rf .venv .venv-bench .kafka .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-vllm .venv-triton .kafka .triton .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # No download addresses in the lock files: they hold wherever packages come from.
 COMPILE := --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url
+# The engines are for Linux. CPU builds of torch have a version of their own, which PyPI does not know.
+COMPILE_ENGINE := --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_35 --no-header --no-annotate \
+	--no-emit-index-url --no-emit-find-links
 
 $(READY): requirements.lock pyproject.toml
 	@echo "Setting up .venv (once, about a minute) ..." >&2
@@ -81,3 +101,26 @@ $(BENCH_READY): requirements-bench.lock pyproject.toml
 	@.venv-bench/bin/pip install --quiet --disable-pip-version-check -r requirements-bench.lock
 	@.venv-bench/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+# torch for the CPU is found in the folder that WHEELS names, or at PyTorch's own index, where UV_EXTRA_INDEX_URL names it.
+# With neither, PyPI's comes, for CUDA: it serves too, and brings 5 GB of libraries. uv, as pip takes minutes for these.
+FIND_WHEELS = $(if $(WHEELS),--find-links $(WHEELS))
+
+$(VLLM_READY): deploy/engines/vllm.lock deploy/engines/vllm-nodeps.lock pyproject.toml
+	@echo "Setting up .venv-vllm (once, under a minute with torch for the CPU) ..." >&2
+	@$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/pip install --quiet --disable-pip-version-check uv
+	@$(UV_VLLM) $(FIND_WHEELS) -r deploy/engines/vllm.lock
+	@$(UV_VLLM) --no-deps -r deploy/engines/vllm-nodeps.lock
+	@$(UV_VLLM) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(TRITON_READY): deploy/engines/triton.lock
+	@echo "Setting up .venv-triton (once, under a minute) ..." >&2
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 13) and "Triton needs Python 3.11 or 3.12: make engines PYTHON=python3.12")'
+	@$(PYTHON) -m venv .venv-triton
+	@.venv-triton/bin/pip install --quiet --disable-pip-version-check uv
+	@.venv-triton/bin/uv pip install --quiet --python .venv-triton/bin/python -r deploy/engines/triton.lock
+	@touch $@
+
+UV_VLLM = .venv-vllm/bin/uv pip install --quiet --python .venv-vllm/bin/python

@@ -29,6 +29,9 @@ Texts = (
 )
 """A text or many of them, each a string or a list of tokens."""
 
+TokenIds = list[int] | msgspec.UnsetType
+"""Tokens as the numbers that a model knows them by; clients get those that they ask for (`return_token_ids`)."""
+
 _Name = Annotated[str, msgspec.Meta(max_length=1024)]  # it comes back with every chunk
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 _Part = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -201,6 +204,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     temperature: _Temperature | None = None
     top_p: _Part | None = None
     user: str | None = None
+    prompt_cache_key: str | None = None  # requests of one key meet one worker, and so its cache of their prompts
     # vLLM's own
     top_k: int | None = None
     min_p: _Part | None = None
@@ -211,6 +215,10 @@ class GenerationRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     priority: int | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    return_token_ids: bool | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -243,6 +251,7 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, omit_defaults=True)
     top_logprobs: Annotated[int, msgspec.Meta(ge=0)] | None = None
     verbosity: str | None = None
     # vLLM's own
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -368,6 +377,7 @@ class ChatCompletionChoice(msgspec.Struct):
     index: int = 0
     finish_reason: FinishReason = "stop"
     logprobs: ChoiceLogprobs | None = None
+    token_ids: TokenIds = msgspec.UNSET
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True, tag_field="object", tag="chat.completion", omit_defaults=True):
@@ -380,6 +390,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True, tag_field="object", tag="chat
     usage: Usage | None = None
     service_tier: str | None = None
     system_fingerprint: str | None = None
+    prompt_token_ids: TokenIds = msgspec.UNSET
 
     @classmethod
     def of(
@@ -430,6 +441,7 @@ class ChatCompletionChunkChoice(msgspec.Struct):
     index: int = 0
     finish_reason: FinishReason | None = None
     logprobs: ChoiceLogprobs | None = None
+    token_ids: TokenIds = msgspec.UNSET
 
 
 class ChatCompletionChunk(
@@ -447,6 +459,7 @@ class ChatCompletionChunk(
     usage: Usage | None = None
     service_tier: str | None = None
     system_fingerprint: str | None = None
+    prompt_token_ids: TokenIds = msgspec.UNSET
 
     @classmethod
     def of(
@@ -479,6 +492,8 @@ class CompletionChoice(msgspec.Struct):
     index: int = 0
     finish_reason: FinishReason | None = None
     logprobs: CompletionLogprobs | None = None
+    token_ids: TokenIds = msgspec.UNSET
+    prompt_token_ids: TokenIds = msgspec.UNSET
 
 
 class Completion(msgspec.Struct, kw_only=True, tag_field="object", tag="text_completion", omit_defaults=True):

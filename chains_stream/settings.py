@@ -105,6 +105,11 @@ class Settings(pydantic.BaseModel):
         return value
 
     @property
+    def embedded(self) -> bool:
+        """Whether the broker lives in this process, and no other reaches it."""
+        return self.broker.startswith("memory:")
+
+    @property
     def webhook_keys(self) -> tuple[bytes, ...]:
         """The keys that webhooks are signed with, each of which gives a signature: so that they can be replaced."""
         return _webhook_keys(self.webhook_secrets.get_secret_value()) if self.webhook_secrets is not None else ()

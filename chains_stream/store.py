@@ -271,7 +271,7 @@ def place_of(settings: Settings) -> Place | None:
             "credentials don't belong in the store's URL, which goes into records: "
             "set them as its fsspec driver reads them, such as AWS_ACCESS_KEY_ID or FSSPEC_S3_KEY"
         )
-    if scheme == "memory" and not settings.broker.startswith("memory:"):
+    if scheme == "memory" and not settings.embedded:
         raise ChainsUsageError(f"the store {url} lives in one process, and the broker {settings.broker} does not")
     return _Remote(scheme, url.rstrip("/"))
 

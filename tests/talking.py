@@ -2,6 +2,8 @@
 
 from collections.abc import AsyncIterator
 
+import msgspec
+
 import chains_stream as chains
 from chains_stream import openai as api
 from tests.sample import Seen
@@ -143,6 +145,36 @@ class MeasurePlain(chains.ChainletBase):
 
     async def run_remote(self, request: api.EmbeddingRequest) -> list[list[float]]:
         return [[float("nan" if text == "nan" else 1.0)] for text in request.inputs]
+
+
+class TalkTokens(chains.ChainletBase):
+    """Streams words with the numbers of their characters, as an engine gives the tokens that it made; by two names."""
+
+    remote_config = WIDE
+    openai_models = ("base", "lora-a")
+
+    async def run_remote(self, request: api.ChatCompletionRequest) -> AsyncIterator[api.ChatCompletionChunk]:
+        for number, word in enumerate([request.model, *request.messages[-1].text.split()]):
+            choice = api.ChatCompletionChunkChoice(api.ChoiceDelta(content=f"{word} "), token_ids=[*word.encode()])
+            yield api.ChatCompletionChunk(choices=[choice], prompt_token_ids=[7, 8] if not number else msgspec.UNSET)
+
+
+class CompleteTokens(chains.ChainletBase):
+    """The same for completions."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, request: api.CompletionRequest) -> AsyncIterator[api.Completion]:
+        for number, character in enumerate(str(request.prompt)):
+            yield api.Completion(
+                choices=[
+                    api.CompletionChoice(
+                        character,
+                        token_ids=[ord(character)],
+                        prompt_token_ids=[7, 8] if not number else msgspec.UNSET,
+                    )
+                ]
+            )
 
 
 class Guard(chains.ChainletBase):

@@ -69,7 +69,7 @@ def secret_of(settings: Settings) -> bytes:
     """Give the secret that the ids are sealed with. Raises ChainsUsageError where one has to be chosen."""
     if settings.secret is not None:
         return settings.secret.get_secret_value().encode()
-    if settings.broker.startswith("memory:"):
+    if settings.embedded:
         return secrets.token_bytes(32)  # the answers go with the process, and so may the ids
     if settings.api_keys is not None:
         raise ChainsUsageError(

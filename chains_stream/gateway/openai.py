@@ -5,12 +5,13 @@ Chainlet: chunks are gathered into a whole answer, and a whole one is streamed i
 """
 
 import base64
+import hashlib
 import math
 import struct
 import time
 from functools import partial
 from http import HTTPStatus
-from typing import Any, Never
+from typing import Any, NamedTuple, Never
 
 import msgspec
 from starlette.routing import Route
@@ -26,7 +27,7 @@ from chains_stream.gateway import openai_errors
 from chains_stream.gateway.endpoint import JSON, Endpoint, Shared
 from chains_stream.gateway.exchange import PIECE, Exchange
 from chains_stream.gateway.limits import Place
-from chains_stream.gateway.openai_answers import Chat, ChunkForm, Dialect, Stamp, Text, to_json
+from chains_stream.gateway.openai_answers import Chat, ChunkForm, Dialect, Stamp, Text, to_json, without_token_ids
 from chains_stream.gateway.openai_offers import CHAT, COMPLETIONS, EMBEDDINGS, Offer, offers
 from chains_stream.gateway.problems import Problem, Refusal
 from chains_stream.settings import Settings
@@ -91,16 +92,30 @@ class _ModelEndpoint(Endpoint):
 
     def _choose(self, body: bytes) -> OfferedModel:
         """Choose who takes a request: by its `model`, if there are several. Raises Refusal."""
-        if len(self._models) == 1:
+        if len(self._models) == 1 and not self._models[0].offer.strict:
             return self._models[0]
         try:
             named = self._named(body).model
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             return self._models[0]  # it reads the request too, and says what is wrong with it
         for model in self._models:
-            if model.offer.is_called(named or ""):
+            if model.offer.is_called(named or "") or (not named and len(self._models) == 1):
                 return model
         return _no_such_model(named or "", self._models)
+
+
+class _Wanted(NamedTuple):
+    """What a request for text says of its answer: the model's name, and what it is to hold besides."""
+
+    model: str
+    usage: bool
+    token_ids: bool
+
+    @classmethod
+    def of(cls, request: api.GenerationRequest, offer: Offer) -> "_Wanted":
+        options = request.stream_options
+        usage = options is not None and bool(options.include_usage)
+        return cls(request.model or offer.name, usage, bool(request.return_token_ids))
 
 
 class Generation(_ModelEndpoint):
@@ -117,38 +132,45 @@ class Generation(_ModelEndpoint):
             model = self._choose(body)
             request = model.read(body)
             arguments = model.codec.encode_arguments((request,), {})
-            name = request.model or model.offer.name
+            wanted = _Wanted.of(request, model.offer)
+            if scope.affinity is None and request.prompt_cache_key:
+                scope.affinity = hashlib.sha256(request.prompt_cache_key.encode()).digest()
             if request.stream:
-                options = request.stream_options
-                usage = options is not None and bool(options.include_usage)
-                answer = partial(self._stream if model.offer.streaming else self._split, exchange, model, name, usage)
+                answer = partial(self._stream if model.offer.streaming else self._split, exchange, model, wanted)
             else:
-                answer = partial(self._whole, exchange, place, model, name)
+                answer = partial(self._whole, exchange, place, model, wanted)
             del request
             body = body if exchange.keyed else b""  # let go of, but for the comparison with an earlier one
             await self.run_once(exchange, place, model.target, body, arguments, scope=scope, answer=answer)
 
-    async def _stream(self, exchange: Exchange, model: OfferedModel, name: str, usage: bool, call: Answer) -> None:  # noqa: FBT001 - bound
-        form = ChunkForm(self._dialect, model.codec, self._stamp(exchange, name), include_usage=usage)
-        await self.stream(exchange, form, call)
+    async def _stream(self, exchange: Exchange, model: OfferedModel, wanted: "_Wanted", call: Answer) -> None:
+        await self.stream(exchange, self._form(exchange, model, wanted), call)
 
-    async def _split(self, exchange: Exchange, model: OfferedModel, name: str, usage: bool, call: Answer) -> None:  # noqa: FBT001 - bound
+    async def _split(self, exchange: Exchange, model: OfferedModel, wanted: "_Wanted", call: Answer) -> None:
         """Stream what is given as a whole."""
         given = model.codec.decode_result(await call.result())
         said, end = self._dialect.split(self._dialect.of_text(given) if isinstance(given, str) else given)
-        form = ChunkForm(self._dialect, model.codec, self._stamp(exchange, name), include_usage=usage)
+        form = self._form(exchange, model, wanted)
         data = form.write(said) + form.write(end) + form.end(2)
         exchange.tell = form.failure
         await exchange.start(HTTPStatus.OK, *form.headers)
         await exchange.finish(data)
 
-    async def _whole(self, exchange: Exchange, place: Place, model: OfferedModel, name: str, call: Answer) -> None:
+    async def _whole(
+        self, exchange: Exchange, place: Place, model: OfferedModel, wanted: "_Wanted", call: Answer
+    ) -> None:
         if model.offer.streaming:
             whole = await self._gather(place, model, call)
         else:
             given = model.codec.decode_result(await call.result())
             whole = self._dialect.of_text(given) if isinstance(given, str) else given
-        await _answer(exchange, place, to_json(self._stamp(exchange, name).put_on(whole)))
+        if not wanted.token_ids:
+            without_token_ids(whole)
+        await _answer(exchange, place, to_json(self._stamp(exchange, wanted.model).put_on(whole)))
+
+    def _form(self, exchange: Exchange, model: OfferedModel, wanted: "_Wanted") -> ChunkForm:
+        stamp = self._stamp(exchange, wanted.model)
+        return ChunkForm(self._dialect, model.codec, stamp, usage=wanted.usage, token_ids=wanted.token_ids)
 
     def _stamp(self, exchange: Exchange, name: str) -> Stamp:
         """Stamp an answer with the id of its request, which is another's once that is known to have run before."""
@@ -204,7 +226,7 @@ class ModelListing(Endpoint):
         super().__init__(shared)
         self._offered = models
         created = int(time.time())
-        names = dict.fromkeys(model.offer.name for model in models)
+        names = dict.fromkeys(name for model in models for name in model.offer.names)
         self._models = [api.Model(id=name, created=created, owned_by=owner) for name in names]
 
     async def handle(self, exchange: Exchange, place: Place) -> None:
@@ -225,7 +247,7 @@ async def _answer(exchange: Exchange, place: Place, data: bytes) -> None:
 
 
 def _no_such_model(name: str, models: list[OfferedModel]) -> Never:
-    names = ", ".join(f"`{name}`" for name in dict.fromkeys(model.offer.name for model in models))
+    names = ", ".join(f"`{name}`" for name in dict.fromkeys(name for model in models for name in model.offer.names))
     raise Refusal(HTTPStatus.NOT_FOUND, openai_errors.MODEL_NOT_FOUND, f"there is no model `{name}`; there are {names}")
 
 

@@ -7,6 +7,7 @@ chunks are completed with what it left out, and either is written by `ChunkForm`
 from typing import Any, Protocol
 
 import msgspec
+from msgspec import UNSET
 
 from chains_stream import foreign
 from chains_stream import openai as api
@@ -97,10 +98,14 @@ class ChunkForm:
     head = b""
     heartbeat = b":\n\n"
 
-    def __init__(self, dialect: Dialect, codec: Codec, stamp: Stamp, *, include_usage: bool) -> None:
+    def __init__(
+        self, dialect: Dialect, codec: Codec, stamp: Stamp, *, usage: bool = False, token_ids: bool = False
+    ) -> None:
+        """Write chunks for a client that asks for the `usage`, or for the `token_ids`."""
         self._dialect = dialect
         self._stamp = stamp
-        self._include_usage = include_usage
+        self._include_usage = usage
+        self._token_ids = token_ids
         self._usage: api.Usage | None = None
         self._ended: dict[int, bool] = {}  # by the index of each choice that was met
         self._with_tools: set[int] = set()
@@ -127,6 +132,8 @@ class ChunkForm:
             self._usage, chunk.usage = chunk.usage, None
         if not chunk.choices:
             return b""
+        if not self._token_ids:
+            without_token_ids(chunk)
         for choice in chunk.choices:
             if choice.index not in self._ended:
                 self._ended[choice.index] = False
@@ -150,6 +157,14 @@ class ChunkForm:
 
     def failure(self, problem: bytes) -> bytes:
         return b"data: %b\n\n" % one_line(problem)
+
+
+def without_token_ids(answer: Any) -> None:
+    """Take the token ids out of a chunk or a whole answer: engines always give them, for streams that are resumed."""
+    for part in (answer, *answer.choices):
+        for name in ("token_ids", "prompt_token_ids"):
+            if hasattr(part, name):
+                setattr(part, name, UNSET)
 
 
 def _event(chunk: Any) -> bytes:
@@ -181,7 +196,7 @@ class Chat(Dialect):
 
     def split(self, whole: api.ChatCompletion) -> tuple[api.ChatCompletionChunk, api.ChatCompletionChunk]:
         said = [
-            api.ChatCompletionChunkChoice(_delta(choice.message), choice.index, None, choice.logprobs)
+            api.ChatCompletionChunkChoice(_delta(choice.message), choice.index, None, choice.logprobs, choice.token_ids)
             for choice in whole.choices
         ]
         ends = [
@@ -217,7 +232,7 @@ class Text(Dialect):
         return False
 
     def split(self, whole: api.Completion) -> tuple[api.Completion, api.Completion]:
-        said = [api.CompletionChoice(choice.text, choice.index, None, choice.logprobs) for choice in whole.choices]
+        said = [msgspec.structs.replace(choice, finish_reason=None) for choice in whole.choices]
         ends = [api.CompletionChoice("", choice.index, choice.finish_reason or "stop") for choice in whole.choices]
         return _like(whole, api.Completion, said), _like(whole, api.Completion, ends)
 
@@ -247,7 +262,7 @@ def _delta(message: api.ChatCompletionMessage) -> api.ChoiceDelta:
 def _like(answer: Any, kind: type[Any], choices: list[Any]) -> Any:
     """Give an answer of a kind with what another one says of itself."""
     made = kind(choices=choices, id=answer.id, created=answer.created, model=answer.model, usage=answer.usage)
-    for name in ("system_fingerprint", "service_tier"):  # completions have no tier
+    for name in ("system_fingerprint", "service_tier", "prompt_token_ids"):  # completions have no tier
         if (value := getattr(answer, name, None)) is not None:
             setattr(made, name, value)
     return made
@@ -262,8 +277,8 @@ class _Common:
     def add(self, chunk: Any) -> None:
         for name in ("id", "created", "model"):
             self.said[name] = self.said.get(name) or getattr(chunk, name)
-        for name in ("usage", "system_fingerprint", "service_tier"):
-            if (value := getattr(chunk, name, None)) is not None:
+        for name in ("usage", "system_fingerprint", "service_tier", "prompt_token_ids"):
+            if (value := getattr(chunk, name, None)) not in (None, UNSET):
                 self.said[name] = value
 
 
@@ -285,6 +300,7 @@ class _Choice(msgspec.Struct):
     audio: dict[str, Any] = {}
     reason: api.FinishReason | None = None
     logprobs: api.ChoiceLogprobs | None = None
+    token_ids: api.TokenIds = UNSET
 
     def add(self, choice: api.ChatCompletionChunkChoice) -> None:
         delta = choice.delta
@@ -301,6 +317,7 @@ class _Choice(msgspec.Struct):
             joins = name in ("data", "transcript") and isinstance(value, str)
             self.audio[name] = self.audio.get(name, "") + value if joins else value
         self.reason = choice.finish_reason or self.reason
+        self.token_ids = _joined_ids(self.token_ids, choice.token_ids)
         if choice.logprobs is not None:
             self.logprobs = _joined_logprobs(self.logprobs, choice.logprobs)
 
@@ -325,7 +342,7 @@ class _Choice(msgspec.Struct):
             audio=self.audio or None,
         )
         reason = self.reason or ("tool_calls" if calls else "stop")
-        return api.ChatCompletionChoice(message, index, reason, self.logprobs)
+        return api.ChatCompletionChoice(message, index, reason, self.logprobs, self.token_ids)
 
 
 class ChatGatherer:
@@ -361,6 +378,8 @@ class TextGatherer:
             known = self._choices.setdefault(choice.index, api.CompletionChoice("", choice.index))
             self._texts.setdefault(choice.index, []).append(choice.text)
             known.finish_reason = choice.finish_reason or known.finish_reason
+            known.token_ids = _joined_ids(known.token_ids, choice.token_ids)
+            known.prompt_token_ids = _joined_ids(known.prompt_token_ids, choice.prompt_token_ids)
             if choice.logprobs is not None:
                 known.logprobs = _joined_text_logprobs(known.logprobs, choice.logprobs)
 
@@ -376,6 +395,14 @@ def _joined(first: list[Any] | None, second: list[Any] | None) -> list[Any] | No
     """Give both lists as one: the first, which grows."""
     if first is None or second is None:
         return second if first is None else first
+    first.extend(second)
+    return first
+
+
+def _joined_ids(first: api.TokenIds, second: api.TokenIds) -> api.TokenIds:
+    """Give the tokens of both: the first ones, which grow."""
+    if not isinstance(first, list) or not isinstance(second, list):
+        return first if isinstance(first, list) else second
     first.extend(second)
     return first
 

@@ -31,20 +31,29 @@ log = get_logger(__name__)
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """A Chainlet that is offered: the `model` of its `path` that is called `name`, or by its class's name."""
+    """A Chainlet that is offered: the `model` of its `path` that is called by one of its `names`, or its class's.
+
+    `strict` says that it is asked for by these alone, also where there is no other.
+    """
 
     path: Path
-    name: str
+    names: tuple[str, ...]
+    strict: bool
     chainlet: type[ChainletBase]
     request: type[Any]
     codec: Codec
+
+    @property
+    def name(self) -> str:
+        """What it is called in an answer to a request that names no model."""
+        return self.names[0]
 
     @property
     def streaming(self) -> bool:
         return self.codec.signature.streaming
 
     def is_called(self, name: str) -> bool:
-        return name in (self.name, self.chainlet.__name__)
+        return name in self.names or (name == self.chainlet.__name__ and not self.strict)
 
 
 def offers(chain: Chain) -> list[Offer]:
@@ -71,7 +80,8 @@ def _offer(cls: type[ChainletBase]) -> Offer | None:
             names = " or ".join(kind.__name__ for kind in allowed) or "no stream"
             log.info("openai.not_offered", chainlet=chainlet_name(cls), path=path, gives=names)
             return None
-        return Offer(path, chainlet_name(cls), cls, request, codec_of(found))
+        called = tuple(cls.openai_models)
+        return Offer(path, called or (chainlet_name(cls),), bool(called), cls, request, codec_of(found))
     return None
 
 

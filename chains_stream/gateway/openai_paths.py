@@ -79,8 +79,9 @@ def _generation(path: str, here: list[Offer], of: dict[Any, Json], settings: Set
     if chunk is not None:
         text = "With `stream`: server-sent events, chunks as JSON and a last one of `[DONE]`; or an `error`."
         content[EVENTS] = stream_of(EVENTS, of[chunk], text)
-    models = ", ".join(f"`{offer.name}`" for offer in here)
-    which = f"`model` is one of {models}." if len(here) > 1 else f"Any `model` is {models}."
+    names = [f"`{name}`" for offer in here for name in offer.names]
+    only = len(here) == 1 and not here[0].strict
+    which = f"Any `model` is {names[0]}." if only else f"`model` is one of {', '.join(names)}."
     return {
         "operationId": f"openai_{name}",
         "summary": summary,

@@ -22,6 +22,7 @@ from tests.serving import WAIT, Greet, Served, serving
 from tests.talking import (
     Complete,
     CompletePlain,
+    CompleteTokens,
     Measure,
     MeasurePlain,
     Several,
@@ -31,6 +32,7 @@ from tests.talking import (
     TalkMixed,
     TalkPlain,
     TalkText,
+    TalkTokens,
     TalkWhole,
 )
 
@@ -305,6 +307,64 @@ async def test_models() -> None:
     assert [model.id for model in listed] == ["Several", "Unit Talk", "Complete", "measure-1"]
     assert (one.id, one.object, one.owned_by) == ("Unit Talk", "model", "Several")
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+
+
+async def test_a_chainlet_may_name_the_models_that_it_is() -> None:
+    async with talking(TalkTokens) as client:
+        assert [model.id for model in (await client.models.list()).data] == ["base", "lora-a"]
+        assert (await client.models.retrieve("lora-a")).id == "lora-a"
+        for name in ("base", "lora-a"):
+            answer = await client.chat.completions.create(model=name, messages=say("a"))
+            assert (answer.model, answer.choices[0].message.content) == (name, f"{name} a ")
+        for name in ("TalkTokens", "other"):
+            with pytest.raises(openai.NotFoundError, match="there are `base`, `lora-a`"):
+                await client.chat.completions.create(model=name, messages=say("a"))
+
+
+async def test_tokens_are_given_to_those_who_ask_for_them() -> None:
+    async with talking(TalkTokens) as client:
+        asked = {"return_token_ids": True}
+        for extra, expected in ((asked, [98, 97, 115, 101, 97, 98]), ({}, None)):
+            stream = await client.chat.completions.create(
+                model="base", messages=say("a b"), stream=True, extra_body=extra
+            )
+            chunks = [chunk.model_dump(exclude_unset=True) async for chunk in stream]
+            ids = [each for chunk in chunks for c in chunk["choices"] for each in c.get("token_ids") or ()]
+            assert (ids or None) == expected
+            assert chunks[0].get("prompt_token_ids") == ([7, 8] if extra else None)
+            whole = await client.chat.completions.create(model="base", messages=say("a b"), extra_body=extra)
+            said = whole.model_dump(exclude_unset=True)
+            assert said["choices"][0].get("token_ids") == expected
+            assert said.get("prompt_token_ids") == ([7, 8] if extra else None)
+            assert ("token_ids" in said["choices"][0]) == bool(extra), "and there is no null"
+    async with talking(CompleteTokens) as client:
+        for extra in (asked, {}):
+            text = await client.completions.create(model="any", prompt="ab", extra_body=extra)
+            choice = text.choices[0].model_dump(exclude_unset=True)
+            assert choice.get("token_ids") == ([97, 98] if extra else None)
+            assert choice.get("prompt_token_ids") == ([7, 8] if extra else None)
+
+
+async def test_requests_of_one_prompt_cache_key_go_to_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(TalkText) as served, client_of(served) as client:
+        seen: list[bytes | None] = []
+        inner = served.caller.open
+
+        async def noting(topic: str, arguments: bytes, scope: Any, *rest: Any, **options: Any) -> Any:
+            seen.append(scope.affinity)
+            return await inner(topic, arguments, scope, *rest, **options)
+
+        monkeypatch.setattr(served.caller, "open", noting)
+        for key in ("a" * 1000, "a" * 1000, "b"):
+            await client.chat.completions.create(model="any", messages=say("a"), prompt_cache_key=key)
+        await client.chat.completions.create(
+            model="any", messages=say("a"), prompt_cache_key="b", extra_headers={"chains-affinity-key": "mine"}
+        )
+        await client.chat.completions.create(model="any", messages=say("a"))
+    first, second, third, given, none = seen
+    assert first == second != third
+    assert all(key is not None and len(key) <= 256 for key in (first, third))
+    assert (given, none) == (b"mine", None)
 
 
 async def test_a_model_is_chosen_by_its_name() -> None:

@@ -163,7 +163,7 @@ def _logprobs(token: str) -> api.ChoiceLogprobs:
 def test_text_is_written_the_quick_way_as_the_slow_one() -> None:
     codec = codec_of(signature(talking.TalkText))
     stamp = Stamp("chatcmpl-1", 7, 'an "odd" \u2028 "content":"" name')
-    form = ChunkForm(Chat(), codec, stamp, include_usage=False)
+    form = ChunkForm(Chat(), codec, stamp)
     events = [form.chunk(number, msgspec.msgpack.encode('"content":"" \u2029')) for number in range(3)]
     chunks = [msgspec.json.decode(event.removeprefix(b"data: "), type=api.ChatCompletionChunk) for event in events]
     assert chunks[0].choices[0].delta.role == "assistant"

@@ -1,6 +1,6 @@
 """Tiny random models, made at once and with no download: ``python -m tests.vllm.tiny FOLDER``.
 
-A Llama of two layers with a tokenizer of bytes: 256 byte tokens, ``<pad>``, ``<s>`` and ``</s>``, and no merges, so that
+A Llama of two layers with a tokenizer of bytes: 256 of them, ``<pad>``, ``<s>`` and ``</s>``, and no merges, so that
 one token is one byte. What it writes is noise, but the same noise for the same prompt, which is what tests need: mostly
 printable ASCII, now and then a byte that begins a longer character, and never of itself the end of the text.
 """
@@ -126,7 +126,7 @@ def _tokenizer() -> Any:
 
 
 def _letters() -> list[str]:
-    """Give the letter that stands for each byte in a byte-level tokenizer: itself if it is visible, else one of 256 on."""
+    """Give the letter for each byte in a byte-level tokenizer: its own if it is visible, else one of 256 on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))
     return [chr(byte if byte in visible else next(others)) for byte in range(256)]
