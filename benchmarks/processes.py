@@ -85,21 +85,21 @@ class Driver(Serving):
 
 
 @contextmanager
-def chains(*arguments: str) -> Iterator[Serving]:
-    """A `chains` command that serves, once it is ready."""
-    with _started([str(CHAINS), *arguments], {}) as serving:
+def chains(*arguments: str, seconds: float = START_SECONDS) -> Iterator[Serving]:
+    """A `chains` command that serves, once it is ready, which takes so many seconds at most."""
+    with _started([str(CHAINS), *arguments], {}, seconds) as serving:
         yield serving
 
 
 @contextmanager
 def program(module: str, *arguments: str, variables: Mapping[str, str] | None = None) -> Iterator[Driver]:
     """A module of ours, run as a program, once it is ready."""
-    with _started([sys.executable, "-m", module, *arguments], variables or {}) as started:
+    with _started([sys.executable, "-m", module, *arguments], variables or {}, START_SECONDS) as started:
         yield started
 
 
 @contextmanager
-def _started(command: Sequence[str], variables: Mapping[str, str]) -> Iterator[Driver]:
+def _started(command: Sequence[str], variables: Mapping[str, str], seconds: float) -> Iterator[Driver]:
     """A process in a group of its own, which ends with it, so that what it started itself is ended too."""
     with TemporaryFile() as log:
         driven = False
@@ -114,7 +114,7 @@ def _started(command: Sequence[str], variables: Mapping[str, str]) -> Iterator[D
             start_new_session=True,
         )
         try:
-            while READY not in (line := _line(process, log, START_SECONDS)):
+            while READY not in (line := _line(process, log, seconds)):
                 pass
             driven = line.startswith("Driver")
             yield Driver(process, line.split()[-1], log)
