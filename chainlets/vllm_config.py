@@ -12,17 +12,15 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 import chains_stream as chains
 
-# Fields that are no arguments of the engine, but of those who speak to it.
+# Fields of those who speak to an engine, and not of itself.
 _OURS = {
     "chat_template",
     "chat_template_content_format",
     "chat_template_kwargs",
-    "extra",
-    "lora_modules",
-    "structured_outputs_backend",
     "tool_call_parser",
     "trust_request_chat_template",
 }
+_TRANSLATED = {"extra", "lora_modules", "model", "structured_outputs_backend"}  # are not given to it as they are
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 _MOST_LORAS = 8  # in one batch, if the user does not say
 
@@ -86,9 +84,9 @@ class VLLMConfig(pydantic.BaseModel):
     extra: dict[str, Any] = Field(default_factory=dict)
 
     @property
-    def key(self) -> str:
+    def engine_key(self) -> str:
         """The same for configs that one engine serves."""
-        return self.model_dump_json(include=set(VLLMConfig.model_fields))
+        return self.model_dump_json(include=set(VLLMConfig.model_fields) - _OURS)
 
     @property
     def base_names(self) -> tuple[str, ...]:
@@ -99,8 +97,9 @@ class VLLMConfig(pydantic.BaseModel):
         """Give what vLLM's ``AsyncEngineArgs``, which is `engine_args`, is made of. Raises ChainsUsageError."""
         self._check_folders()
         self._check_extra({field.name for field in dataclasses.fields(engine_args)})
-        names = set(VLLMConfig.model_fields) - _OURS
+        names = set(VLLMConfig.model_fields) - _OURS - _TRANSLATED
         found = {name: value for name in names if (value := getattr(self, name)) is not None}
+        found["model"] = str(Path(self.model).expanduser()) if _is_a_path(self.model) else self.model
         if self.structured_outputs_backend != "auto":
             found["structured_outputs_config"] = {"backend": self.structured_outputs_backend}
         if self.lora_modules:

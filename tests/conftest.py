@@ -1,11 +1,13 @@
-"""What all tests share: a real Apache Kafka, started when the first test asks for one."""
+"""What all tests share: a real Apache Kafka, started when the first test asks for one; the logs of what failed."""
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.acceptance.command import STARTED
 
 KAFKA = Path(__file__).parents[1] / "deploy" / "kafka" / "kafka"
 REPORTED = pytest.StashKey[str]()
@@ -35,3 +37,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     passed = [report for report in terminalreporter.getreports("passed") if "kafka" in report.keywords]
     where = config.stash.get(REPORTED, "none was started")
     terminalreporter.write_line(f"{len(passed)} tests passed against Apache Kafka ({where})")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        for node in item.listchain():
+            if (started := node.stash.get(STARTED, None)) is not None:
+                report.sections.append(("commands", started.report()))
+    return report

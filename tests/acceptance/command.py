@@ -75,9 +75,9 @@ class Command:
     def pid(self) -> int:
         return self._process.pid
 
-    def ready(self) -> str:
+    def ready(self, seconds: float = DEADLINE) -> str:
         """Wait for the line that says so; give the URL in it, if it has one."""
-        found = READY.search(self.stdout.until(lambda line: READY.search(line) is not None, self))
+        found = READY.search(self.stdout.until(lambda line: READY.search(line) is not None, self, seconds))
         assert found is not None
         return found["url"] or ""
 
@@ -124,9 +124,9 @@ class _Lines:
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
 
-    def until(self, wanted: Callable[[str], bool], command: Command) -> str:
+    def until(self, wanted: Callable[[str], bool], command: Command, seconds: float = DEADLINE) -> str:
         """Wait for a line, of those not waited for before."""
-        end = time.monotonic() + DEADLINE
+        end = time.monotonic() + seconds
         while True:
             try:
                 line = self._new.get(timeout=max(0.0, end - time.monotonic()))

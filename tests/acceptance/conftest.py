@@ -1,6 +1,6 @@
-"""What the tests of the command share: commands that are ended, and whose logs are shown when a test fails."""
+"""What the tests of the command share: commands that are ended, whatever a test did."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from uuid import uuid4
 
 import pytest
@@ -28,13 +28,3 @@ def servers() -> Iterator[dict[str, str]]:
     with commands() as started:
         running = {name: started("run", f"{file}:{name}", "--port", "0") for name in ("Order", "Tell")}
         yield {name: command.ready() for name, command in running.items()}
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    if report.failed:
-        for node in item.listchain():
-            if (started := node.stash.get(STARTED, None)) is not None:
-                report.sections.append(("commands", started.report()))
-    return report

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 SHELL = re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-CHAIN, CLIENT, TEST, RESUMABLE = CODE
+CHAIN, MODEL, CLIENT, TEST, RESUMABLE = CODE
 
 
 @pytest.fixture
@@ -106,3 +106,9 @@ def test_processes_on_kafka_and_the_client(start: Commands, folder: Path, kafka_
         words = shlex.split(line, comments=True)[1:]
         assert chains(*words, cwd=folder, variables=variables).returncode == status, line
     assert python(f"{over_http}\n\nasyncio.run(main())", folder).splitlines() == ["ADA!", "GRACE!"]
+
+
+def test_a_model_is_a_chain_where_its_engine_is_not_installed_too(tmp_path: Path) -> None:
+    (tmp_path / "chat.py").write_text(MODEL, encoding="utf-8")
+    checked = chains("check", "chat.py", cwd=tmp_path)
+    assert (checked.returncode, checked.stdout) == (0, "OK: 1 Chainlet\n"), checked.stderr
