@@ -23,10 +23,11 @@ import operator
 import re
 import textwrap
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import msgspec
 import pydantic
@@ -36,6 +37,7 @@ from chainlets.openai_chat import DIMENSIONS, MAX_DIMENSIONS, cut, embed, words
 from chainlets.summarize import STOP_WORDS, split_sentences
 from chains_stream import openai
 
+ConfigT = TypeVar("ConfigT", bound=pydantic.BaseModel)
 Embedder = Literal["auto", "vllm", "sentence-transformers", "hashed"]
 
 BATCH = 64  # passages that are embedded with one call
@@ -64,8 +66,9 @@ class Settings(pydantic.BaseModel):
         embedding_model: a folder, or an id of the Hugging Face hub.
         model: a folder or an id for vLLM to answer with; without it, answers are sentences of the documents.
         passages: how many of them an answer is made from.
-        vllm: more engine arguments for the answering model, by name.
-        embedding_vllm: the same for the embedding model.
+        vllm, embedding_vllm: more fields of the `VLLMConfig` of either model, by name; where both share a GPU, how much
+            of it each takes: ``{"gpu_memory_utilization": 0.2}``.
+        gpu, embedding_gpu: what the workers of either model are to be deployed on, such as ``H100``.
     """
 
     documents: Path = Path(__file__).parent / "documents"
@@ -75,6 +78,8 @@ class Settings(pydantic.BaseModel):
     passages: Annotated[int, pydantic.Field(ge=1, le=20)] = 3
     vllm: dict[str, Any] = {}
     embedding_vllm: dict[str, Any] = {}
+    gpu: str | None = None
+    embedding_gpu: str | None = None
 
     @pydantic.model_validator(mode="after")
     def _has_a_model(self) -> "Settings":
@@ -92,6 +97,11 @@ class Passage(msgspec.Struct):
 
 
 settings = chains.parameters(Settings)
+
+
+def compute_of(gpu: str | None, engine: str) -> chains.Compute:
+    """Say what a worker runs on, and how much at once: with vLLM as much as its engine does."""
+    return chains.Compute(gpu=gpu) if engine == "vllm" else chains.Compute(gpu=gpu, predict_concurrency=8)
 
 
 # --- embedding
@@ -134,10 +144,14 @@ class SentenceEmbed(chains.ChainletBase):
 
     def _load(self) -> Any:
         try:
-            from sentence_transformers import SentenceTransformer  # heavy, and an extra
+            package = import_module("sentence_transformers")  # heavy, and not everybody's
         except ImportError as error:
             raise chains.ChainsUsageError(f"{error}: pip install sentence-transformers") from error
-        return SentenceTransformer(settings.embedding_model)
+        try:
+            return package.SentenceTransformer(settings.embedding_model)
+        except (OSError, ValueError) as error:
+            told = f"embedding_model={settings.embedding_model} can't be loaded"
+            raise chains.ChainsUsageError(f"{told}: {str(error).splitlines()[0]}") from error
 
     async def run_remote(self, request: openai.EmbeddingRequest) -> openai.EmbeddingResponse:
         texts = [text for text in request.inputs if isinstance(text, str)]
@@ -154,20 +168,52 @@ class SentenceEmbed(chains.ChainletBase):
         return openai.EmbeddingResponse.of(vectors, prompt_tokens=tokens)
 
 
-def chosen_embedder() -> type[Any]:
-    """Give the class that `Embed` is derived from. What is heavy is imported where it is chosen, and nowhere else."""
-    chosen = settings.embedder
-    if chosen == "auto" and settings.embedding_model:
-        chosen = "sentence-transformers" if find_spec("vllm") is None else "vllm"
-    if chosen == "vllm":
-        return vllm_embedder()
-    return SentenceEmbed if chosen == "sentence-transformers" else HashedEmbed
+def vllm_embed() -> type[Any]:
+    """Give a class that embeds with vLLM."""
+    from chainlets.vllm_pooling import VLLMEmbed, VLLMPoolingConfig  # of an extra
+
+    class Embedding(VLLMEmbed):
+        config = config_of(
+            VLLMPoolingConfig,
+            "embedding_vllm",
+            model=settings.embedding_model,
+            truncate=True,
+            **settings.embedding_vllm,
+        )
+
+    return Embedding
 
 
-class Embed(chosen_embedder()):  # type: ignore[misc] # a class that the settings choose
+def config_of(kind: type[ConfigT], name: str, **fields: Any) -> ConfigT:
+    """Make the config of a model. Raises ChainsUsageError that names the setting which is wrong."""
+    from chainlets.vllm_start import one_line
+
+    try:
+        return kind.model_validate(fields)
+    except pydantic.ValidationError as error:
+        raise chains.ChainsUsageError(f"{name}: {one_line(error)}") from None
+
+
+def chosen_embedder() -> str:
+    """Say who embeds, where the settings leave it open."""
+    if settings.embedder != "auto":
+        return settings.embedder
+    if not settings.embedding_model:
+        return "hashed"
+    return "sentence-transformers" if find_spec("vllm") is None else "vllm"
+
+
+EMBEDDERS: dict[str, Callable[[], type[Any]]] = {
+    "vllm": vllm_embed,
+    "sentence-transformers": lambda: SentenceEmbed,
+    "hashed": lambda: HashedEmbed,
+}
+
+
+class Embed(EMBEDDERS[chosen_embedder()]()):  # type: ignore[misc] # a class that the settings choose
     """Embeds passages and questions, and texts of clients."""
 
-    remote_config = chains.RemoteConfig(name="embed", compute=chains.Compute(predict_concurrency=8))
+    remote_config = chains.RemoteConfig(name="embed", compute=compute_of(settings.embedding_gpu, chosen_embedder()))
 
 
 # --- retrieval
@@ -306,13 +352,22 @@ class ExtractiveGenerate(chains.ChainletBase):
         yield openai.ChatCompletionChunk(choices=[], usage=usage)
 
 
-def chosen_generator() -> type[Any]:
-    """Give the class that `Generate` is derived from."""
-    return vllm_generator() if settings.model else ExtractiveGenerate
+def vllm_generate() -> type[Any]:
+    """Give a class that answers with vLLM."""
+    from chainlets.vllm_engine import VLLMChat, VLLMConfig  # of an extra
+
+    class Generating(VLLMChat):
+        config = config_of(VLLMConfig, "vllm", model=settings.model, **settings.vllm)
+
+    return Generating
 
 
-class Generate(chosen_generator()):  # type: ignore[misc] # a class that the settings choose
+class Generate(vllm_generate() if settings.model else ExtractiveGenerate):  # type: ignore[misc] # as above
     """Takes a conversation, streams what comes next."""
+
+    remote_config = chains.RemoteConfig(
+        name="generate", compute=compute_of(settings.gpu, "vllm" if settings.model else "")
+    )
 
 
 def extract(question: str, prompt: str) -> str:
@@ -409,7 +464,8 @@ class Sources:
             yield chunk
             return
         open_ended = [msgspec.structs.replace(choice, finish_reason=None) for choice in chunk.choices]
-        yield msgspec.structs.replace(chunk, choices=open_ended, usage=None)
+        if any(choice.delta != openai.ChoiceDelta() or choice.token_ids for choice in open_ended):
+            yield msgspec.structs.replace(chunk, choices=open_ended, usage=None)
         for choice in ended:
             yield openai.ChatCompletionChunk.of(self._list(self._said[choice.index]), index=choice.index)
         for choice in ended:

@@ -2,8 +2,9 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import chains_stream as chains
@@ -13,11 +14,21 @@ from chainlets.vllm_start import continues_in_sampler, one_line, start, stop
 
 DEATH_POLL = 0.2  # seconds between two looks at whether the engine lives
 
+EngineT = TypeVar("EngineT", bound="OpenEngine")
+
 _cores: "WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Core]]" = WeakKeyDictionary()
 
 
 async def open_engine(config: VLLMConfig) -> "Engine":
-    """Give the engine of a config, started if this process has none that serves it; `Engine.close` lets it go.
+    """Give the engine of a config, started if this process has none that serves it; `close` lets it go.
+
+    Raises ChainsUsageError or ChainsRuntimeError, with what is wrong in a line.
+    """
+    return await open_as(Engine, config)
+
+
+async def open_as(kind: type[EngineT], config: VLLMConfig) -> EngineT:
+    """Give the engine of a config as one `kind` of those who speak to it: see `open_engine`.
 
     Raises ChainsUsageError or ChainsRuntimeError, with what is wrong in a line.
     """
@@ -25,19 +36,17 @@ async def open_engine(config: VLLMConfig) -> "Engine":
     core = here.setdefault(config.engine_key, _Core(config))
     await core.use()
     try:
-        return Engine(config, core)
+        return kind(config, core)
     except BaseException:
         await core.close()
         raise
 
 
-class Engine:
+class OpenEngine:
     """An engine as one config speaks to it. It belongs to the event loop that it was opened on: see `open_engine`."""
 
     def __init__(self, config: VLLMConfig, core: "_Core") -> None:
         self.config = config
-        self.frontend = Frontend(core.llm, config)
-        self.sampler = Sampler(core.llm.vllm_config)
         self._core = core
 
     async def close(self) -> None:
@@ -60,6 +69,41 @@ class Engine:
             await asyncio.sleep(DEATH_POLL)
         raise self._death()
 
+    @contextmanager
+    def explained(self, path: str | None = None) -> Iterator[None]:
+        """Turn what vLLM raises for a request into errors of ours; `path` names what is wrong of the arguments.
+
+        Raises InvalidArgumentError for what the engine does not take, OverloadedError, WorkerLostError if it is dead.
+        """
+        from vllm.exceptions import GracefulHTTPError, VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        try:
+            yield
+        except VLLMClientError as error:
+            raise chains.InvalidArgumentError(one_line(error), path=path) from error
+        except GracefulHTTPError as error:
+            raise chains.OverloadedError(one_line(error), retry_after=1.0) from error
+        except EngineDeadError as error:
+            raise self._death() from error
+        except EngineGenerateError as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, ValueError | TypeError):
+                raise chains.InvalidArgumentError(one_line(cause), path=path) from error
+            raise chains.ChainsRuntimeError(f"vLLM failed: {type(cause).__name__}: {one_line(cause)}") from error
+
+    def _death(self) -> chains.ChainsRuntimeError:
+        return chains.WorkerLostError(f"the vLLM engine of {self.config.model} is dead; its log says why")
+
+
+class Engine(OpenEngine):
+    """An engine whose model generates."""
+
+    def __init__(self, config: VLLMConfig, core: "_Core") -> None:
+        super().__init__(config, core)
+        self.frontend = Frontend(core.llm, config)
+        self.sampler = Sampler(core.llm.vllm_config)
+
     def adapter(self, name: str, others: Sequence[str]) -> Any:
         """Give the LoRA adapter that a request asks for by `name`; None for the model itself, as one of the `others`.
 
@@ -78,33 +122,17 @@ class Engine:
     async def generate(self, job: Job, lora: Any, priority: int) -> AsyncGenerator[Any, None]:
         """Yield what the engine gives for a job, vLLM's ``RequestOutput``; closed, it frees what the request holds.
 
-        Raises InvalidArgumentError for what the engine does not take, OverloadedError, WorkerLostError if it is dead.
+        Raises what `explained` does.
         """
-        from vllm.exceptions import GracefulHTTPError, VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
         outputs = self.llm.generate(
             job.prompt, job.params, str(uuid.uuid4()), lora_request=lora, priority=priority, **job.options
         )
         try:
-            async for output in outputs:
-                yield output
-        except VLLMClientError as error:
-            raise chains.InvalidArgumentError(one_line(error)) from error
-        except GracefulHTTPError as error:
-            raise chains.OverloadedError(one_line(error), retry_after=1.0) from error
-        except EngineDeadError as error:
-            raise self._death() from error
-        except EngineGenerateError as error:
-            cause = error.__cause__ or error
-            if isinstance(cause, ValueError | TypeError):
-                raise chains.InvalidArgumentError(one_line(cause)) from error
-            raise chains.ChainsRuntimeError(f"vLLM failed: {type(cause).__name__}: {one_line(cause)}") from error
+            with self.explained():
+                async for output in outputs:
+                    yield output
         finally:
             await outputs.aclose()
-
-    def _death(self) -> chains.ChainsRuntimeError:
-        return chains.WorkerLostError(f"the vLLM engine of {self.config.model} is dead; its log says why")
 
 
 class Sampler:

@@ -27,9 +27,9 @@ from pydantic import PositiveInt
 
 import chains_stream as chains
 from chainlets.vllm_config import VLLMConfig
-from chainlets.vllm_core import Engine
+from chainlets.vllm_core import OpenEngine, open_as
 from chainlets.vllm_engine import VLLMChainlet
-from chainlets.vllm_start import one_line, start
+from chainlets.vllm_start import one_line
 from chains_stream import openai
 
 T = TypeVar("T")
@@ -65,9 +65,9 @@ class VLLMPoolingConfig(VLLMConfig):
         return self
 
     @property
-    def key(self) -> str:
+    def engine_key(self) -> str:
         """The same for configs that one engine serves."""
-        return f"pooling {super().key} {self.convert} {self.pooler_config}"
+        return f"pooling {super().engine_key} {self.convert} {self.pooler_config}"
 
     def arguments(self, engine_args: type[Any]) -> dict[str, Any]:
         """Give what vLLM's ``AsyncEngineArgs``, which is `engine_args`, is made of. Raises ChainsUsageError."""
@@ -89,13 +89,10 @@ class Pooled(msgspec.Struct, frozen=True):
     tokens: int
 
 
-class PoolingEngine(Engine):
+class PoolingEngine(OpenEngine):
     """An engine whose model gives vectors and scores, and no text. What depends on vLLM's version is 0.32's."""
 
     config: VLLMPoolingConfig
-
-    async def _start(self) -> None:
-        self._llm = await asyncio.to_thread(start, self.config)
 
     async def require(self, task: Task, kind: type[Any]) -> None:
         """Raise ChainsUsageError if the model does not do that."""
@@ -107,26 +104,14 @@ class PoolingEngine(Engine):
     async def encode(self, prompt: Any, params: Any, path: str) -> Pooled:
         """Have one text pooled; a caller that is cancelled takes it out of the engine. `path` names it in errors.
 
-        Raises InvalidArgumentError for what the engine does not take, WorkerLostError if it is dead.
+        Raises what `explained` does.
         """
-        from vllm.exceptions import GracefulHTTPError, VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-        try:
+        with self.explained(path):
             rendered = await self._render(prompt)
             async with aclosing(self.llm.encode(rendered, params, str(uuid.uuid4()))) as outputs:
                 async for output in outputs:
                     if output.finished:
                         return Pooled(output.outputs.data.flatten().tolist(), len(output.prompt_token_ids))
-        except (VLLMClientError, ValueError) as error:
-            raise chains.InvalidArgumentError(one_line(error), path=path) from error
-        except GracefulHTTPError as error:
-            raise chains.OverloadedError(one_line(error), retry_after=1.0) from error
-        except EngineDeadError as error:
-            raise self._death() from error
-        except EngineGenerateError as error:
-            cause = error.__cause__ or error
-            raise chains.ChainsRuntimeError(f"vLLM failed: {type(cause).__name__}: {one_line(cause)}") from error
         raise chains.WorkerLostError("vLLM gave the request up")
 
     async def _render(self, prompt: Any) -> Any:
@@ -197,13 +182,13 @@ class VLLMPooling(VLLMChainlet):
     """What the Chainlets of this module have in common: `config`, which a class derived from them gives."""
 
     config: ClassVar[VLLMPoolingConfig]
-    _engine: PoolingEngine | None = None
+    _engine: PoolingEngine | None = None  # type: ignore[assignment] # one of another kind
 
     async def __aenter__(self) -> Self:
         if not isinstance(getattr(self, "config", None), VLLMPoolingConfig):
             told = "has no config for it; write `config = VLLMPoolingConfig(model=…)` in its class"
             raise chains.ChainsUsageError(f"{type(self).__name__} {told}")
-        self._engine = await PoolingEngine.open(self.config)
+        self._engine = await open_as(PoolingEngine, self.config)
         try:
             await self._prepare(self._engine)
         except BaseException:
@@ -212,9 +197,9 @@ class VLLMPooling(VLLMChainlet):
         return self
 
     @property
-    def engine(self) -> PoolingEngine:
+    def engine(self) -> PoolingEngine:  # type: ignore[override] # as above
         """The engine, while the Chainlet is entered; `engine.llm` is vLLM's own ``AsyncLLM``."""
-        engine = super().engine
+        engine: Any = super().engine
         assert isinstance(engine, PoolingEngine), "what `__aenter__` has opened"
         return engine
 
@@ -231,9 +216,9 @@ class VLLMEmbed(VLLMPooling):
     async def run_remote(self, request: openai.EmbeddingRequest) -> openai.EmbeddingResponse:
         engine, given = self.engine, request.inputs
         check_number(given, engine.config, "$.input")
-        check_dimensions(request.dimensions, engine.llm.model_config)
+        dimensions = cut_to(request.dimensions, engine.llm.model_config)
         prompts = [text if isinstance(text, str) else {"prompt_token_ids": list(text)} for text in given]
-        found = await engine.encode_all(prompts, "embed", "$.input", dimensions=request.dimensions)
+        found = await engine.encode_all(prompts, "embed", "$.input", dimensions=dimensions)
         tokens = sum(one.tokens for one in found)
         return openai.EmbeddingResponse.of([one.values for one in found], prompt_tokens=tokens)
 
@@ -332,10 +317,13 @@ def check_number(given: Sequence[Any], config: VLLMPoolingConfig, path: str) -> 
         raise chains.InvalidArgumentError(f"{len(given)} texts, and at most {config.max_inputs} are taken", path=path)
 
 
-def check_dimensions(asked: int | None, model: Any) -> None:
-    """Raise InvalidArgumentError for dimensions that vectors of the model, vLLM's ``ModelConfig``, can't be cut to."""
+def cut_to(asked: int | None, model: Any) -> int | None:
+    """Give how many dimensions vectors of a model, vLLM's ``ModelConfig``, are to be cut to; None for all it has.
+
+    Raises InvalidArgumentError for a number that it was not trained for.
+    """
     if asked is None or asked == model.embedding_size:
-        return
+        return None
     if not model.is_matryoshka:
         told = f"the model has {model.embedding_size} dimensions, and was not trained for fewer"
     elif model.matryoshka_dimensions and asked not in model.matryoshka_dimensions:
@@ -343,7 +331,7 @@ def check_dimensions(asked: int | None, model: Any) -> None:
     elif asked > model.embedding_size:
         told = f"the model has at most {model.embedding_size} dimensions"
     else:
-        return
+        return asked
     raise chains.InvalidArgumentError(f"{told}; {asked} were asked for", path="$.dimensions")
 
 

