@@ -45,7 +45,8 @@ PASSAGE = 500  # characters, about; whole sentences as far as they fit
 MAX_PASSAGES = 20_000  # in one worker's memory; they are compared one by one: some 20 µs each with 384 dimensions
 READABLE = (".txt", ".md", ".rst", ".json")
 UNKNOWN = "The documents do not say."
-SENTENCES = 2  # of an answer without a model
+SENTENCES = 2  # of an answer without a model, at most
+ENOUGH = 0.7  # of the score of the best one, for another to be told too
 CITATION = re.compile(r"\[(\d{1,3})\]")
 PASSAGES = re.compile(r"^\[(\d+)\] [^\n]*?: (.*)$", re.MULTILINE)  # in a prompt
 PROMPT = """\
@@ -387,7 +388,7 @@ def extract(question: str, prompt: str) -> str:
         for bag in bags
     ]
     best = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:SENTENCES]
-    chosen = [at for at in sorted(best) if scores[at] >= max(scores) / 2 > 0]
+    chosen = [at for at in sorted(best) if scores[at] >= ENOUGH * max(scores) > 0]
     return " ".join(f"{sentences[at][1]} {sentences[at][0]}" for at in chosen) or UNKNOWN
 
 

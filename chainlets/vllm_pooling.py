@@ -58,7 +58,9 @@ class VLLMPoolingConfig(VLLMConfig):
     score_template: str | None = None
 
     @pydantic.model_validator(mode="after")
-    def _has_both(self) -> Self:
+    def _fits(self) -> Self:
+        if self.lora_modules:
+            raise ValueError("lora_modules are for models that generate")
         template = self.score_template
         if template is not None and not (QUERY in template and DOCUMENT in template):
             raise ValueError(f"score_template should have {QUERY} and {DOCUMENT} in it")
@@ -224,7 +226,7 @@ class VLLMEmbed(VLLMPooling):
 
 
 class VLLMScore(VLLMPooling):
-    """Scores documents by how well they answer a query, from the same model.
+    """Scores documents by how well they answer a query.
 
     A cross-encoder reads both together: its score is what its own activation gives, mostly from 0 to 1. Of a model that
     embeds it is the cosine of the two vectors.

@@ -13,9 +13,10 @@ import pydantic
 
 import chains_stream as chains
 from benchmarks.generation import Client, Figures, Load, Tokens, measure, request
+from chainlets.vllm_answers import chat
 from chainlets.vllm_core import Engine, open_engine
 from chainlets.vllm_engine import VLLMChat, VLLMConfig
-from chains_stream import openai, policy
+from chains_stream import openai
 
 SECONDS = 3600.0  # what a measurement may take
 First = Callable[[], None]
@@ -46,18 +47,15 @@ class Measure(chains.ChainletBase):
     ``resumed`` has `Chat` go on in the middle of each answer that the engine gave, as after the loss of a worker.
     """
 
-    def __init__(self, chat: Chat = chains.depends(Chat, timeout_sec=SECONDS, concurrency_limit=1024)) -> None:
-        self._chat = chat
-        self._own = Chat()
+    def __init__(self, answer: Chat = chains.depends(Chat, timeout_sec=SECONDS, concurrency_limit=1024)) -> None:
+        self._answer = answer
         self._engine: Engine
 
     async def __aenter__(self) -> Self:
         self._engine = await open_engine(Chat.config)  # the same that `Chat` has
-        await self._own.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._own.__aexit__(None, None, None)
         await self._engine.close()
 
     async def run_remote(self, way: Literal["bare", "chain", "resumed"], load: Load) -> Figures:
@@ -86,7 +84,7 @@ class Measure(chains.ChainletBase):
         async def read(number: int, first: First) -> Chunks:
             found: Chunks = []
             begun = False
-            async for chunk in self._chat.run_remote(request(number, load.tokens)):
+            async for chunk in self._answer.run_remote(request(number, load.tokens)):
                 found.append(chunk)
                 if not begun and tokens_of([chunk]):
                     begun = True
@@ -100,13 +98,7 @@ class Measure(chains.ChainletBase):
             half = bare.answers[number][: load.tokens // 2]
             delta = openai.ChatCompletionChunkChoice(openai.ChoiceDelta(content=""), token_ids=half)
             sent = openai.ChatCompletionChunk(choices=[delta])
-            scope = policy.Scope.new(SECONDS)
-            scope.emitted, scope.attempt = (sent,), 2
-            token = policy.current.set(scope)
-            try:
-                rest = [chunk async for chunk in VLLMChat.run_remote(self._own, request(number, load.tokens))]
-            finally:
-                policy.current.reset(token)
+            rest = [chunk async for chunk in chat(self._engine, request(number, load.tokens), (), (sent,))]
             first()
             return [sent, *rest]
 

@@ -1,4 +1,4 @@
-"""The script that measures an engine on a GPU, here with a tiny model on a CPU: it runs, checks, and writes a report."""
+"""The script that measures an engine on a GPU, here with a tiny model on a CPU: it runs, checks, and reports."""
 
 import json
 from pathlib import Path

@@ -75,6 +75,12 @@ async def classify(models: Path) -> AsyncIterator[Any]:
         yield chain
 
 
+@pytest_asyncio.fixture(scope="class", loop_scope="session")
+async def score(models: Path) -> AsyncIterator[Any]:
+    async with running(VLLMScore, models / "scorer", truncate=True) as chain:
+        yield chain
+
+
 async def vectors(chain: Any, texts: Any, **more: Any) -> list[list[float]]:
     response = await chain.run_remote(openai.EmbeddingRequest(input=texts, **more))
     assert [item.index for item in response.data] == list(range(len(response.data)))
@@ -192,7 +198,7 @@ class TestAModelThatGenerates:
             assert close((await vectors(chain, "x", dimensions=64))[0], (await vectors(chain, "x"))[0])
 
 
-def pairs(folder: Path, query: str, documents: Sequence[str], **options: Any) -> list[float]:
+def pairs(folder: Path, query: str, documents: Sequence[str | None], **options: Any) -> list[float]:
     """Give the scores that transformers gives."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -204,17 +210,24 @@ def pairs(folder: Path, query: str, documents: Sequence[str], **options: Any) ->
 
 
 class TestScoring:
-    async def test_a_cross_encoder_reads_both(self, models: Path) -> None:
-        async with running(VLLMScore, models / "scorer", truncate=True) as chain:
-            scores = await chain.run_remote("who swims?", TEXTS)
-            [long] = await chain.run_remote("who swims?", [LONG])
-            with pytest.raises(chains.InvalidArgumentError) as error:
-                await chain.run_remote(LONG, TEXTS)
+    async def test_a_cross_encoder_reads_both(self, score: Any, models: Path) -> None:
+        scores = await score.run_remote("who swims?", TEXTS)
+        [long] = await score.run_remote("who swims?", [LONG])
+        with pytest.raises(chains.InvalidArgumentError) as error:
+            await score.run_remote(LONG, TEXTS)
         assert close(scores, pairs(models / "scorer", "who swims?", TEXTS))
         assert len({round(score, 4) for score in scores}) == len(TEXTS)
         [expected] = pairs(models / "scorer", "who swims?", [LONG], truncation="only_second", max_length=128)
         assert abs(long - expected) < CLOSE
         assert error.value.path == "$.query"
+
+    @pytest.mark.usefixtures("score")
+    async def test_a_template_says_how_a_model_is_asked(self, models: Path) -> None:
+        template = "Is {document} an answer to {query}?"
+        async with running(VLLMScore, models / "scorer", score_template=template) as chain:
+            [score] = await chain.run_remote("who", ["it is {query}"])
+        [expected] = pairs(models / "scorer", "Is it is {query} an answer to who?", [None])
+        assert abs(score - expected) < CLOSE
 
     @pytest.mark.usefixtures("embed")
     async def test_a_model_that_embeds_gives_cosines(self, models: Path) -> None:

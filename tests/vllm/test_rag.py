@@ -33,7 +33,8 @@ async def ask(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Any]:
         str(RAG), {name: str(value) for name, value in values.items()} | {"vllm": SMALL, "embedding_vllm": SMALL}
     )
     entrypoint: Any = chain.entrypoint
-    async with chains.run_chain(entrypoint) as connection:
+    hosting: Any = chains.run_chain(entrypoint)
+    async with hosting as connection:
         yield connection
 
 
