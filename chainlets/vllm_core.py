@@ -1,16 +1,20 @@
 """The vLLM engine of a process: one for each model, shared by the Chainlets that use it."""
 
 import asyncio
+import gc
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from prometheus_client import CollectorRegistry
+
 import chains_stream as chains
+from chainlets import vllm_metrics
 from chainlets.vllm_config import VLLMConfig
 from chainlets.vllm_frontend import Frontend, Job
-from chainlets.vllm_start import continues_in_sampler, one_line, start, stop
+from chainlets.vllm_start import continues_in_sampler, one_line, start
 
 DEATH_POLL = 0.2  # seconds between two looks at whether the engine lives
 
@@ -151,6 +155,7 @@ class _Core:
         self.loras: dict[str, Any] = {}
         self._config = config
         self._users = 0
+        self._metrics = CollectorRegistry()
         self._starting: asyncio.Task[None] | None = None
         self._llm: Any = None
 
@@ -181,12 +186,16 @@ class _Core:
         del _cores[asyncio.get_running_loop()][self._config.engine_key]
         if self._starting is not None:
             await asyncio.wait([self._starting])  # a start can't be broken off: it is in a thread
+        vllm_metrics.hide(self._metrics)
         if self._llm is not None:
-            llm, self._llm = self._llm, None
-            await asyncio.to_thread(stop, llm, last=not any(_cores.values()))
+            await asyncio.to_thread(self._llm.shutdown)
+            # It is part of a circle, and would be met again, half gone, when the interpreter ends.
+            self._llm = None
+            await asyncio.to_thread(gc.collect)
 
     async def _start(self) -> None:
-        self._llm = llm = await asyncio.to_thread(start, self._config)
+        self._llm = llm = await asyncio.to_thread(start, self._config, self._metrics)
+        vllm_metrics.show(self._metrics)
         from vllm.lora.request import LoRARequest
 
         for number, (name, folder) in enumerate(self._config.lora_modules.items(), 1):

@@ -143,6 +143,10 @@ class Frontend:
         jobs: list[Job] = []
         for prompt in prompts:
             length = len(prompt["prompt_token_ids"])
+            if length >= self._model.max_model_len:
+                raise ValueError(
+                    f"the prompt has {length} tokens, and leaves none of the model's {self._model.max_model_len}"
+                )
             most = get_max_tokens(self._model.max_model_len, limit, length, self._defaults, self._most_tokens)
             params = request.to_sampling_params(most, self._defaults)
             for choice in range(choices):

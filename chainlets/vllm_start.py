@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
+from prometheus_client import CollectorRegistry
 
 import chains_stream as chains
 from chainlets.vllm_config import VLLMConfig
+from chainlets.vllm_metrics import stat_logger
 
 INSTALL = "vLLM is not installed here; install it with: pip install 'chains-stream[vllm]'"
 # The engine's process is made anew: a fork would take along the threads and the event loop of this one. And what vLLM
@@ -26,8 +28,8 @@ _LOGGING = "VLLM_LOGGING_CONFIG_PATH"
 _one_at_a_time = threading.Lock()  # each start sets environment variables for its processes
 
 
-def start(config: VLLMConfig) -> Any:
-    """Start an engine, which takes from seconds to minutes, and give vLLM's ``AsyncLLM``; for a thread without a loop.
+def start(config: VLLMConfig, metrics: CollectorRegistry) -> Any:
+    """Start an engine, and give vLLM's ``AsyncLLM``. It takes from seconds to minutes, in a thread without a loop.
 
     Raises ChainsUsageError where the config is wrong, ChainsRuntimeError where the engine's process failed.
     """
@@ -51,19 +53,12 @@ def start(config: VLLMConfig) -> Any:
             processors = vllm_config.model_config.logits_processors or ()
             vllm_config.model_config.logits_processors = [*processors, *_processors()]
         try:
-            return AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=engine_args.disable_log_stats)
+            quiet = engine_args.disable_log_stats
+            loggers = [] if quiet else [stat_logger(metrics)]
+            return AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=quiet, stat_loggers=loggers)
         except Exception as error:
             reason = _last_error(errors) or one_line(error)
             raise chains.ChainsRuntimeError(f"vLLM can't start with the model {config.model}: {reason}") from error
-
-
-def stop(engine: Any, *, last: bool) -> None:
-    """End an engine and its processes, in seconds; with the `last` one of this process, its metrics go too."""
-    from vllm.v1.metrics.prometheus import unregister_vllm_metrics
-
-    engine.shutdown()
-    if last:
-        unregister_vllm_metrics()
 
 
 def continues_in_sampler(vllm_config: Any) -> bool:
