@@ -10,6 +10,7 @@ the bare engine in the same repeat. All answers must be those of the bare engine
 import argparse
 import asyncio
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -39,7 +40,10 @@ START_SECONDS = 600.0  # of a model that is large, on a machine that is small
 TOKENS = 64  # an answer
 # What vLLM's own server imports beside what vLLM's API needs.
 SERVER = ("uvicorn", "watchfiles", "prometheus_fastapi_instrumentator", "model_hosting_container_standards")
-ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "kv_cache_memory_bytes": 256 << 20}
+# By itself an engine on a CPU keeps to the first core, even beside others, and has a process more than it needs.
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
+ON_CPU = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
+EXTRA = {"distributed_executor_backend": "uni"}
 TOLD = {
     "bare": "the engine, asked in its process: no HTTP, prompts rendered before",
     "chain": "a Chainlet, called in the same process over the embedded broker",
@@ -122,7 +126,8 @@ def vllm_server(engine: dict[str, Any]) -> Iterator[processes.Serving]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in engine.items()]
+    given = {name: value for name, value in engine.items() if name != "extra"} | engine.get("extra", {})
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in given.items()]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host=127.0.0.1", f"--port={port}"]
     with TemporaryFile() as log:
         process = subprocess.Popen([*command, *flags], stdout=log, stderr=log, cwd=processes.ROOT)
@@ -173,14 +178,20 @@ def start(stack: ExitStack, given: argparse.Namespace, engine: dict[str, Any]) -
     return systems
 
 
+def engine_of(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Give the fields of the engines' `VLLMConfig`."""
+    engine: dict[str, Any] = {"max_model_len": given.max_model_len, "max_num_seqs": max(given.streams)}
+    if given.model:
+        return engine | {"model": given.model} | dict(given.set)
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    return engine | {"model": str(models.make_tiny(folder / "tiny")), "extra": EXTRA} | ON_CPU | dict(given.set)
+
+
 async def work(given: argparse.Namespace) -> None:
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory())
         async with AsyncExitStack() as given.pools:
-            engine = ENGINE | {
-                "model": given.model or str(models.make_tiny(Path(folder) / "tiny")),
-                "max_num_seqs": max(given.streams),
-            }
+            engine = engine_of(given, Path(folder))
             systems = start(stack, given, engine)
             samples = await compare(systems, loads(given.streams, given.tokens), given.repeats)
     told = {system.name: TOLD[system.name] for system in systems}
@@ -201,6 +212,15 @@ CAVEATS = [
 ]
 
 
+def setting(text: str) -> tuple[str, Any]:
+    """Read ``name=value``, with a value in JSON, or else a text."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="benchmarks.engines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -208,7 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="a folder or an id of the hub; else a tiny random model is made")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64], metavar="N", help="(1 8 32 64)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of an answer ({TOKENS})")
+    parser.add_argument("--max-model-len", type=int, default=512, help="(512)")
     parser.add_argument("--repeats", type=int, default=5, help="(5)")
+    parser.add_argument("--set", type=setting, action="append", default=[], metavar="NAME=VALUE", help="of VLLMConfig")
     parser.add_argument("--kafka", metavar="URL", help="kafka://host:port; one of our own is started if none is named")
     parser.add_argument("--without-kafka", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"({RESULTS})")

@@ -10,6 +10,7 @@ the gateway. Writes gpu.md and gpu.json. Ends with status 1 if a check fails.
 
 import argparse
 import asyncio
+import os
 import re
 import sys
 import time
@@ -24,7 +25,19 @@ import httpx
 
 from benchmarks import engine_report, models, processes
 from benchmarks.bench import say
-from benchmarks.engines import RESULTS, START_SECONDS, TOLD, System, chain_arguments, compare, loads
+from benchmarks.engines import (
+    ENVIRONMENT,
+    EXTRA,
+    ON_CPU,
+    RESULTS,
+    START_SECONDS,
+    TOLD,
+    System,
+    chain_arguments,
+    compare,
+    loads,
+    setting,
+)
 from benchmarks.generation import CHAT, Load, body
 from benchmarks.http_caller import Pool
 
@@ -88,8 +101,8 @@ def engine_of(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if given.model:
         engine["model"] = given.model
     elif given.size == TINY:
-        engine |= {"model": str(models.make_tiny(folder / TINY)), "dtype": "float32"}
-        engine |= {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
+        engine |= {"model": str(models.make_tiny(folder / TINY)), "extra": EXTRA} | ON_CPU
+        os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     else:
         engine |= {"model": str(models.make_shape(folder / given.size, given.size)), "load_format": "dummy"}
     return engine | dict(given.set)
@@ -135,17 +148,6 @@ def processor() -> str:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """Read ``name=value`` with a value in JSON, or else a text."""
-    import json
-
-    name, _, value = text.partition("=")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
