@@ -234,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kafka", metavar="URL", help="kafka://host:port; one of our own is started if none is named")
     parser.add_argument("--without-kafka", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"({RESULTS})")
+    processes.end_what_was_started()
     asyncio.run(work(parser.parse_args(arguments)))
     return 0
 

@@ -165,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if find_spec("vllm") is None:
         parser.error("vLLM is not installed here: pip install 'chains-stream[vllm]'")
+    processes.end_what_was_started()
     return 0 if asyncio.run(work(given)) else 1
 
 

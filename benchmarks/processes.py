@@ -53,6 +53,15 @@ def kafka(url: str | None, *properties: str) -> Iterator[str]:
         subprocess.run([KAFKA, "clean", "--port", found.rpartition(":")[2]], check=True)
 
 
+def end_what_was_started() -> None:
+    """Have SIGTERM end this program as Ctrl-C does, so that what it has started ends too."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
 class Serving:
     """A command that serves: its process id and, of a gateway, its URL."""
 
