@@ -132,8 +132,8 @@ def tokens_in(events: bytes) -> Tokens:
     found: Tokens = []
     for event in events.split(b"\n\n"):
         data = event.removeprefix(b"data: ").strip()
-        if not data or data == b"[DONE]":
-            continue
+        if not event.startswith(b"data: ") or data == b"[DONE]":
+            continue  # a comment keeps a connection that rests
         try:
             chunk = _decode(data)
         except msgspec.DecodeError as error:
