@@ -55,11 +55,11 @@ TOLD = {
 
 @dataclass(frozen=True)
 class System:
-    """One way to an engine: `ask` loads it, and `pids` are the processes on the way, the engine's own included."""
+    """One way to an engine: `ask` loads it, and `pids` are the processes on the way, those of the engine left out."""
 
     name: str
     ask: Callable[[Load], Awaitable[Figures]]
-    pids: Callable[[], list[int]]
+    pids: tuple[int, ...]
 
     @classmethod
     def inside(cls, name: str, serving: processes.Serving, pool: Pool) -> "System":
@@ -71,21 +71,22 @@ class System:
             connection.close()
             return msgspec.json.decode(data, type=Figures)
 
-        return cls(name, ask, lambda: family_of(serving.pid))
+        return cls(name, ask, (serving.pid,))
 
     @classmethod
     def over_http(cls, name: str, pool: Pool, *pids: int, model: str = "chat") -> "System":
         async def ask(load: Load) -> Figures:
             return await measure(http_client(pool, load.tokens, model), load)
 
-        return cls(name, ask, lambda: [pid for first in pids for pid in family_of(first)])
+        return cls(name, ask, pids)
 
     async def sample(self, load: Load, repeat: int) -> tuple[Sample, Figures]:
         """Measure once."""
-        pids = self.pids()
-        busy = cpu_seconds(pids)
+        own, all_of_them = self.pids, [pid for first in self.pids for pid in family_of(first)]
+        before = [cpu_seconds(pids) for pids in (own, all_of_them)]
         figures = await self.ask(load)
-        return Sample.of(self.name, load, repeat, figures, cpu_seconds(pids) - busy), figures
+        used = [cpu_seconds(pids) - one for pids, one in zip((own, all_of_them), before, strict=True)]
+        return Sample.of(self.name, load, repeat, figures, *used), figures
 
 
 async def compare(
@@ -208,7 +209,8 @@ CAVEATS = [
     "Client, engine, gateway and Kafka share the processors of one machine: what one of them uses, the others lack.",
     "The bare engine is asked in its own process, with prompts that were rendered before: no server can do as well.",
     "A closed loop: so many streams are kept under way, two rounds of them.",
-    "CPU is that of the processes on the way, engine included; of the client and of Kafka it is not counted.",
+    "CPU is that of the processes on the way; of the client and of Kafka it is not counted. All of them but the engine's "
+    "own do what vLLM does in the process that asks its engine: bare, that is what is left.",
 ]
 
 

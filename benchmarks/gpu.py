@@ -49,7 +49,7 @@ CAVEATS = [
     "The client shares the processors of the machine with the server; the GPU is the engine's alone.",
     "The bare engine is asked in its own process, with prompts that were rendered before: no server can do as well.",
     "A closed loop: so many streams are kept under way, two rounds of them.",
-    "CPU is that of the server's processes, engine included.",
+    "CPU is that of the server's processes; without the engine's own, bare, it is what vLLM does in the one that asks.",
 ]
 BATCHES = (
     "Several streams are computed in batches of changing sizes, by other kernels than one alone: in 16 bits the "
