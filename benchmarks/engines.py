@@ -209,7 +209,7 @@ CAVEATS = [
     "Client, engine, gateway and Kafka share the processors of one machine: what one of them uses, the others lack.",
     "The bare engine is asked in its own process, with prompts that were rendered before: no server can do as well.",
     "A closed loop: so many streams are kept under way, two rounds of them.",
-    "CPU is that of the processes on the way; of client and Kafka it is not counted. Bare, it is what vLLM itself does.",
+    "CPU is that of the processes on the way, without client and Kafka. Bare, it is what vLLM itself does.",
 ]
 
 

@@ -2,13 +2,13 @@
 
 from chainlets.triton_config import TritonConfig
 from chainlets.triton_errors import TritonError, TritonMismatchError, TritonRefusedError, TritonUnavailableError
-from chainlets.triton_generate import GenerationConfig, TritonChat, TritonGenerate
+from chainlets.triton_generate import TritonTextConfig, TritonChat, TritonGenerate
 from chainlets.triton_model import TritonModel
 from chainlets.triton_sampling import Guide, Sampling
 from chainlets.triton_tensors import Tensor
 
 __all__ = [
-    "GenerationConfig",
+    "TritonTextConfig",
     "Guide",
     "Sampling",
     "Tensor",

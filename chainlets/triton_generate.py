@@ -26,7 +26,7 @@ from chains_stream import openai
 REASONS: Mapping[str, openai.FinishReason] = {"stop": "stop", "length": "length"}
 
 
-class GenerationConfig(TritonConfig):
+class TritonTextConfig(TritonConfig):
     """A language model on Triton.
 
     Attributes:
@@ -50,7 +50,7 @@ class GenerationConfig(TritonConfig):
     special_tokens: Mapping[str, str] = Field(default_factory=dict)
 
     @pydantic.model_validator(mode="after")
-    def _check_template(self) -> "GenerationConfig":
+    def _check_template(self) -> "TritonTextConfig":
         if self.chat_template is not None and self.chat_template_file is not None:
             raise ValueError("give chat_template or chat_template_file, not both")
         return self
@@ -87,22 +87,22 @@ class _Answer:
 class _TextModel(TritonModel):
     """What both Chainlets for text have in common."""
 
-    triton: ClassVar[GenerationConfig] = GenerationConfig()
+    config: ClassVar[TritonTextConfig] = TritonTextConfig()
 
     def check(self, model: Model) -> None:
         """Raise TritonMismatchError if the model can't generate text."""
         faults = missing(model, self._defaults)
-        output = model.outputs.get(self.triton.text_output)
+        output = model.outputs.get(self.config.text_output)
         if output is None or output.datatype != "BYTES":
             names = ", ".join(f"`{name}`" for name in model.outputs)
-            faults.append(f"the model has no output `{self.triton.text_output}` of text; it has {names}")
+            faults.append(f"the model has no output `{self.config.text_output}` of text; it has {names}")
         if faults:
             lines = "".join(f"\n  {fault}" for fault in faults)
             raise TritonMismatchError(f"{type(self).__name__} does not fit the {model.shown}:{lines}")
 
     @property
     def _defaults(self) -> Defaults:
-        return Defaults(self.triton.max_tokens, self.triton.end_id, self.triton.pad_id)
+        return Defaults(self.config.max_tokens, self.config.end_id, self.config.pad_id)
 
     async def generate(self, prompt: str, sampling: Sampling, answer: _Answer, text: Text) -> AsyncGenerator[str, None]:
         """Yield the text that the model goes on with, as it comes, and note in `answer` what else it says."""
@@ -110,7 +110,7 @@ class _TextModel(TritonModel):
         async with aclosing(self._answers(inputs)) as answers:
             async for outputs in answers:
                 answer.take(outputs, whole=not self.model.decoupled)
-                piece = outputs[self.triton.text_output].reshape(-1)[0]
+                piece = outputs[self.config.text_output].reshape(-1)[0]
                 if new := text.take(piece):
                     yield new
                 if text.stopped:
@@ -124,18 +124,18 @@ class _TextModel(TritonModel):
             return
         async with aclosing(self.infer_stream(inputs)) as answers:
             async for outputs in answers:
-                if self.triton.text_output in outputs:
+                if self.config.text_output in outputs:
                     yield outputs
 
     def _text(self, sampling: Sampling) -> Text:
-        return Text(sampling.stop, accumulated=self.triton.accumulated, included=sampling.include_stop)
+        return Text(sampling.stop, accumulated=self.config.accumulated, included=sampling.include_stop)
 
     def _limit(self, sampling: Sampling) -> int:
-        return sampling.max_tokens or self.triton.max_tokens
+        return sampling.max_tokens or self.config.max_tokens
 
 
 class TritonGenerate(_TextModel):
-    """Goes on with a prompt, as text that streams. Derive a class, and set `triton`."""
+    """Goes on with a prompt, as text that streams. Derive a class, and set `config`."""
 
     async def run_remote(self, prompt: str, sampling: Sampling = Sampling()) -> AsyncIterator[str]:  # noqa: B008 - frozen
         """Yield the text in pieces. Raises what `TritonModel.predict` does."""
@@ -146,7 +146,7 @@ class TritonGenerate(_TextModel):
 
 
 class TritonChat(_TextModel):
-    """Answers conversations of OpenAI's API. Derive a class, and set `triton`.
+    """Answers conversations of OpenAI's API. Derive a class, and set `config`.
 
     What a model on Triton can't do, tools and log probabilities say, is refused with the field's name. Of usage it
     tells what the model tells: nothing, if that has no `num_input_tokens`.
@@ -157,14 +157,14 @@ class TritonChat(_TextModel):
     def check(self, model: Model) -> None:
         """Raise TritonMismatchError if the model can't generate text, ChainsUsageError for a wrong chat template."""
         super().check(model)
-        path = self.triton.chat_template_file
-        self._template = self.triton.chat_template if path is None else read(path).decode()
+        path = self.config.chat_template_file
+        self._template = self.config.chat_template if path is None else read(path).decode()
         triton_prompt.check(self._template)
 
     async def run_remote(self, request: openai.ChatCompletionRequest) -> AsyncIterator[openai.ChatCompletionChunk]:
         """Yield the answer in chunks. Raises what `TritonModel.predict` does."""
         sampling = sampling_of(request)
-        prompt = triton_prompt.prompt_of(request, self._template, self.triton.special_tokens)
+        prompt = triton_prompt.prompt_of(request, self._template, self.config.special_tokens)
         answer, text = _Answer(self._limit(sampling)), self._text(sampling)
         async with aclosing(self.generate(prompt, sampling, answer, text)) as pieces:
             async for piece in pieces:

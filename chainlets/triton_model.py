@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 class TritonModel(chains.ChainletBase, abc.ABC):
-    """A Chainlet on a model of Triton. Derive a class, set `triton`, and write `run_remote`::
+    """A Chainlet on a model of Triton. Derive a class, set `config`, and write `run_remote`::
 
         class Scores(msgspec.Struct):
             scores: NDArray[np.float32]
 
         class Classify(TritonModel):
-            triton = TritonConfig(url="grpc://localhost:8001", model="resnet")
+            config = TritonConfig(url="grpc://localhost:8001", model="resnet")
 
             async def run_remote(self, image: NDArray[np.float32]) -> Scores:
                 return await self.predict(Scores, image=image)
@@ -39,7 +39,7 @@ class TritonModel(chains.ChainletBase, abc.ABC):
     of many callers together, if its configuration says `dynamic_batching`. Or give the batch itself.
     """
 
-    triton: ClassVar[TritonConfig] = TritonConfig()
+    config: ClassVar[TritonConfig] = TritonConfig()
     inputs: ClassVar[Mapping[str, Tensor] | None] = None
     outputs: ClassVar[Mapping[str, Tensor] | None] = None
 
@@ -54,7 +54,7 @@ class TritonModel(chains.ChainletBase, abc.ABC):
             cls._concurrency_is_ours = "predict_concurrency" not in compute.model_fields_set
         if cls._concurrency_is_ours:
             # As many as may be at Triton at once: no more are taken, so that waiting stays with the broker.
-            compute = compute.model_copy(update={"predict_concurrency": cls.triton.max_in_flight})
+            compute = compute.model_copy(update={"predict_concurrency": cls.config.max_in_flight})
             cls.remote_config = cls.remote_config.model_copy(update={"compute": compute})
 
     @abc.abstractmethod
@@ -110,7 +110,7 @@ class TritonModel(chains.ChainletBase, abc.ABC):
 
     async def __aenter__(self) -> Self:
         """Wait for the model, and check it. Raises TritonMismatchError, TritonError, ChainsUsageError."""
-        connection = await Triton(self.triton).__aenter__()
+        connection = await Triton(self.config).__aenter__()
         try:
             self.check(connection.model)
         except BaseException:

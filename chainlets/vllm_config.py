@@ -100,8 +100,6 @@ class VLLMConfig(pydantic.BaseModel):
         names = set(VLLMConfig.model_fields) - _OURS - _TRANSLATED
         found = {name: value for name in names if (value := getattr(self, name)) is not None}
         found["model"] = str(Path(self.model).expanduser()) if _is_a_path(self.model) else self.model
-        if self.structured_outputs_backend != "auto":
-            found["structured_outputs_config"] = {"backend": self.structured_outputs_backend}
         if self.lora_modules:
             found |= {"enable_lora": True, "max_lora_rank": self.max_lora_rank or self._lora_rank()}
             found["max_loras"] = self.max_loras or min(len(self.lora_modules), _MOST_LORAS)

@@ -189,23 +189,27 @@ class _Core:
         vllm_metrics.hide(self._metrics)
         if self._llm is not None:
             await asyncio.to_thread(self._llm.shutdown)
-            # It is part of a circle, and would be met again, half gone, when the interpreter ends.
             self._llm = None
             gc.unfreeze()
             await asyncio.to_thread(gc.collect)
 
     async def _start(self) -> None:
-        self._llm = llm = await asyncio.to_thread(start, self._config, self._metrics)
+        await asyncio.to_thread(self._start_here)
         vllm_metrics.show(self._metrics)
         from vllm.lora.request import LoRARequest
 
         for number, (name, folder) in enumerate(self._config.lora_modules.items(), 1):
             self.loras[name] = lora = LoRARequest(name, number, folder)
             try:
-                await llm.add_lora(lora)
+                await self._llm.add_lora(lora)
             except Exception as error:
                 reason = one_line(error.__cause__ or error)
                 raise chains.ChainsUsageError(f"VLLMConfig.lora_modules: {name} can't be loaded: {reason}") from error
         # Some 600,000 objects that stay, which a full collection goes through in 0.4 s: all streams would stand still.
         gc.collect()
         gc.freeze()
+
+    def _start_here(self) -> None:
+        # Not returned: errors that vLLM's imports keep hold on to the frames that they passed, and so to what a thread
+        # returns. The engine would then outlive its end, and be in the way of the interpreter's.
+        self._llm = start(self._config, self._metrics)

@@ -6,6 +6,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
 import chains_stream as chains
 from chainlets.vllm_core import Engine
 from chainlets.vllm_frontend import Job
@@ -16,8 +18,7 @@ _FINISHES: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "re
 _NOTHING = Past()
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True):
     """What came to one choice.
 
     `logprobs` are vLLM's, of each token, and `prompt_logprobs` those of the prompt, with the first piece. `cached` is
@@ -102,7 +103,8 @@ class _Text:
         kept = self._detokenizer.num_output_tokens() - before
         text = str(self._detokenizer.get_next_output_text(reason is not None, True))
         logprobs = None if piece.logprobs is None else piece.logprobs[:kept]
-        return replace(piece, text=text, token_ids=piece.token_ids[:kept], finish_reason=reason, logprobs=logprobs)
+        tokens = piece.token_ids[:kept]
+        return msgspec.structs.replace(piece, text=text, token_ids=tokens, finish_reason=reason, logprobs=logprobs)
 
 
 def _piece(index: int, output: Any) -> Piece | None:

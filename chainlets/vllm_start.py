@@ -46,6 +46,8 @@ def start(config: VLLMConfig, metrics: CollectorRegistry) -> Any:
     with _one_at_a_time, _last_words() as errors:
         try:
             engine_args = AsyncEngineArgs(**arguments)
+            if config.structured_outputs_backend != "auto":
+                engine_args.structured_outputs_config.backend = config.structured_outputs_backend
             vllm_config = engine_args.create_engine_config()
         except Exception as error:
             raise chains.ChainsUsageError(f"vLLM can't run the model {config.model}: {one_line(error)}") from error

@@ -15,7 +15,7 @@ from chainlets.vllm_engine import Delta, Sampling, VLLMChat, VLLMCompletions, VL
 from chains_stream import openai, policy
 
 WAIT = 30.0  # seconds for what takes a moment
-MAX_LENGTH = 512
+MAX_LENGTH = 1024
 SEQUENCES = 64
 SERVED = "tiny"
 ADAPTER = "other"

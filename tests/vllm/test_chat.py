@@ -11,17 +11,9 @@ from chainlets.vllm_engine import VLLMChat
 from chains_stream import openai
 from tests.vllm.serving import Served, choices_of, collected, content_of, said
 
+PLACES = {"type": "object", "properties": {"at": {"enum": ["sea", "sky"]}}, "required": ["at"]}
 LOOK = openai.Tool(
-    openai.FunctionDefinition(
-        "look",
-        "Looks somewhere.",
-        {
-            "type": "object",
-            "properties": {"at": {"enum": ["sea", "sky"]}},
-            "required": ["at"],
-            "additionalProperties": False,
-        },
-    )
+    openai.FunctionDefinition("look", "Looks somewhere.", PLACES | {"additionalProperties": False}, strict=True)
 )
 WAIT = openai.Tool(openai.FunctionDefinition("wait", parameters={"type": "object", "properties": {}}))
 

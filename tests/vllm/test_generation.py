@@ -169,7 +169,7 @@ async def test_logprobs_are_those_of_the_bare_engine(served: Served) -> None:
     assert values == pytest.approx(own, abs=1e-4)
     offsets = [offset for its in found for offset in its.text_offset]
     assert offsets == list(range(10))
-    assert all(len(top) == 3 for its in found for top in its.top_logprobs)
+    assert all(1 <= len(top) <= 3 for its in found for top in its.top_logprobs)  # some may have the same text
     sampling = Sampling(temperature=0, max_tokens=10, logprobs=0, allowed_token_ids=LETTERS)
     deltas = await collected(served.generate.run_remote("Once", sampling))
     assert [its.logprob for delta in deltas for its in delta.logprobs] == pytest.approx(own, abs=1e-4)
@@ -250,7 +250,7 @@ async def test_requests_may_have_a_priority(served: Served) -> None:
         ({"prompt": "x", "structured_outputs": {"json": "no schema"}}, ""),
         ({"prompt": "x", "structured_outputs": {"regex": "a", "choice": ["b"]}}, "one kind"),
         ({"prompt": "x", "best_of": 3}, "best_of"),
-        ({"prompt": "x", "seed": 2**70}, "seed"),
+        ({"prompt": "x", "seed": 2**63}, "seed"),
     ],
 )
 async def test_what_is_wrong_is_said_in_a_line(served: Served, fields: dict[str, Any], reason: str) -> None:
@@ -260,7 +260,7 @@ async def test_what_is_wrong_is_said_in_a_line(served: Served, fields: dict[str,
 
 
 async def test_who_leaves_frees_the_engine_within_a_second(served: Served) -> None:
-    request = said("Hello", temperature=1.0, min_tokens=400, n=8)
+    request = said("Hello", temperature=1.0, min_tokens=900, n=8)
     async with aclosing(served.chat.run_remote(request)) as chunks:
         await anext(chunks)
         while metric("vllm:num_requests_running") != 8:

@@ -21,14 +21,12 @@ VOCABULARY = 256 + len(SPECIAL)
 SPREAD = 0.2  # wide, so that the likeliest token leads clearly, and differs from place to place
 
 CHAT_TEMPLATE = """\
-{%- if tools %}<tools>{{ tools | tojson }}</tools>
-{% endif %}
-{%- for message in messages %}[{{ message.role }}]{{ message.content or '' }}
-{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}
-{%- if not (loop.last and continue_final_message) %}
-{% endif %}
+{%- if tools %}{{ '<tools>' + (tools | tojson) + '</tools>\\n' }}{% endif %}
+{%- for message in messages %}{{ '[' + message.role + ']' + (message.content or '') }}
+{%- for call in message.tool_calls or [] %}{{ '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{% endfor %}
+{%- if not (loop.last and continue_final_message) %}{{ '\\n' }}{% endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}[assistant]{{ mood or '' }}{% endif %}"""
+{%- if add_generation_prompt %}{{ '[assistant]' + (mood or '') }}{% endif %}"""
 
 
 def make(folder: Path, seed: int = 0) -> Path:

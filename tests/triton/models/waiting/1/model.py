@@ -20,7 +20,7 @@ class TritonPythonModel:
 def answer(request: Any) -> Any:
     key, seconds = (pb.get_input_tensor_by_name(request, name).as_numpy() for name in ("key", "seconds"))
     with (Path(os.environ["NOTES"]) / key[0].decode()).open("a") as notes:
-        notes.write("began\n")
+        notes.write(f"{request.parameters()}\nbegan\n")
         notes.flush()
         deadline = time.monotonic() + seconds[0]
         while time.monotonic() < deadline and not request.is_cancelled():
