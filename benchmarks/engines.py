@@ -170,13 +170,19 @@ def start(stack: ExitStack, given: argparse.Namespace, engine: dict[str, Any]) -
         worker = stack.enter_context(processes.chains("worker", *common, seconds=START_SECONDS))
         gateway = stack.enter_context(processes.chains("gateway", *common, "--port", "0"))
         systems.append(System.over_http("kafka", Pool(gateway.url, pools), gateway.pid, worker.pid))
-    if missing := [name for name in SERVER if find_spec(name) is None]:
-        say(f"NOT MEASURED: vLLM's own server, for want of {', '.join(missing)}: pip install them")
+    if missing := _missing():
+        say(missing)
     else:
         say("starting vLLM's own server")
         server = stack.enter_context(vllm_server(engine))
         systems.append(System.over_http("vllm serve", Pool(server.url, pools), server.pid, model=engine["model"]))
     return systems
+
+
+def _missing() -> str:
+    """Say what vLLM's own server lacks here; nothing if it can be measured."""
+    missing = [name for name in SERVER if find_spec(name) is None]
+    return f"Not measured: vLLM's own server, for want of {', '.join(missing)}." if missing else ""
 
 
 def engine_of(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -196,7 +202,7 @@ async def work(given: argparse.Namespace) -> None:
             systems = start(stack, given, engine)
             samples = await compare(systems, loads(given.streams, given.tokens), given.repeats)
     told = {system.name: TOLD[system.name] for system in systems}
-    caveats = [*CAVEATS, *([] if given.model else [TINY])]
+    caveats = [*CAVEATS, *([] if given.model else [TINY]), *filter(None, [_missing()])]
     report = engine_report.Report.of("What we add to a bare vLLM engine", told, samples, engine, caveats=caveats)
     print(report.write(given.results, "engines"))
 
