@@ -5,7 +5,7 @@ import gc
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 from prometheus_client import CollectorRegistry
@@ -40,7 +40,7 @@ async def open_as(kind: type[EngineT], config: VLLMConfig) -> EngineT:
     core = here.setdefault(config.engine_key, _Core(config))
     await core.use()
     try:
-        return kind(config, core)
+        return await kind.of(config, core)
     except BaseException:
         await core.close()
         raise
@@ -52,6 +52,11 @@ class OpenEngine:
     def __init__(self, config: VLLMConfig, core: "_Core") -> None:
         self.config = config
         self._core = core
+
+    @classmethod
+    async def of(cls, config: VLLMConfig, core: "_Core") -> Self:
+        """Make one for a config, on an engine that was started for it."""
+        return cls(config, core)
 
     async def close(self) -> None:
         """Let it go, once. It ends with the last that is let go, and what it still runs fails."""
@@ -103,10 +108,16 @@ class OpenEngine:
 class Engine(OpenEngine):
     """An engine whose model generates."""
 
-    def __init__(self, config: VLLMConfig, core: "_Core") -> None:
+    def __init__(self, config: VLLMConfig, core: "_Core", frontend: Frontend) -> None:
         super().__init__(config, core)
-        self.frontend = Frontend(core.llm, config)
+        self.frontend = frontend
         self.sampler = Sampler(core.llm.vllm_config)
+
+    @classmethod
+    async def of(cls, config: VLLMConfig, core: "_Core") -> Self:
+        """Make one for a config. Raises ChainsUsageError for a template or a parser that is wrong."""
+        # In a thread, as its imports alone take a second or more.
+        return cls(config, core, await asyncio.to_thread(Frontend, core.llm, config))
 
     def adapter(self, name: str, others: Sequence[str]) -> Any:
         """Give the LoRA adapter that a request asks for by `name`; None for the model itself, as one of the `others`.
