@@ -79,8 +79,10 @@ def continues_in_sampler(vllm_config: Any) -> bool:
     """Tell whether a resumed request needs, and may have, our part of vLLM's sampler: see `vllm_sampler`.
 
     vLLM's second model runner, the one for GPUs, draws the noise of a token from the seed and the token's position, and
-    so needs none. With speculative decoding vLLM allows none.
+    so needs none. With speculative decoding vLLM allows none, and a model that generates no text has no sampler.
     """
+    if vllm_config.model_config.runner_type == "pooling":
+        return False
     return not vllm_config.use_v2_model_runner and vllm_config.speculative_config is None
 
 
