@@ -9,10 +9,10 @@ VLLM_READY := .venv-vllm/.ready
 TRITON_READY := .venv-triton/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test engines chaos fuzz bench bench-quick check format kafka kafka-stop lock clean
+.PHONY: help run test engines chaos fuzz bench bench-quick bench-engines check format kafka kafka-stop lock clean
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 run: $(READY) ## Serve the example Chain on the embedded broker, on http://127.0.0.1:8000 (PORT=…)
 	@exec $(BIN)/chains run chainlets/summarize.py --host 127.0.0.1 --port $(PORT)
@@ -53,6 +53,9 @@ bench: $(BENCH_READY) ## Measure beside the rivals, about half an hour, into ben
 
 bench-quick: $(READY) ## Fail if a ratio is worse than the committed one, in under 3 minutes (ARGS=--accept)
 	@exec $(BIN)/python -m benchmarks --quick $(ARGS)
+
+bench-engines: $(VLLM_READY) ## Measure what we add to a bare vLLM, with a tiny model on the CPU (ARGS="--streams 1 8")
+	@exec .venv-vllm/bin/python -m benchmarks.engines $(ARGS)
 
 check: $(READY) ## Check format, lint and types
 	@$(BIN)/ruff format --check --quiet . || { echo "make format mends this"; exit 1; }
