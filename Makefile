@@ -21,11 +21,11 @@ test: $(READY) ## Run the whole suite, against real Apache Kafkas of its own on 
 ifdef ARGS
 	@$(BIN)/pytest $(ARGS)
 else
-	@$(MAKE) --no-print-directory --jobs=2 test-commands test-parts test-engines
+	@$(MAKE) --no-print-directory --jobs=3 test-commands test-parts test-engines
 endif
 
-# Halves that take about as long: both mostly wait, for groups to form and processes to start. The engines, which
-# compute, begin when one of them has ended.
+# Halves that take about as long: both mostly wait, for groups to form and processes to start. The engines compute, with
+# what the others leave them.
 .PHONY: test-commands test-parts test-engines test-vllm test-triton
 test-commands:
 	@$(BIN)/pytest tests/acceptance
@@ -33,9 +33,9 @@ test-parts:
 	@$(BIN)/pytest tests/contract tests/integration tests/typing tests/unit
 test-engines: test-vllm test-triton
 test-vllm:
-	@if [ -e $(VLLM_READY) ]; then .venv-vllm/bin/pytest tests/vllm; else $(call not-run,tests/vllm,vLLM); fi
+	@if [ -e $(VLLM_READY) ]; then nice -n 15 .venv-vllm/bin/pytest tests/vllm; else $(call not-run,tests/vllm,vLLM); fi
 test-triton:
-	@if [ -e $(TRITON_READY) ]; then $(BIN)/pytest tests/triton; else $(call not-run,tests/triton,Triton); fi
+	@if [ -e $(TRITON_READY) ]; then nice -n 15 $(BIN)/pytest tests/triton; else $(call not-run,tests/triton,Triton); fi
 
 # In CI what is not run is a failure.
 not-run = echo "NOT RUN: $(1), for want of a real $(2): make engines sets one up" >&2; test -z "$$CI"
