@@ -36,8 +36,8 @@ class VLLMConfig(pydantic.BaseModel):
         gpu_memory_utilization: part of a GPU's memory, above 0 and up to 1.
         kv_cache_memory_bytes: room for the KV cache; on a CPU it should be given.
         generation_config: ``auto`` takes defaults of sampling from the model's folder, ``vllm`` those of vLLM.
-        allowed_media_domains: hosts that images and sounds of requests may be fetched from by their URLs: none but those
-            in the request itself (``data:``), if it is not said.
+        allowed_media_domains: hosts that the images and sounds of requests may be fetched from; if none is named, they
+            have to be in the request itself (``data:``).
         lora_modules: LoRA adapters, by the name that requests ask for one with: a folder each.
         chat_template: a Jinja template or the path of one, in place of the tokenizer's own.
         chat_template_kwargs: defaults of the values that templates are given.
