@@ -56,6 +56,7 @@ ORDER = [
     "quarantine",
     "cancellations",
     "outcome",
+    "taking",
     "patience",
     "async_requests",
     "serving",
