@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         WebSocketClosedError,
         WorkerLostError,
     )
+    from chains_stream.events import Event, Output, Sink, Source
     from chains_stream.local import run_local
     from chains_stream.options import (
         Assets,
@@ -82,6 +83,7 @@ __all__ = [
     "DeploymentContext",
     "DockerImage",
     "Environment",
+    "Event",
     "GatewayError",
     "GenericRemoteException",
     "Handle",
@@ -90,11 +92,14 @@ __all__ = [
     "InvalidResultError",
     "MissingDependencyError",
     "OffsetExpiredError",
+    "Output",
     "OverloadedError",
     "RPCOptions",
     "RecordTooLargeError",
     "RemoteConfig",
     "RemoteErrorDetail",
+    "Sink",
+    "Source",
     "StackFrame",
     "StoreError",
     "StoredValueMissingError",
@@ -118,7 +123,7 @@ __all__ = [
 
 # Where the names above live: imported when first asked for, in this order. A Chain file gets by without `client`, which
 # brings HTTP and the brokers with it, and `chains --help` without any of them.
-_HOMES = ("errors", "options", "chain_parameters", "policy", "websocket", "chainlet", "local", "client")
+_HOMES = ("errors", "options", "chain_parameters", "policy", "websocket", "chainlet", "events", "local", "client")
 
 
 def __getattr__(name: str) -> Any:

@@ -22,13 +22,22 @@ class Assignment:
     """
 
     def __init__(
-        self, chainlet: str, topic: str, broker: Broker, settings: Settings, lose: Callable[[Collection[int]], None]
+        self,
+        chainlet: str,
+        topic: str,
+        broker: Broker,
+        settings: Settings,
+        lose: Callable[[Collection[int]], None],
+        *,
+        group: str | None = None,
     ) -> None:
+        """Hold partitions of `topic` for the group of that name, if no other `group` is named."""
         self.held: frozenset[int] = frozenset()
         self.ledgers: dict[int, Ledger] = {}
         self.paused: set[int] = set()
         self._chainlet = chainlet
         self._topic = topic
+        self._group = group or topic
         self._broker = broker
         self._limit = settings.max_uncommitted
         self._lose = lose
@@ -41,9 +50,9 @@ class Assignment:
         self._settled = asyncio.Event()  # cleared while the group moves partitions
 
     async def join(self) -> GroupConsumer:
-        """Join the group of the topic. Raises BrokerError."""
+        """Join the group. Raises BrokerError."""
         self._consumer = await self._broker.consume(
-            self._topic, self._topic, on_assigned=self._assigned, on_revoked=self._revoked
+            self._topic, self._group, on_assigned=self._assigned, on_revoked=self._revoked
         )
         return self._consumer
 

@@ -79,11 +79,13 @@ class Callee:
 
         Raises what it raises, and InvalidResultError.
         """
+        return self.codec.encode_result(await self.invoke(arguments))
+
+    async def invoke(self, arguments: Mapping[str, Any]) -> Any:
+        """Run a unary `run_remote`, a sync one in a thread, and give its result as it is. Raises what it raises."""
         if self.signature.is_async:
-            result = await self._method(**arguments)
-        else:
-            result = await self._in_thread(arguments)
-        return self.codec.encode_result(result)
+            return await self._method(**arguments)
+        return await self._in_thread(arguments)
 
     async def _in_thread(self, arguments: Mapping[str, Any]) -> Any:
         """Run a sync `run_remote`. A thread can't be cancelled: it takes one of the places until it has ended."""

@@ -20,6 +20,8 @@ from chains_stream.control import Cancel, CancelRequest, Credit, Message
 from chains_stream.delays import Delays
 from chains_stream.deliveries import webhooks_spec
 from chains_stream.errors import ChainsError, ChainsRuntimeError, ChainsUsageError, message_of, user_frames
+from chains_stream.event_worker import EventService, EventWorker
+from chains_stream.events import feed_of
 from chains_stream.letters import dead_letter_spec
 from chains_stream.local import FAILED, Callee, LocalTarget
 from chains_stream.log import get_logger
@@ -45,7 +47,7 @@ class Worker(Taker[Job]):
     def __init__(self, service: Service, quarantine: Quarantine, behind: "Worker | None" = None) -> None:
         callee, settings = service.callee, service.settings
         assignment = Assignment(callee.name, service.topic, service.broker, settings, self._lose)
-        places = Places(callee.concurrency) if behind is None else behind._places  # noqa: SLF001 - of its kind
+        places = Places(callee.concurrency) if behind is None else behind.places
         super().__init__(service.name, assignment, settings, quarantine, places=places, behind=behind)
         self.topic = service.topic
         self.callee = callee
@@ -88,11 +90,11 @@ class Worker(Taker[Job]):
 
     def busy(self) -> Busy:
         """Say how busy it is, for callers to choose by: the places that are taken, by whomever, are no longer free."""
-        return Busy(sorted(self._assignment.held), self._places.taken, sum(self.lag().values()), self._places.size)
+        return Busy(sorted(self._assignment.held), self.places.taken, sum(self.lag().values()), self.places.size)
 
     def _free(self) -> int:
         unstored = len(self._jobs) - self.in_flight
-        return min(self._places.size - self._places.taken, MAX_UNSTORED_ANSWERS - unstored)
+        return min(self.places.size - self.places.taken, MAX_UNSTORED_ANSWERS - unstored)
 
     def _id(self, record: Record) -> str:
         return request_id_of(record)
@@ -101,7 +103,7 @@ class Worker(Taker[Job]):
 
     def _begin(self, record: Record, ledger: Ledger) -> "asyncio.Task[None]":
         self.in_flight += 1
-        self._places.taken += 1
+        self.places.taken += 1
         job = Job(record, ledger, self._service)
         task = job.task = self._loop.create_task(self._serve(job, ledger))
         self._jobs[task] = job
@@ -123,7 +125,7 @@ class Worker(Taker[Job]):
             await job.apologize(error)
         finally:
             del self._jobs[job.task]
-            self._places.changed.set()
+            self.places.changed.set()
         self._assignment.finish(job.record, ledger)
 
     async def _left_behind(self, outcome: Outcome | None) -> bool:
@@ -161,8 +163,8 @@ class Worker(Taker[Job]):
             return outcome
         finally:
             self.in_flight -= 1
-            self._places.taken -= 1
-            self._places.changed.set()
+            self.places.taken -= 1
+            self.places.changed.set()
 
 
 class Host:
@@ -191,6 +193,7 @@ class Host:
         self.workers: list[Worker] = []
         self._all: list[Worker] = []
         self.background: Worker | None = None  # of the entrypoint
+        self.feeds: list[EventWorker] = []
         self._reporter = Reporter(caller.control, self._all)
 
     async def start(self) -> None:
@@ -205,6 +208,10 @@ class Host:
             callee = self._callees[cls] = await self._build(cls)
             worker = Worker(self._service(callee, topic), quarantine)
             self.workers.append(worker)
+            if (fed := feed_of(cls)) is not None:
+                group = fed.source.group or f"{settings.namespace}.{self._chain.name}.{chainlet_name(cls)}.events"
+                events = EventService(callee, fed, group, self._broker, settings)
+                self.feeds.append(EventWorker(events, quarantine, worker.places))
             if cls is entrypoint:
                 self.background = Worker(self._service(callee, background_topic(topic)), quarantine, behind=worker)
         self._all += self.workers if self.background is None else [*self.workers, self.background]
@@ -214,6 +221,8 @@ class Host:
             async with asyncio.TaskGroup() as joining:
                 for worker in self._all:
                     joining.create_task(worker.start())
+                for feed in self.feeds:
+                    joining.create_task(feed.start())
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None  # one is enough to know, and the others follow from it
         self._reporter.start()
@@ -223,6 +232,7 @@ class Host:
         control = self._caller.control
         await asyncio.gather(
             *(worker.failed() for worker in self._all),
+            *(feed.failed() for feed in self.feeds),
             control.failed(),
             self._caller.failed(),
             self._reporter.failed(),
@@ -233,6 +243,9 @@ class Host:
         """Stop, callers before those they call: what still runs may need an answer from below."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._settings.grace_period
+        # Nobody waits for events: what does not end soon is run again by whoever takes their partitions over.
+        grace = self._settings.grace_period * (CALLERS_SHARE if self.workers else 1)
+        await asyncio.gather(*(feed.drain(grace) for feed in self.feeds))
         for left, worker in reversed(list(enumerate(self.workers))):
             remaining = max(0.0, end - loop.time())
             # What is called by other processes too goes on meanwhile, and needs some of it for itself.

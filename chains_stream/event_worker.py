@@ -1,0 +1,413 @@
+"""Feeding a Chainlet from a topic: events in order for each key, many at once across keys; what it gives is written.
+
+An event is finished once all that its Chainlet gave for it is stored, so that nothing is lost. One that fails is tried
+again where it stands: others of its key wait, those of other keys go on. If whatever fails is not the event's fault, as
+no other succeeds either, all wait until something does.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Collection, Iterator
+from contextlib import aclosing
+from typing import Any
+
+from structlog.contextvars import bind_contextvars
+
+from chains_stream import metrics, policy
+from chains_stream.assignment import Assignment
+from chains_stream.broker import Broker, Record, TopicSpec
+from chains_stream.errors import (
+    BrokerError,
+    ChainsRuntimeError,
+    DeadLetteredError,
+    InvalidArgumentError,
+    InvalidResultError,
+    RecordTooLargeError,
+    is_retryable,
+    message_of,
+    user_frames,
+)
+from chains_stream.events import Event, Feed, Output, Sink, key_bytes, key_of, partition_of
+from chains_stream.formats import Reader, Writer, reader_of, writer_of
+from chains_stream.letters import dead_letter_spec, send_letter
+from chains_stream.local import Callee
+from chains_stream.log import get_logger
+from chains_stream.offsets import Ledger
+from chains_stream.outcome import Stop
+from chains_stream.patience import persist, place_of
+from chains_stream.policy import Scope
+from chains_stream.quarantine import Quarantine
+from chains_stream.settings import Settings
+from chains_stream.taking import Places, Taker
+
+WAITING = 1_000  # events that are taken, running or in the line of their key: as many as a ledger can tell of
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds between two tries while all events fail: twice as long each time
+
+Lane = tuple[int, bytes]  # a partition, and a key in it
+
+log = get_logger(__name__)
+
+
+class Written:
+    """Where what a Chainlet gives goes: its sinks, by their topics."""
+
+    def __init__(self, broker: Broker, feed: Feed) -> None:
+        self._broker = broker
+        self._first = feed.sinks[0].topic if feed.sinks else None
+        self._sinks: dict[str, tuple[Sink, Writer]] = {
+            sink.topic: (sink, writer_of(sink.format, feed.gives)) for sink in feed.sinks
+        }
+        self._counts: dict[str, int] = {}
+        self._rotation = 0
+
+    async def start(self) -> None:
+        """Find out how many partitions the topics have. Raises BrokerError."""
+        for topic in self._sinks:
+            self._counts[topic] = await self._broker.partitions(topic)
+
+    async def write(self, given: Any, event: Event[Any]) -> asyncio.Future[int]:
+        """Write one value, in the order of these calls; the future is done once it is stored.
+
+        Raises InvalidResultError for what can't be written, BrokerError.
+        """
+        output: Output[Any] = given if isinstance(given, Output) else Output(given)
+        topic = output.topic or self._first
+        if topic not in self._sinks:
+            raise InvalidResultError(f"an Output names the topic {topic}, which is none of {', '.join(self._sinks)}")
+        sink, writer = self._sinks[topic]
+        value, headers = writer(output.value)
+        key = self._key(output, sink, event)
+        headers += tuple(output.headers.items())
+        return await self._broker.publish(topic, value, partition=self._partition(topic, key), key=key, headers=headers)
+
+    def _key(self, output: Output[Any], sink: Sink, event: Event[Any]) -> bytes | None:
+        if output.key is not None:
+            return key_bytes(output.key)
+        if sink.key is None:
+            return event.key
+        try:
+            return key_of(sink.key, output.value)
+        except Exception as error:
+            raise InvalidResultError(f"the key of {sink.topic} can't be made: {error!r}") from error
+
+    def _partition(self, topic: str, key: bytes | None) -> int:
+        if key is not None:
+            return partition_of(key, self._counts[topic])
+        self._rotation += 1
+        return self._rotation % self._counts[topic]
+
+
+class EventService:
+    """What all events of a Chainlet have in common."""
+
+    def __init__(self, callee: Callee, feed: Feed, group: str, broker: Broker, settings: Settings) -> None:
+        self.callee = callee
+        self.feed = feed
+        self.group = group
+        self.broker = broker
+        self.settings = settings
+        self.name = f"{callee.name}.events"  # of metrics and in logs
+        self.written = Written(broker, feed)
+        self._read: Reader = reader_of(feed.source.format, feed.kind)
+        self.queue_wait = metrics.QUEUE_WAIT.labels(self.name)
+        self.run_time = metrics.RUN_TIME.labels(self.name)
+
+    async def start(self) -> None:
+        """Have the topics there are. Raises BrokerError."""
+        settings, topic = self.settings, self.feed.source.topic
+        names = [topic, *(sink.topic for sink in self.feed.sinks)]
+        specs = [TopicSpec(name, settings.partitions, settings.request_retention_ms) for name in names]
+        await self.broker.ensure_topics([*specs, dead_letter_spec(topic, settings)])
+        await self.written.start()
+
+    def event(self, record: Record) -> Event[Any]:
+        """Read a record. Raises InvalidArgumentError."""
+        return Event(
+            value=self._read(record.value, record.headers),
+            key=record.key,
+            headers={name: value or b"" for name, value in record.headers},
+            timestamp_ms=record.timestamp_ms,
+            topic=record.topic,
+            partition=record.partition,
+            offset=record.offset,
+        )
+
+
+class Breaker:
+    """Holds all events of a Chainlet back while none succeeds (a circuit breaker: M. Nygard, Release It!, 2007).
+
+    Attributes:
+        successes: so far.
+        open: whether it holds back.
+        waiting: events that have failed, and wait for their next try.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.successes = 0
+        self.open = False
+        self.waiting = 0
+        self._tries = 0
+
+    def succeeded(self) -> None:
+        self.successes += 1
+        if self.open:
+            self.open = False
+            log.info("events.go_on", chainlet=self._name)
+        self._tries = 0
+
+    async def pause(self, error: Exception) -> None:
+        """Wait before the next try of an event that failed for no fault of its own; the longer, the more it were."""
+        if not self.open:
+            self.open = True
+            log.warning("events.paused", chainlet=self._name, reason=message_of(error))
+        self._tries += 1
+        self.waiting += 1
+        try:
+            await asyncio.sleep(min(LONGEST_PAUSE, SHORTEST_PAUSE * 2 ** min(self._tries, 10)))
+        finally:
+            self.waiting -= 1
+
+
+class EventJob:
+    """One event that is taken, until all that it gives is stored."""
+
+    def __init__(self, record: Record, ledger: Ledger, lane: Lane | None) -> None:
+        self.record = record
+        self.ledger = ledger
+        self.lane = lane
+        self.task: asyncio.Task[None] | None = None
+        self.stop: Stop | None = None
+
+    def cancel(self, stop: Stop) -> None:
+        if self.stop is None:
+            self.stop = stop
+            if self.task is not None:
+                self.task.cancel()
+
+
+class EventWorker(Taker[EventJob]):
+    """Feeds one Chainlet from its source, as many events at once as it has places."""
+
+    def __init__(self, service: EventService, quarantine: Quarantine, places: Places) -> None:
+        source, settings = service.feed.source, service.settings
+        assignment = Assignment(service.name, source.topic, service.broker, settings, self._lose, group=service.group)
+        super().__init__(service.name, assignment, settings, quarantine, places=places)
+        self.callee = service.callee
+        self._service = service
+        self._lanes: dict[Lane, deque[EventJob]] = {}  # the first of each runs, or is ready to
+        self._ready: deque[EventJob] = deque()
+        self._taken = 0
+        self._breaker = Breaker(service.name)
+        self._metrics = metrics.OfWorker(service.name)
+
+    async def start(self) -> None:
+        """Join the group and begin to take events."""
+        await self._service.start()
+        await super().start()
+        self._tasks.append(asyncio.create_task(self._dispatch(), name=f"dispatch {self.name}"))
+        log.info("events.started", chainlet=self.callee.name, topic=self._service.feed.source.topic)
+
+    # --- Taker's
+
+    def _free(self) -> int:
+        return 0 if self._breaker.open else WAITING - self._taken
+
+    def _may_begin(self) -> bool:
+        return self._taken < WAITING and not self._breaker.open
+
+    def _id(self, record: Record) -> str:
+        return f"{record.topic}/{record.partition}/{record.offset}"
+
+    def _begin(self, record: Record, ledger: Ledger) -> "asyncio.Task[None] | None":
+        job = EventJob(record, ledger, self._lane(record))
+        self._taken += 1
+        if ledger.redelivered_to > record.offset:
+            self._metrics.redelivered.inc()
+        if job.lane is not None:
+            line = self._lanes.setdefault(job.lane, deque())
+            line.append(job)
+            if len(line) > 1:
+                return None
+        self._ready.append(job)
+        self._run_ready()
+        return job.task
+
+    def _lose(self, partitions: Collection[int]) -> None:
+        for job in self._waiting():
+            if job.record.partition in partitions:
+                job.cancel("lost")
+
+    def _waiting(self) -> Iterator[EventJob]:
+        yield from tuple(self._jobs.values())
+        yield from tuple(self._ready)
+        for line in tuple(self._lanes.values()):
+            yield from tuple(line)
+
+    # --- in the order of their keys
+
+    def _lane(self, record: Record) -> Lane | None:
+        """Give the line that an event stands in; None for one that waits for nobody."""
+        key, by = record.key, self._service.feed.source.key
+        if by is not None:
+            try:
+                key = key_of(by, self._service.event(record).value)
+            except Exception:  # noqa: BLE001 - the run of the event meets it again, and says so
+                return None
+        return None if key is None else (record.partition, key)
+
+    async def _dispatch(self) -> None:
+        """Run what is ready whenever a place is freed, by whomever."""
+        while True:
+            await self.places.change()
+            self._run_ready()
+
+    def _run_ready(self) -> None:
+        while self._ready and self.places.taken < self.places.size:
+            if self._breaker.open and self.in_flight > self._breaker.waiting:
+                return  # one at a time, as a trial: if it succeeds, those that wait are themselves to blame
+            job = self._ready.popleft()
+            if job.stop is not None:
+                self._next(job)
+                continue
+            self.in_flight += 1
+            self.places.taken += 1
+            task = job.task = self._loop.create_task(self._serve(job))
+            self._jobs[task] = job
+
+    def _next(self, job: EventJob) -> None:
+        """Let the next one of its line go ahead."""
+        self._taken -= 1
+        if job.lane is None:
+            return
+        line = self._lanes[job.lane]
+        line.popleft()
+        if line:
+            self._ready.append(line[0])
+        else:
+            del self._lanes[job.lane]
+
+    # --- one event
+
+    async def _serve(self, job: EventJob) -> None:
+        try:
+            if await self._finish(job):
+                self._assignment.finish(job.record, job.ledger)
+        except asyncio.CancelledError:
+            if job.stop is None:
+                raise
+        except Exception:
+            log.exception("worker.defect", chainlet=self.name, **place_of(job.record))
+            self._assignment.finish(job.record, job.ledger)
+        finally:
+            if job.task is not None:
+                del self._jobs[job.task]
+            self.in_flight -= 1
+            self.places.taken -= 1
+            self._next(job)
+            self.places.changed.set()
+
+    async def _finish(self, job: EventJob) -> bool:
+        """Try an event until it succeeds, or is put aside; False if it is left to others."""
+        service, record = self._service, job.record
+        bind_contextvars(event=self._id(record))
+        if job.ledger.deaths(record.offset) >= self._settings.max_deliveries:
+            reason = f"{job.ledger.deaths(record.offset)} workers died while they ran this event, and nothing else"
+            return await self._bury(job, DeadLetteredError(reason), "deaths")
+        attempt, before = 1, self._breaker.successes
+        while True:
+            try:
+                event = service.event(record)
+            except InvalidArgumentError as error:
+                return await self._bury(job, error, "undecodable")
+            try:
+                await self._run(event)
+            except Exception as error:  # noqa: BLE001 - whatever user code raises
+                if not self._settings.embedded and await service.callee.dead():
+                    return False
+                self._log(error, attempt)
+                if not is_retryable(error):
+                    return await self._bury(job, error, "failed")
+                if attempt >= service.feed.source.retries:
+                    # Had it been the event's fault, others would have succeeded meanwhile.
+                    if not _of_others(error) or self._breaker.successes > before:
+                        return await self._bury(job, error, "failed")
+                    await self._breaker.pause(error)
+                else:
+                    await self._put_off(policy.backoff(attempt))
+                attempt += 1
+            else:
+                self._breaker.succeeded()
+                self._metrics.finished["done"].inc()
+                return True
+
+    async def _put_off(self, seconds: float) -> None:
+        """Wait without a place, which others may use."""
+        self.places.taken -= 1
+        self.places.changed.set()
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self.places.taken += 1  # of one too many for a moment, at worst
+
+    async def _run(self, event: Event[Any]) -> None:
+        """Run an event once, and have stored all that it gives."""
+        service, callee = self._service, self._service.callee
+        scope = Scope.new(self._settings.deadline)
+        scope.request_id = f"{event.topic}/{event.partition}/{event.offset}"
+        scope.traceparent, scope.tracestate = event.headers.get("traceparent"), event.headers.get("tracestate")
+        policy.current.set(scope)
+        arguments = {service.feed.argument: event if service.feed.whole else event.value}
+        service.queue_wait.observe(max(0.0, time.time() - event.timestamp_ms / 1000))
+        began = time.perf_counter()
+        stored: deque[asyncio.Future[int]] = deque()
+        try:
+            async with asyncio.timeout(self._settings.deadline):
+                if callee.signature.streaming:
+                    async with aclosing(callee.stream(arguments)) as items:
+                        async for item in items:
+                            stored.append(await service.written.write(item, event))
+                            while stored and stored[0].done():
+                                stored.popleft().result()
+                elif (given := await callee.invoke(arguments)) is not None:
+                    stored.append(await service.written.write(given, event))
+                while stored:
+                    await stored[0]
+                    stored.popleft()
+        finally:
+            scope.close()
+            service.run_time.observe(time.perf_counter() - began)
+
+    async def _bury(self, job: EventJob, error: Exception, reason: str) -> bool:
+        """Put an event into the dead-letter topic. False if that can't be done."""
+        metrics.DEAD_LETTERED.labels(self._service.name, reason).inc()
+        group = self._service.group
+        try:
+            topic, offset = await persist(
+                lambda: send_letter(self._service.broker, job.record, group, error, None), job.record
+            )
+        except BrokerError as unsent:
+            log.error("letter.unsent", **place_of(job.record), reason=str(unsent))  # noqa: TRY400 - it says it all
+            return False
+        self._metrics.finished["dead_lettered"].inc()
+        log.warning("event.dead_lettered", letter=f"{topic}@{offset}", reason=message_of(error), **place_of(job.record))
+        return True
+
+    def _log(self, error: Exception, attempt: int) -> None:
+        frames = user_frames(error.__traceback__)
+        log.warning(
+            "event.failed",
+            chainlet=self.callee.name,
+            attempt=attempt,
+            error=type(error).__name__,
+            message=message_of(error),
+            at=f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None,
+        )
+
+
+def _of_others(error: Exception) -> bool:
+    """Tell whether an error may be that of something that the Chainlet depends on, and not of the event."""
+    return isinstance(error, OSError | TimeoutError | ChainsRuntimeError) and not isinstance(
+        error, InvalidArgumentError | InvalidResultError | RecordTooLargeError
+    )
