@@ -28,7 +28,7 @@ from chains_stream.errors import (
     message_of,
     user_frames,
 )
-from chains_stream.events import Event, Feed, Output, Sink, key_bytes, key_of, partition_of
+from chains_stream.events import Event, Feed, Output, Sink, key_of, partition_of
 from chains_stream.formats import Reader, Writer, reader_of, writer_of
 from chains_stream.letters import dead_letter_spec, send_letter
 from chains_stream.local import Callee
@@ -83,7 +83,7 @@ class Written:
 
     def _key(self, output: Output[Any], sink: Sink, event: Event[Any]) -> bytes | None:
         if output.key is not None:
-            return key_bytes(output.key)
+            return output.key
         if sink.key is None:
             return event.key
         try:

@@ -46,7 +46,7 @@ class Event(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
 
 
 class Output(msgspec.Struct, Generic[T], frozen=True):
-    """A value to be written, with more than its sink would say of it by itself.
+    """A value to be written, with more than its sink would say of it by itself: ``-> Output[Scored]``.
 
     Attributes:
         value: of the type that is annotated.
@@ -56,7 +56,7 @@ class Output(msgspec.Struct, Generic[T], frozen=True):
     """
 
     value: T
-    key: bytes | str | None = None
+    key: bytes | None = None
     headers: dict[str, bytes] = {}
     topic: str | None = None
 
@@ -186,10 +186,8 @@ def _check_topic(what: str, topic: Any) -> None:
 def key_of(key: Key, value: Any) -> bytes | None:
     """Give the key of a value. Raises whatever the function, or a missing field, does."""
     if callable(key):
-        found = key(value)
-    else:
-        found = value[key] if isinstance(value, Mapping) else getattr(value, key)
-    return key_bytes(found)
+        return key_bytes(key(value))
+    return key_bytes(value[key] if isinstance(value, Mapping) else getattr(value, key))
 
 
 def key_bytes(key: Any) -> bytes | None:
