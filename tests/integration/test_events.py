@@ -205,7 +205,9 @@ async def test_order_may_be_kept_by_a_field(stream: Stream) -> None:
     sent = [Ticket(f"key-{number % 3}", number) for number in range(60)]
     for number, ticket in enumerate(sent):
         await stream.send(ticket, key=b"%d" % number, partition=0)
-    await stream.host(stream.chainlet(Slow, key="id"))
+    chainlet: Any = stream.chainlet(Slow, key="id")
+    chainlet.sink = chains.Sink(stream.scored, key="id")
+    await stream.host(chainlet)
     by_key = defaultdict(list)
     for said in values(await stream.read(stream.scored, len(sent))):
         by_key[said["id"]].append(said["score"])
