@@ -188,6 +188,21 @@ class Codec:
         return None
 
 
+def to_msgpack(value: Any) -> bytes:
+    """Encode a value as msgpack. What it raises is for `explain`."""
+    return _to_msgpack.encode(value)
+
+
+def to_json(value: Any) -> bytes:
+    """Encode a value as JSON, unless a float in it has no form there. What it raises is for `explain`."""
+    data = _to_json.encode(value)
+    # msgspec writes such a float as null, as it does None.
+    if b"null" in data and _NOT_FINITE.search(_to_msgpack.encode(value)):
+        plain = msgspec.to_builtins(value, builtin_types=_NO_FLOATS, enc_hook=foreign.encode_json_hook)
+        _refuse_not_finite(plain, "$")
+    return data
+
+
 def explain(error: Exception) -> tuple[str, str | None]:
     """Say in one line what is wrong with a value that does not decode, and give the path of the field at fault."""
     faults = list(_faults(error))

@@ -223,6 +223,40 @@ class StoredValueMissingError(StoreError):
     retryable = False
 
 
+class SchemaRegistryError(ChainsRuntimeError):
+    """The schema registry can't be reached, or failed. The message names its address and what it said."""
+
+    code = "schema-registry"
+    status = 503
+    retryable = True
+
+
+class SchemaRegistryAuthorizationError(SchemaRegistryError):
+    """The schema registry won't let us in, or not that far. Mend the credentials, or give their owner the right."""
+
+    code = "schema-registry-authorization"
+    retryable = False
+
+
+class UnknownSchemaError(SchemaRegistryError):
+    """The registry has no such schema, or one that can't be used. Register it, or look who wrote the record."""
+
+    code = "unknown-schema"
+    status = 404
+    retryable = False
+
+
+class IncompatibleSchemaError(SchemaRegistryError):
+    """The registry won't take the schema of what we write, for the reason in the message. Change the type as it allows.
+
+    A field that is new mostly needs a default.
+    """
+
+    code = "incompatible-schema"
+    status = 409
+    retryable = False
+
+
 class StreamInterruptedError(ChainsRuntimeError):
     """A stream broke off after some of its chunks were handed on. `chunks` is how many; repeat the call as a whole."""
 

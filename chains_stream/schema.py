@@ -10,6 +10,7 @@ import pydantic
 from chains_stream import foreign
 
 _TEMPLATE = "#/components/schemas/{name}"
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def of(arguments: Any, result: Any) -> dict[str, Any]:
@@ -32,6 +33,24 @@ def of(arguments: Any, result: Any) -> dict[str, Any]:
     return {"arguments": own, "result": schemas[1], "$defs": classes | definitions}
 
 
+def document(kind: Any) -> dict[str, Any]:
+    """Give the JSON Schema of one type as a document by itself. Raises TypeError for a type with no form in JSON."""
+    template = "#/$defs/{name}"
+    models = _models(kind, kind)
+    for suffix in ("", ".model"):
+        references, definitions = _model_schemas(models, suffix, template)
+        schemas, classes = msgspec.json.schema_components(
+            (kind,), schema_hook=functools.partial(_refer, references), ref_template=template
+        )
+        if not classes.keys() & definitions.keys():
+            break
+    defined = classes | definitions
+    root, name = schemas[0], str(schemas[0].get("$ref", "")).rpartition("/")[2]
+    if name in defined and f'"{template.format(name=name)}"'.encode() not in msgspec.json.encode(defined):
+        root = defined.pop(name)  # what only the document itself refers to is the document
+    return {"$schema": _DIALECT, **root, **({"$defs": defined} if defined else {})}
+
+
 def _models(arguments: Any, result: Any) -> Mapping[Any, str]:
     """Find the pydantic models, each with pydantic's mode: one that is both taken and given is shown as it is taken."""
     found: dict[Any, str] = {}
@@ -46,9 +65,11 @@ def _models(arguments: Any, result: Any) -> Mapping[Any, str]:
     return found
 
 
-def _model_schemas(models: Mapping[Any, Any], suffix: str) -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
+def _model_schemas(
+    models: Mapping[Any, Any], suffix: str, reference: str = _TEMPLATE
+) -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
     """Give a reference to each model, and what the references refer to."""
-    template = _TEMPLATE.replace("{name}", "{model}") + suffix
+    template = reference.replace("{name}", "{model}") + suffix
     found, schemas = pydantic.json_schema.models_json_schema(list(models.items()), ref_template=template)
     definitions = {f"{name}{suffix}": schema for name, schema in schemas.get("$defs", {}).items()}
     return {kind: dict(schema) for (kind, _), schema in found.items()}, definitions

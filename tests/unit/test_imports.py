@@ -31,6 +31,7 @@ ORDER = [
     "answers",
     "store",
     "codec",
+    "formats",
     "timeouts",
     "policy",
     "stub",
@@ -129,7 +130,7 @@ def test_only_the_kafka_broker_imports_aiokafka() -> None:
     assert all(user.startswith("brokers/kafka") for user in users), users
 
 
-@pytest.mark.parametrize("package", ["vllm", "torch", "tritonclient", "numpy", "fsspec"])
+@pytest.mark.parametrize("package", ["vllm", "torch", "tritonclient", "numpy", "fsspec", "fastavro", "confluent_kafka"])
 def test_the_core_imports_no_engine(package: str) -> None:
     """Nor what only some use: numpy, which is an extra, and fsspec. The others should not pay for it."""
     code = f"import sys, chains_stream, chains_stream.worker, chains_stream.client; print({package!r} in sys.modules)"
