@@ -19,7 +19,8 @@ from aiokafka.structs import TopicPartition
 from chains_stream.broker import Broker, Committed, TopicSpec
 from chains_stream.brokers import kafka_reading, kafka_sending, open_broker
 from chains_stream.brokers.kafka import BATCH_BYTES, GROUP_FETCH_BYTES, KafkaBroker
-from chains_stream.brokers.kafka_reading import BUFFER_BYTES, BUFFER_RECORDS, KafkaGroupConsumer
+from chains_stream.brokers.kafka_group import KafkaGroupConsumer
+from chains_stream.brokers.kafka_reading import BUFFER_BYTES, BUFFER_RECORDS
 from chains_stream.errors import BrokerAuthorizationError, BrokerError, ChainsUsageError, RecordTooLargeError
 from chains_stream.settings import Settings
 from tests.kafka import Node, node
