@@ -162,7 +162,10 @@ class Transactor(Protocol):
         """
 
     async def commit(self) -> None:
-        """Make all of the transaction count. Raises FencedError and BrokerError, see above."""
+        """Make all of the transaction count; readers meet it moments later.
+
+        Raises FencedError and BrokerError, see above.
+        """
 
     async def abort(self) -> None:
         """Have nothing of the transaction count; another one can begin. Raises as `commit` does."""
