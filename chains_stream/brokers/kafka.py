@@ -38,6 +38,7 @@ SEGMENTS = 4  # that a topic's retention is cut into: a log is trimmed by whole 
 HEARTBEAT_MS = 1000  # a member learns by it that another one came or went, which waits until then
 GROUP_METADATA_MS = 30_000  # until a group notices that its topic has other partitions than it dealt out
 GROUP_FETCH_WAIT_MS = 100  # a partition that was just drained waits out the running fetch
+TRANSACTION_RETRY_MS = 20  # leaders refuse records in passing while they ask whether the transaction is open
 NEVER_MS = 2**31 - 1
 
 log = get_logger(__name__)
@@ -117,7 +118,11 @@ class KafkaBroker:
 
     def transactor(self, transactional_id: str, *, timeout_ms: int = TRANSACTION_MS) -> KafkaTransactor:
         make = functools.partial(
-            self._producer, transactional_id=transactional_id, transaction_timeout_ms=timeout_ms, acks="all"
+            self._producer,
+            transactional_id=transactional_id,
+            transaction_timeout_ms=timeout_ms,
+            acks="all",
+            retry_backoff_ms=TRANSACTION_RETRY_MS,
         )
         made = KafkaTransactor(
             self._cluster,
