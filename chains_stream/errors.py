@@ -134,6 +134,17 @@ class OffsetExpiredError(BrokerError):
     retryable = False
 
 
+class FencedError(BrokerError):
+    """Another process holds this transactional id now, or the broker gave up a transaction that was open for too long.
+
+    What this process has of the partition is void: drop it, and go on with the others.
+    """
+
+    code = "fenced"
+    status = 409
+    retryable = False
+
+
 class InvalidArgumentError(ChainsRuntimeError):
     """The arguments don't fit the signature of `run_remote`. `path` names the field, for example ``$.names[1]``."""
 

@@ -8,7 +8,7 @@ no other succeeds either, all wait until something does.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -24,12 +24,13 @@ from chains_stream.errors import (
     InvalidArgumentError,
     InvalidResultError,
     RecordTooLargeError,
+    UnknownSchemaError,
     is_retryable,
     message_of,
     user_frames,
 )
-from chains_stream.events import Event, Feed, Output, Sink, key_of, partition_of
-from chains_stream.formats import Reader, Writer, reader_of, writer_of
+from chains_stream.events import Event, Feed, Output, Sink, partition_of
+from chains_stream.formats import Registry, keying, named
 from chains_stream.letters import dead_letter_spec, send_letter
 from chains_stream.local import Callee
 from chains_stream.log import get_logger
@@ -40,6 +41,7 @@ from chains_stream.policy import Scope
 from chains_stream.quarantine import Quarantine
 from chains_stream.settings import Settings
 from chains_stream.taking import Places, Taker
+from chains_stream.transactions import Transactions, Unsent
 
 WAITING = 1_000  # events that are taken, running or in the line of their key: as many as a ledger can tell of
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds between two tries while all events fail: twice as long each time
@@ -52,50 +54,62 @@ log = get_logger(__name__)
 class Written:
     """Where what a Chainlet gives goes: its sinks, by their topics."""
 
-    def __init__(self, broker: Broker, feed: Feed) -> None:
+    def __init__(self, broker: Broker, feed: Feed, registry: Registry) -> None:
         self._broker = broker
-        self._first = feed.sinks[0].topic if feed.sinks else None
-        self._sinks: dict[str, tuple[Sink, Writer]] = {
-            sink.topic: (sink, writer_of(sink.format, feed.gives)) for sink in feed.sinks
+        self._sinks: dict[str, _SinkWriter] = {
+            sink.topic: _SinkWriter(sink, feed.gives, registry) for sink in feed.sinks
         }
-        self._counts: dict[str, int] = {}
-        self._rotation = 0
+        self._first = feed.sinks[0].topic if feed.sinks else ""
 
     async def start(self) -> None:
         """Find out how many partitions the topics have. Raises BrokerError."""
-        for topic in self._sinks:
-            self._counts[topic] = await self._broker.partitions(topic)
+        for topic, sink in self._sinks.items():
+            sink.partitions = await self._broker.partitions(topic)
 
-    async def write(self, given: Any, event: Event[Any]) -> asyncio.Future[int]:
-        """Write one value, in the order of these calls; the future is done once it is stored.
-
-        Raises InvalidResultError for what can't be written, BrokerError.
-        """
+    async def record(self, given: Any, event: Event[Any]) -> Unsent:
+        """Make a record of what was given. Raises InvalidResultError for what can't be written, SchemaRegistryError."""
         output: Output[Any] = given if isinstance(given, Output) else Output(given)
         topic = output.topic or self._first
         if topic not in self._sinks:
-            raise InvalidResultError(f"an Output names the topic {topic}, which is none of {', '.join(self._sinks)}")
-        sink, writer = self._sinks[topic]
-        value, headers = writer(output.value)
-        key = self._key(output, sink, event)
-        headers += tuple(output.headers.items())
-        return await self._broker.publish(topic, value, partition=self._partition(topic, key), key=key, headers=headers)
+            known = ", ".join(self._sinks) or "none"
+            raise InvalidResultError(f"an Output names the topic `{topic}`, which is no sink: there are {known}")
+        return await self._sinks[topic].record(output, event)
 
-    def _key(self, output: Output[Any], sink: Sink, event: Event[Any]) -> bytes | None:
-        if output.key is not None:
-            return output.key
-        if sink.key is None:
-            return event.key
-        try:
-            return key_of(sink.key, output.value)
-        except Exception as error:
-            raise InvalidResultError(f"the key of {sink.topic} can't be made: {error!r}") from error
+    async def store(self, record: Unsent) -> asyncio.Future[int]:
+        """Write a record, in the order of these calls; the future is done once it is stored. Raises BrokerError."""
+        return await self._broker.publish(
+            record.topic, record.value, partition=record.partition, key=record.key, headers=record.headers
+        )
 
-    def _partition(self, topic: str, key: bytes | None) -> int:
+
+class _SinkWriter:
+    """One sink, and how its records are made."""
+
+    def __init__(self, sink: Sink, kind: Any, registry: Registry) -> None:
+        self.partitions = 1
+        self._topic = sink.topic
+        self._writer = named(sink.format).writer(kind, registry)
+        self._key = None if sink.key is None else keying(sink.key, kind)
+        self._rotation = 0
+
+    async def record(self, output: Output[Any], event: Event[Any]) -> Unsent:
+        if (missing := self._writer.missing(self._topic)) is not None:
+            await missing
+        value, headers = self._writer.write(output.value, self._topic, output.headers)
+        key = output.key
+        if key is None:
+            key = event.key if self._key is None else self._key(output.value)
+        return Unsent(self._topic, self._partition(key), key, value, headers)
+
+    def _partition(self, key: bytes | None) -> int:
         if key is not None:
-            return partition_of(key, self._counts[topic])
+            return partition_of(key, self.partitions)
         self._rotation += 1
-        return self._rotation % self._counts[topic]
+        return self._rotation % self.partitions
+
+
+class _Unreadable(Exception):  # noqa: N818 - it says of its cause what it is of
+    """A record can't be read, as its cause says, and never will be."""
 
 
 class EventService:
@@ -108,8 +122,10 @@ class EventService:
         self.broker = broker
         self.settings = settings
         self.name = f"{callee.name}.events"  # of metrics and in logs
-        self.written = Written(broker, feed)
-        self._read: Reader = reader_of(feed.source.format, feed.kind)
+        self.registry = Registry(settings.registry)
+        self.written = Written(broker, feed, self.registry)
+        self.key = None if feed.source.key is None else keying(feed.source.key, feed.kind)
+        self._reader = named(feed.source.format).reader(feed.kind, self.registry)
         self.queue_wait = metrics.QUEUE_WAIT.labels(self.name)
         self.run_time = metrics.RUN_TIME.labels(self.name)
 
@@ -121,12 +137,19 @@ class EventService:
         await self.broker.ensure_topics([*specs, dead_letter_spec(topic, settings)])
         await self.written.start()
 
-    def event(self, record: Record) -> Event[Any]:
-        """Read a record. Raises InvalidArgumentError."""
+    async def event(self, record: Record) -> Event[Any]:
+        """Read a record. Raises _Unreadable, SchemaRegistryError."""
+        headers = {name: value or b"" for name, value in record.headers}
+        try:
+            if (missing := self._reader.missing(record.value)) is not None:
+                await missing
+            value = self._reader.read(record.value, headers, record.topic)
+        except (InvalidArgumentError, UnknownSchemaError) as error:
+            raise _Unreadable from error
         return Event(
-            value=self._read(record.value, record.headers),
+            value=value,
             key=record.key,
-            headers={name: value or b"" for name, value in record.headers},
+            headers=headers,
             timestamp_ms=record.timestamp_ms,
             topic=record.topic,
             partition=record.partition,
@@ -179,6 +202,7 @@ class EventJob:
         self.lane = lane
         self.task: asyncio.Task[None] | None = None
         self.stop: Stop | None = None
+        self.unsent: list[Unsent] = []  # that the transaction of its offset is to hold
 
     def cancel(self, stop: Stop) -> None:
         if self.stop is None:
@@ -187,20 +211,66 @@ class EventJob:
                 self.task.cancel()
 
 
+class _Given:
+    """What one run of an event gives: written as it comes, or held for a transaction."""
+
+    def __init__(self, written: Written, event: Event[Any], *, transactional: bool) -> None:
+        self._written = written
+        self._event = event
+        self._held: list[Unsent] | None = [] if transactional else None
+        self._storing: deque[asyncio.Future[int]] = deque()
+
+    async def add(self, item: Any) -> None:
+        if item is None:
+            return
+        record = await self._written.record(item, self._event)
+        if self._held is not None:
+            self._held.append(record)
+            return
+        self._storing.append(await self._written.store(record))
+        while self._storing and self._storing[0].done():
+            self._storing.popleft().result()
+
+    async def stored(self) -> list[Unsent]:
+        """Wait until all is stored; give what is held instead. Raises BrokerError."""
+        while self._storing:
+            await self._storing.popleft()
+        return self._held or []
+
+
 class EventWorker(Taker[EventJob]):
     """Feeds one Chainlet from its source, as many events at once as it has places."""
 
     def __init__(self, service: EventService, quarantine: Quarantine, places: Places) -> None:
         source, settings = service.feed.source, service.settings
-        assignment = Assignment(service.name, source.topic, service.broker, settings, self._lose, group=service.group)
+        self._transactions: Transactions | None = None
+        if source.delivery == "exactly_once":
+            self._transactions = Transactions(service.broker, source.topic, service.group)
+        start = source.start if isinstance(source.start, str) else int(source.start.timestamp() * 1000)
+        assignment = Assignment(
+            service.name,
+            source.topic,
+            service.broker,
+            settings,
+            self._lose,
+            group=service.group,
+            isolation="read_committed",
+            start=start,
+            through=self._transactions,
+        )
         super().__init__(service.name, assignment, settings, quarantine, places=places)
         self.callee = service.callee
         self._service = service
         self._lanes: dict[Lane, deque[EventJob]] = {}  # the first of each runs, or is ready to
         self._ready: deque[EventJob] = deque()
+        self._keys: dict[tuple[int, int], bytes | None] = {}  # of what is about to begin, where values have them
         self._taken = 0
         self._breaker = Breaker(service.name)
         self._metrics = metrics.OfWorker(service.name)
+
+    async def drain(self, grace: float) -> None:
+        await super().drain(grace)
+        await self._service.registry.close()
 
     async def start(self) -> None:
         """Join the group and begin to take events."""
@@ -247,14 +317,28 @@ class EventWorker(Taker[EventJob]):
 
     # --- in the order of their keys
 
+    async def _start(self, taken: Sequence[tuple[Record, Ledger]]) -> None:
+        if self._service.feed.source.delivery == "at_most_once":
+            for record, ledger in taken:
+                self._assignment.finish(record, ledger)
+            await self._assignment.name({record.partition: ledger for record, ledger in taken})
+        if self._service.key is not None:
+            for record, _ in taken:
+                self._keys[record.partition, record.offset] = await self._key(record)
+        await super()._start(taken)
+
+    async def _key(self, record: Record) -> bytes | None:
+        """Give what an event is kept in order by, where that is in its value."""
+        assert self._service.key is not None, "else it is the record's"
+        try:
+            return self._service.key((await self._service.event(record)).value)
+        except Exception:  # noqa: BLE001 - the run of the event meets it again, and says so
+            return None
+
     def _lane(self, record: Record) -> Lane | None:
         """Give the line that an event stands in; None for one that waits for nobody."""
-        key, by = record.key, self._service.feed.source.key
-        if by is not None:
-            try:
-                key = key_of(by, self._service.event(record).value)
-            except Exception:  # noqa: BLE001 - the run of the event meets it again, and says so
-                return None
+        by_value = self._service.key is not None
+        key = self._keys.pop((record.partition, record.offset), None) if by_value else record.key
         return None if key is None else (record.partition, key)
 
     async def _dispatch(self) -> None:
@@ -293,13 +377,13 @@ class EventWorker(Taker[EventJob]):
     async def _serve(self, job: EventJob) -> None:
         try:
             if await self._finish(job):
-                self._assignment.finish(job.record, job.ledger)
+                self._end(job)
         except asyncio.CancelledError:
             if job.stop is None:
                 raise
         except Exception:
             log.exception("worker.defect", chainlet=self.name, **place_of(job.record))
-            self._assignment.finish(job.record, job.ledger)
+            self._end(job)
         finally:
             if job.task is not None:
                 del self._jobs[job.task]
@@ -307,6 +391,14 @@ class EventWorker(Taker[EventJob]):
             self.places.taken -= 1
             self._next(job)
             self.places.changed.set()
+
+    def _end(self, job: EventJob) -> None:
+        """Note an event as finished, with what is yet to be stored of it."""
+        if self._service.feed.source.delivery == "at_most_once":
+            return  # it is committed already
+        if self._transactions is not None and self._assignment.of(job.record) is job.ledger:
+            self._transactions.add(job.record.partition, job.unsent)
+        self._assignment.finish(job.record, job.ledger)
 
     async def _finish(self, job: EventJob) -> bool:
         """Try an event until it succeeds, or is put aside; False if it is left to others."""
@@ -318,29 +410,33 @@ class EventWorker(Taker[EventJob]):
         attempt, before = 1, self._breaker.successes
         while True:
             try:
-                event = service.event(record)
-            except InvalidArgumentError as error:
-                return await self._bury(job, error, "undecodable")
-            try:
-                await self._run(event)
+                await self._run(job, await service.event(record))
+            except _Unreadable as error:
+                return await self._bury(job, error.__cause__ or error, "undecodable")
             except Exception as error:  # noqa: BLE001 - whatever user code raises
                 if not self._settings.embedded and await service.callee.dead():
                     return False
                 self._log(error, attempt)
-                if not is_retryable(error):
+                if not await self._again(error, attempt, before):
                     return await self._bury(job, error, "failed")
-                if attempt >= service.feed.source.retries:
-                    # Had it been the event's fault, others would have succeeded meanwhile.
-                    if not _of_others(error) or self._breaker.successes > before:
-                        return await self._bury(job, error, "failed")
-                    await self._breaker.pause(error)
-                else:
-                    await self._put_off(policy.backoff(attempt))
                 attempt += 1
             else:
                 self._breaker.succeeded()
                 self._metrics.finished["done"].inc()
                 return True
+
+    async def _again(self, error: Exception, attempt: int, before: int) -> bool:
+        """Wait until an event that failed is to be tried again; False if it is not."""
+        if not is_retryable(error):
+            return False
+        if attempt < self._service.feed.source.retries:
+            await self._put_off(policy.backoff(attempt))
+            return True
+        # Had it been the event's own fault, others would have succeeded meanwhile.
+        if not _of_others(error) or self._breaker.successes > before:
+            return False
+        await self._breaker.pause(error)
+        return True
 
     async def _put_off(self, seconds: float) -> None:
         """Wait without a place, which others may use."""
@@ -351,7 +447,7 @@ class EventWorker(Taker[EventJob]):
         finally:
             self.places.taken += 1  # of one too many for a moment, at worst
 
-    async def _run(self, event: Event[Any]) -> None:
+    async def _run(self, job: EventJob, event: Event[Any]) -> None:
         """Run an event once, and have stored all that it gives."""
         service, callee = self._service, self._service.callee
         scope = Scope.new(self._settings.deadline)
@@ -361,31 +457,28 @@ class EventWorker(Taker[EventJob]):
         arguments = {service.feed.argument: event if service.feed.whole else event.value}
         service.queue_wait.observe(max(0.0, time.time() - event.timestamp_ms / 1000))
         began = time.perf_counter()
-        stored: deque[asyncio.Future[int]] = deque()
+        given = _Given(service.written, event, transactional=self._transactions is not None)
         try:
             async with asyncio.timeout(self._settings.deadline):
                 if callee.signature.streaming:
                     async with aclosing(callee.stream(arguments)) as items:
                         async for item in items:
-                            stored.append(await service.written.write(item, event))
-                            while stored and stored[0].done():
-                                stored.popleft().result()
-                elif (given := await callee.invoke(arguments)) is not None:
-                    stored.append(await service.written.write(given, event))
-                while stored:
-                    await stored[0]
-                    stored.popleft()
+                            await given.add(item)
+                else:
+                    await given.add(await callee.invoke(arguments))
+                job.unsent = await given.stored()
         finally:
             scope.close()
             service.run_time.observe(time.perf_counter() - began)
 
-    async def _bury(self, job: EventJob, error: Exception, reason: str) -> bool:
+    async def _bury(self, job: EventJob, error: BaseException, reason: str) -> bool:
         """Put an event into the dead-letter topic. False if that can't be done."""
+        job.unsent = []
         metrics.DEAD_LETTERED.labels(self._service.name, reason).inc()
         group = self._service.group
         try:
             topic, offset = await persist(
-                lambda: send_letter(self._service.broker, job.record, group, error, None), job.record
+                lambda: send_letter(self._service.broker, job.record, group, error), job.record
             )
         except BrokerError as unsent:
             log.error("letter.unsent", **place_of(job.record), reason=str(unsent))  # noqa: TRY400 - it says it all

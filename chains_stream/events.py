@@ -5,7 +5,7 @@ keys; what its ``run_remote`` returns or yields is written to its ``sink``. It m
 requests as well.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from types import UnionType
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -14,13 +14,13 @@ import msgspec
 
 from chains_stream.chainlet import ChainletBase, chainlet_name, signature
 from chains_stream.errors import ChainsUsageError
+from chains_stream.formats import Format
+from chains_stream.formats.keys import Key
 from chains_stream.signature import MISSING
 
 T = TypeVar("T")
 
-Delivery = Literal["at_least_once", "at_most_once"]
-Key = str | Callable[[Any], Any]
-"""A field of a value, or a function of it, that gives text, bytes or a number."""
+Delivery = Literal["at_least_once", "exactly_once", "at_most_once"]
 
 _FAULT_TOPIC = "a topic is named by 1 to 249 letters, digits, dots, underscores and hyphens"
 
@@ -66,17 +66,19 @@ class Source(msgspec.Struct, frozen=True):
 
     Attributes:
         topic: of any name; it is created if it does not exist.
-        format: of its values.
-        key: what events are kept in order by, if not by the records' keys; order holds within a partition. Events
-            without a key are in no order.
+        format: of its values: see `formats`.
+        key: a field of the value, or a function of it, that events are kept in order by, if not by the records' keys.
+            Order holds within a partition; events without a key are in none.
         start: where a group that has read nothing yet begins.
         delivery: ``at_least_once``: what a crash interrupts is run again. ``at_most_once``: it is not.
+            ``exactly_once``: it is run again, and readers of committed records meet what it gives once; its calls of
+            other Chainlets are made at least once all the same.
         group: the consumer group; its own for each Chain and Chainlet if none is named.
         retries: attempts in all, the first included, after which an event that fails becomes a dead letter.
     """
 
     topic: str
-    format: str = "json"
+    format: str | Format = "json"
     key: Key | None = None
     start: Literal["earliest", "latest"] | datetime = "earliest"
     delivery: Delivery = "at_least_once"
@@ -95,11 +97,11 @@ class Sink(msgspec.Struct, frozen=True):
     Attributes:
         topic: of any name; it is created if it does not exist.
         format: of its values.
-        key: of a record, made of its value; that of the event if none is named.
+        key: a field of the value, or a function of it, that a record is keyed by; the event's own if none is named.
     """
 
     topic: str
-    format: str = "json"
+    format: str | Format = "json"
     key: Key | None = None
 
     def __post_init__(self) -> None:
@@ -178,27 +180,6 @@ def _check_topic(what: str, topic: Any) -> None:
     legal = isinstance(topic, str) and 0 < len(topic) <= 249 and topic not in (".", "..")  # noqa: PLR2004 - Kafka's
     if not legal or not all(character.isascii() and (character.isalnum() or character in "._-") for character in topic):
         raise ChainsUsageError(f"{what}({topic!r}): {_FAULT_TOPIC}")
-
-
-# --- keys
-
-
-def key_of(key: Key, value: Any) -> bytes | None:
-    """Give the key of a value. Raises whatever the function, or a missing field, does."""
-    if callable(key):
-        return key_bytes(key(value))
-    return key_bytes(value[key] if isinstance(value, Mapping) else getattr(value, key))
-
-
-def key_bytes(key: Any) -> bytes | None:
-    """Write a key as Kafka's own clients do text; numbers in digits."""
-    match key:
-        case None | bytes():
-            return key
-        case str():
-            return key.encode()
-        case _:
-            return str(key).encode()
 
 
 def partition_of(key: bytes, count: int) -> int:

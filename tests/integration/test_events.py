@@ -54,7 +54,8 @@ def url(request: pytest.FixtureRequest) -> str:
 class Stream:
     """Topics of a test's own, whoever writes to them and reads them, and the hosts between."""
 
-    def __init__(self, url: str, stack: AsyncExitStack) -> None:
+    def __init__(self, url: str, stack: AsyncExitStack, delivery: str) -> None:
+        self.delivery = delivery
         self.tickets, self.scored, self.urgent = (
             f"{name}-{uuid4().hex[:8]}" for name in ("tickets", "scored", "urgent")
         )
@@ -73,6 +74,7 @@ class Stream:
 
     def chainlet(self, base: type[chains.ChainletBase], **source: Any) -> type[chains.ChainletBase]:
         """Give a Chainlet that is fed from these topics."""
+        source = {"delivery": self.delivery} | source
         body = {
             "__module__": base.__module__,
             "source": chains.Source(self.tickets, **source),
@@ -98,7 +100,7 @@ class Stream:
     async def read(self, topic: str, count: int) -> list[Record]:
         """Read a topic from its beginning, until so many records are there."""
         numbers = range(await self.broker.partitions(topic))
-        reader = await self.broker.read(topic, dict.fromkeys(numbers, 0))
+        reader = await self.broker.read(topic, dict.fromkeys(numbers, 0), isolation="read_committed")
         found: list[Record] = []
         try:
             async with asyncio.timeout(30):
@@ -109,10 +111,10 @@ class Stream:
         return found
 
 
-@pytest.fixture
-async def stream(url: str) -> AsyncIterator[Stream]:
+@pytest.fixture(params=["at_least_once", "exactly_once"])
+async def stream(url: str, request: pytest.FixtureRequest) -> AsyncIterator[Stream]:
     async with AsyncExitStack() as stack:
-        made = Stream(url, stack)
+        made = Stream(url, stack, request.param)
         await made.start()
         yield made
 
@@ -223,7 +225,7 @@ async def test_a_failing_event_is_tried_again_and_then_put_aside_while_others_go
     letters = await stream.read(dead_letter_topic(stream.tickets), 2)
     by_value = {record.value: dict(record.headers) for record in letters}
     said = {value: headers[EXCEPTION_MESSAGE] for value, headers in by_value.items()}
-    assert said[b"{"] == b"the data is malformed: Input data was truncated"
+    assert said[b"{"] == f"{stream.tickets}: the data is malformed: Input data was truncated".encode()
     bad = msgspec.json.encode(Ticket("bad", act="fail"))
     assert said[bad] == b"bad is bad"
     assert by_value[bad][ORIGINAL_CONSUMER_GROUP] == f"{stream.settings.namespace}.Score.Score.events".encode()

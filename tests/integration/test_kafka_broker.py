@@ -17,9 +17,10 @@ from aiokafka.protocol.types import Array, Int8, Int16, Int32, Schema, String
 from aiokafka.structs import TopicPartition
 
 from chains_stream.broker import Broker, Committed, TopicSpec
-from chains_stream.brokers import kafka_reading, kafka_sending, open_broker
+from chains_stream.brokers import kafka_group, kafka_reading, kafka_sending, open_broker
 from chains_stream.brokers.kafka import BATCH_BYTES, GROUP_FETCH_BYTES, KafkaBroker
-from chains_stream.brokers.kafka_reading import BUFFER_BYTES, BUFFER_RECORDS, KafkaGroupConsumer
+from chains_stream.brokers.kafka_group import KafkaGroupConsumer
+from chains_stream.brokers.kafka_reading import BUFFER_BYTES, BUFFER_RECORDS
 from chains_stream.errors import BrokerAuthorizationError, BrokerError, ChainsUsageError, RecordTooLargeError
 from chains_stream.settings import Settings
 from tests.kafka import Node, node
@@ -114,7 +115,7 @@ async def test_a_restart_loses_nothing_that_was_stored(own: Node) -> None:
 async def test_closing_ends_while_the_broker_is_away(own: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """A record that could not be sent, a commit that could not be stored, a fetch under way: none holds up the end."""
     monkeypatch.setattr(kafka_sending, "FLUSH_SECONDS", 0.5)
-    monkeypatch.setattr(kafka_reading, "COMMIT_SECONDS", 1)
+    monkeypatch.setattr(kafka_group, "COMMIT_SECONDS", 1)
     topic = f"away.{uuid4().hex}"
     broker = open_broker(Settings.of(broker=own.url, kafka={"connect_timeout": 5}))
     await broker.start()

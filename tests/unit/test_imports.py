@@ -63,6 +63,7 @@ ORDER = [
     "patience",
     "async_requests",
     "serving",
+    "transactions",
     "event_worker",
     "worker",
     "http_target",

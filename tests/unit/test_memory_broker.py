@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from chains_stream.broker import Committed, TopicSpec
-from chains_stream.brokers import memory
+from chains_stream.brokers import memory_log as memory
 from chains_stream.brokers.memory import MemoryBroker
 from chains_stream.errors import OffsetExpiredError
 from chains_stream.messages import now_ms
