@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from chains_stream.options import (
         Assets,
         BasetenImage,
+        Batch,
         ChainletOptions,
         Compute,
         CustomImage,
@@ -64,6 +65,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Assets",
     "BasetenImage",
+    "Batch",
     "BrokerAuthorizationError",
     "BrokerError",
     "CallCancelledError",

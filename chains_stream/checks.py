@@ -22,7 +22,7 @@ from chains_stream.chainlet import (
 )
 from chains_stream.descriptor import show
 from chains_stream.errors import Problem
-from chains_stream.options import DeploymentContext, RemoteConfig
+from chains_stream.options import Batch, DeploymentContext, RemoteConfig
 from chains_stream.signature import name_fault, read, resolve, takes_websocket, topic_part
 
 _HEALTH = "is_healthy"
@@ -46,6 +46,7 @@ def check_chainlet(cls: type[ChainletBase]) -> list[Problem]:
         *_method(cls),
         *_constructor(cls),
         *_health_check(cls),
+        *_batch(cls),
         *_instantiations(cls),
     ]
     return sorted(set(problems))
@@ -210,6 +211,27 @@ def _health_check(cls: type[ChainletBase]) -> Iterator[Problem]:
         faults.append(f"`{_HEALTH}` is not annotated to return bool")
     for fault in faults:
         yield Problem(place.file, place.line, f"{cls.__name__}.{_HEALTH}", "HEALTH_CHECK", f"{fault}{mend}")
+
+
+def _batch(cls: type[ChainletBase]) -> Iterator[Problem]:
+    """Check that a Chainlet whose calls are joined takes one list, and gives one."""
+    given: Any = cls.batch
+    if given is None:
+        return
+    if not isinstance(given, Batch):
+        message = f"`batch` is a `{type(given).__name__}`; write `batch = Batch(max_size=…, max_wait_ms=…)`"
+        yield _at_class(cls, "batch", "BATCH", message)
+        return
+    method = getattr(cls, METHOD, None)
+    if not isinstance(method, FunctionType):
+        return  # which is told already
+    found, faults = read(method, cls.__name__)
+    if faults or found is None:
+        return
+    lists = [parameter.annotation for parameter in found.parameters] + [found.result]
+    if found.streaming or len(found.parameters) != 1 or any(typing.get_origin(kind) is not list for kind in lists):
+        message = f"with a `batch`, `{METHOD}` takes one `list[…]` and returns a `list[…]` that is as long"
+        yield _at_class(cls, METHOD, "BATCH", message)
 
 
 def _remote_config(cls: type[ChainletBase]) -> Iterator[Problem]:

@@ -454,7 +454,8 @@ class EventWorker(Taker[EventJob]):
         scope.request_id = f"{event.topic}/{event.partition}/{event.offset}"
         scope.traceparent, scope.tracestate = event.headers.get("traceparent"), event.headers.get("tracestate")
         policy.current.set(scope)
-        arguments = {service.feed.argument: event if service.feed.whole else event.value}
+        feed, item = service.feed, event if service.feed.whole else event.value
+        arguments = {feed.argument: [item] if feed.batched else item}
         service.queue_wait.observe(max(0.0, time.time() - event.timestamp_ms / 1000))
         began = time.perf_counter()
         given = _Given(service.written, event, transactional=self._transactions is not None)
@@ -465,7 +466,8 @@ class EventWorker(Taker[EventJob]):
                         async for item in items:
                             await given.add(item)
                 else:
-                    await given.add(await callee.invoke(arguments))
+                    result = await callee.invoke(arguments)
+                    await given.add(result[0] if feed.batched else result)
                 job.unsent = await given.stored()
         finally:
             scope.close()

@@ -115,6 +115,7 @@ class Feed(NamedTuple):
         argument: the name of the one argument of ``run_remote``.
         kind: the type of a record's value.
         whole: whether ``run_remote`` asks for the `Event` around it.
+        batched: whether it takes a list of them.
         gives: the type of what is written.
     """
 
@@ -123,6 +124,7 @@ class Feed(NamedTuple):
     argument: str
     kind: Any
     whole: bool
+    batched: bool
     gives: Any
 
 
@@ -139,12 +141,15 @@ def feed_of(cls: type[ChainletBase]) -> Feed | None:
     required = [parameter for parameter in found.parameters if parameter.default is MISSING]
     if found.websocket or len(required) != 1:
         raise ChainsUsageError(f"{name}.run_remote has a source, and so takes one argument: the value, or its `Event`")
-    kind, gives = required[0].annotation, _without_wrapping(found.result)
+    kind, given = required[0].annotation, found.result
+    if cls.batch is not None:
+        kind, given = (get_args(each)[0] for each in (kind, given))  # lists: it is checked
+    gives = _without_wrapping(given)
     if gives not in (None, type(None)) and not sinks:
         raise ChainsUsageError(f"{name}.run_remote gives what goes nowhere: name a topic with `sink = Sink(…)`")
     whole = get_origin(kind) is Event or kind is Event
     inner = (get_args(kind) or (Any,))[0] if whole else kind
-    return Feed(source, sinks, required[0].name, inner, whole, gives)
+    return Feed(source, sinks, required[0].name, inner, whole, cls.batch is not None, gives)
 
 
 def _sinks(name: str, given: Any) -> tuple[Sink, ...]:

@@ -293,6 +293,30 @@ async def test_one_that_alone_fails_so_is_put_aside(stream: Stream) -> None:
     assert dict(letter.headers)[EXCEPTION_MESSAGE] == b"always too much"
 
 
+class Together(chains.ChainletBase):
+    """Scores many tickets at once; notes how many."""
+
+    remote_config = WIDE
+    batch = chains.Batch(max_size=4, max_wait_ms=500)
+
+    async def run_remote(self, tickets: list[Ticket]) -> list[Scored | None]:
+        Seen.note(f"batch of {len(tickets)}")
+        if any(ticket.act == "fail" for ticket in tickets):
+            raise ValueError("a bad one is among them")
+        return [None if ticket.act == "skip" else Scored(ticket.id, ticket.number) for ticket in tickets]
+
+
+async def test_events_are_joined_for_one_that_takes_many_at_once(stream: Stream) -> None:
+    tickets = [Ticket(f"{number}", number) for number in range(12)]
+    await stream.send(*tickets, Ticket("bad", act="fail"), Ticket("none", act="skip"))
+    await stream.host(stream.chainlet(Together))
+    found = values(await stream.read(stream.scored, 12))
+    assert sorted(said["score"] for said in found) == [float(number) for number in range(12)]
+    assert Seen.counts["batch of 4"] >= 2
+    (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
+    assert letter.key == b"bad"
+
+
 async def test_the_same_chainlet_serves_requests(url: str) -> None:
     name = f"tickets-{uuid4().hex[:8]}"
     fed = type(

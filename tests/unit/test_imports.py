@@ -40,6 +40,7 @@ ORDER = [
     "events",
     "checks",
     "chain",
+    "batches",
     "local",
     "broker",
     "brokers",
