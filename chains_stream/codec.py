@@ -68,6 +68,11 @@ class Codec:
         self._argument_decoder = msgspec.msgpack.Decoder(self._arguments, dec_hook=foreign.decode_hook)
         self._result_decoder = msgspec.msgpack.Decoder(signature.result, dec_hook=foreign.decode_hook)
 
+    @property
+    def arguments(self) -> Any:
+        """The Struct of a call's arguments."""
+        return self._arguments
+
     def encode_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
         """Bind the arguments of a call as Python would, and encode them. Their types are checked by the receiver."""
         try:

@@ -152,6 +152,11 @@ def feed_of(cls: type[ChainletBase]) -> Feed | None:
     return Feed(source, sinks, required[0].name, inner, whole, cls.batch is not None, gives)
 
 
+def group_of(source: Source, namespace: str, chain: str, chainlet: str) -> str:
+    """Name the consumer group that a Chainlet is fed through."""
+    return source.group or f"{namespace}.{chain}.{chainlet}.events"
+
+
 def _sinks(name: str, given: Any) -> tuple[Sink, ...]:
     sinks = tuple(given) if isinstance(given, Sequence) else (given,)
     for sink in sinks:

@@ -1,7 +1,7 @@
 """The JSON Schema of what a Chainlet takes and gives, for OpenAPI 3.1."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -31,6 +31,35 @@ def of(arguments: Any, result: Any) -> dict[str, Any]:
     for documentation in ("title", "description"):  # that of a class that we made
         own.pop(documentation, None)
     return {"arguments": own, "result": schemas[1], "$defs": classes | definitions}
+
+
+def components(taken: Sequence[Any], given: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Describe types together: a schema for each, and the classes that they refer to, as ``components/schemas``.
+
+    `taken` are read, `given` are written. Raises TypeError for a type that has no form in JSON.
+    """
+    modes = dict.fromkeys(_models_in(given), "serialization") | dict.fromkeys(_models_in(taken), "validation")
+    for suffix in ("", ".model"):
+        references, definitions = _model_schemas(modes, suffix)
+        schemas, classes = msgspec.json.schema_components(
+            (*taken, *given), schema_hook=functools.partial(_refer, references), ref_template=_TEMPLATE
+        )
+        if not classes.keys() & definitions.keys():
+            break
+    return list(schemas), classes | definitions
+
+
+def _models_in(kinds: Sequence[Any]) -> list[Any]:
+    """Find the pydantic models that types hold."""
+    found: list[Any] = []
+
+    def learn(kind: Any) -> dict[str, Any]:
+        if foreign.is_model(kind):
+            found.append(kind)
+        return {"type": "object"}
+
+    msgspec.json.schema_components(tuple(kinds), schema_hook=learn)
+    return found
 
 
 def document(kind: Any) -> dict[str, Any]:

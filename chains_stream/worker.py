@@ -21,7 +21,7 @@ from chains_stream.delays import Delays
 from chains_stream.deliveries import webhooks_spec
 from chains_stream.errors import ChainsError, ChainsRuntimeError, ChainsUsageError, message_of, user_frames
 from chains_stream.event_worker import EventService, EventWorker
-from chains_stream.events import feed_of
+from chains_stream.events import feed_of, group_of
 from chains_stream.letters import dead_letter_spec
 from chains_stream.local import FAILED, Callee, LocalTarget
 from chains_stream.log import get_logger
@@ -209,7 +209,7 @@ class Host:
             worker = Worker(self._service(callee, topic), quarantine)
             self.workers.append(worker)
             if (fed := feed_of(cls)) is not None:
-                group = fed.source.group or f"{settings.namespace}.{self._chain.name}.{chainlet_name(cls)}.events"
+                group = group_of(fed.source, settings.namespace, self._chain.name, chainlet_name(cls))
                 events = EventService(callee, fed, group, self._broker, settings)
                 self.feeds.append(EventWorker(events, quarantine, worker.places))
             if cls is entrypoint:

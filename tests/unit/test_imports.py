@@ -73,6 +73,7 @@ ORDER = [
     "webhooks",
     "client",
     "gateway",
+    "asyncapi",
     "telemetry",
     "cli",
 ]
