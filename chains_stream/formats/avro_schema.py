@@ -285,7 +285,8 @@ def _with_default(field: _Field) -> tuple[Any, Any]:
     branches = schema if isinstance(schema, list) else [schema]
     for place, each in enumerate(branches):
         form = each["type"] if isinstance(each, dict) else each
-        takes = form == branch and not (isinstance(each, dict) and "logicalType" in each)
+        same = form == branch or (form, branch) == ("double", "long")
+        takes = same and not (isinstance(each, dict) and "logicalType" in each)
         if takes or (form == "enum" and branch == "string" and default in each["symbols"]):
             ordered = [each, *branches[:place], *branches[place + 1 :]]
             return (ordered if isinstance(schema, list) else schema), default

@@ -462,11 +462,45 @@ async def test_a_registry_that_comes_back_is_asked_again(registry: registries.Re
         await ours.close()
 
 
+async def test_who_waits_may_leave_and_the_registry_may_be_closed(
+    registry: registries.Registry, asked: Registry, topic: str
+) -> None:
+    data = await write(Avro().writer(Ticket, asked), Ticket(7, "x"), topic)
+    async with fronted(registry) as front:
+        ours = Registry(RegistrySettings(url=front.url))
+        reader = Avro().reader(Ticket, ours)
+        front.hold.clear()
+        first, second = (asyncio.create_task(read(reader, data)) for _ in range(2))
+        while not front.asked:  # noqa: ASYNC110 - it is the front's own list
+            await asyncio.sleep(0.01)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        front.hold.set()
+        assert await second == Ticket(7, "x")
+        front.hold.clear()
+        other = Avro().writer(Ticket, ours).missing(topic)
+        assert other is not None
+        third = asyncio.ensure_future(other)
+        while len(front.asked) < 2:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.01)
+        await ours.close()
+        with pytest.raises(SchemaRegistryError, match="was closed"):
+            await third
+        front.hold.set()
+
+
 async def test_many_records_ask_once(registry: registries.Registry, asked: Registry, topic: str) -> None:
     data = await write(Avro().writer(Ticket, asked), Ticket(7, "x"), topic)
     async with fronted(registry) as front:
         ours = Registry(RegistrySettings(url=front.url))
         readers = [Avro().reader(Ticket, ours) for _ in range(2)]
+        front.away = True
+        failed = await asyncio.gather(*(read(readers[0], data) for _ in range(50)), return_exceptions=True)
+        assert {type(error) for error in failed} == {SchemaRegistryError}
+        assert len(front.asked) <= 5
+        front.away = False
+        front.asked.clear()
         found = await asyncio.gather(*(read(reader, data) for reader in readers for _ in range(50)))
         assert found == [Ticket(7, "x")] * 100
         assert len(front.asked) == 1
@@ -507,6 +541,8 @@ class Front:
 
     def __init__(self, behind: registries.Registry, authorization: str | None) -> None:
         self.away = False
+        self.hold = asyncio.Event()  # answers wait for it
+        self.hold.set()
         self.asked: list[str] = []
         self.url = ""
         self._behind = behind
@@ -515,6 +551,7 @@ class Front:
 
     async def answer(self, request: Request) -> Response:
         self.asked.append(request.url.path)
+        await self.hold.wait()
         if self.away:
             return Response("nobody home", 503)
         if self._authorization not in (None, request.headers.get("authorization")):

@@ -161,6 +161,7 @@ def test_schemas(kind: Any, schema: Any) -> None:
         (str, "", ("string", "")),
         (int | None, None, (["null", "long"], None)),
         (int | None, 5, (["long", "null"], 5)),
+        (float, 5, ("double", 5)),
         (bytes, b"\xff", ("bytes", "\xff")),
         (Color, Color.BLUE, ({"type": "enum", "name": "Color", "symbols": ["RED", "BLUE"]}, "BLUE")),
         (list[int], [], ({"type": "array", "items": "long"}, [])),
@@ -205,9 +206,9 @@ def test_a_type_without_a_form_is_one_line(kind: Any, said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def round_trip(kind: Any, value: Any) -> Any:
+def round_trip(kind: Any, value: Any, namespace: str | None = None) -> Any:
     """Write a value and read it, by hand."""
-    made = avro_schema(kind)
+    made = avro_schema(kind, namespace=namespace)
     plain = msgspec.to_builtins(value, builtin_types=KEPT, str_keys=True, enc_hook=foreign.encode_plain_hook)
     stream = io.BytesIO()
     fastavro.schemaless_writer(stream, made.schema, made.change(plain) if made.change else plain)
@@ -252,6 +253,15 @@ def test_values_come_back(kind: Any, value: Any) -> None:
     found = round_trip(kind, value)
     assert found == value
     assert type(found) is type(value)
+
+
+def test_values_come_back_in_a_namespace() -> None:
+    kind = dict[str, list[Opened | Closed | None]]
+    value = {"a": [Opened("a"), None, Closed("b", "r"), Closed("c")], "b": []}
+    assert round_trip(kind, value, "com.acme") == value
+    nested = msgspec.defstruct("N", [("first", Opened | Closed), ("then", list[Opened | Closed]), ("at", Node)])
+    whole = nested(Closed("a"), [Opened("b")], Node("x", [Node("y")]))
+    assert round_trip(nested, whole, "com.acme") == whole
 
 
 def test_arrays_come_back() -> None:
