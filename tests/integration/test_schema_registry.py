@@ -21,6 +21,10 @@ import pydantic
 import pytest
 import trustme
 import uvicorn
+from confluent_kafka.schema_registry import SchemaRegistryClient
+from confluent_kafka.schema_registry.avro import AvroDeserializer, AvroSerializer
+from confluent_kafka.schema_registry.json_schema import JSONDeserializer, JSONSerializer
+from confluent_kafka.serialization import MessageField, SerializationContext
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
@@ -147,6 +151,37 @@ async def test_json_is_framed_with_the_id_of_the_schema(
         jsonschema.Draft7Validator(schema).validate({"id": "7"})
     assert (schema["title"], schema["required"]) == ("Ticket", ["id", "subject"])
     assert await read(JsonSchema().reader(Ticket, asked), data) == Ticket(7, "x")
+
+
+async def test_the_official_serializers_at_the_other_end(
+    registry: registries.Registry, asked: Registry, topic: str
+) -> None:
+    """Confluent's own, which block: they do so in a thread."""
+    context = SerializationContext(topic, MessageField.VALUE)
+    value = {"id": 7, "subject": "é", "at": WHEN, "tags": ["a"]}
+
+    def avro(ours: bytes) -> tuple[Any, bytes | None]:
+        with SchemaRegistryClient({"url": registry.url}) as client:
+            theirs = AvroSerializer(client, json.dumps(TICKET))(value, context)
+            return AvroDeserializer(client)(ours, context), theirs
+
+    data = await write(Avro().writer(Ticket, asked), Ticket(7, "é", WHEN, ["a"]), topic)
+    found, theirs = await asyncio.to_thread(avro, data)
+    assert found == value
+    assert theirs is not None
+    assert await read(Avro().reader(Ticket, asked), theirs) == Ticket(7, "é", WHEN, ["a"])
+
+    def plain(ours: bytes, schema: str) -> tuple[Any, bytes | None]:
+        with SchemaRegistryClient({"url": registry.url}) as client:
+            theirs = JSONSerializer(schema, client)({"id": 7, "subject": "x"}, context)
+            return JSONDeserializer(None, schema_registry_client=client)(ours, context), theirs
+
+    topic = context.topic = f"{topic}j"
+    data = await write(JsonSchema().writer(Ticket, asked), Ticket(7, "x"), topic)
+    found, theirs = await asyncio.to_thread(plain, data, json.dumps(registry.latest(f"{topic}-value")[1]))
+    assert found == {"id": 7, "subject": "x", "at": None, "tags": []}
+    assert theirs is not None
+    assert await read(JsonSchema().reader(Ticket, asked), theirs) == Ticket(7, "x")
 
 
 @pytest.mark.parametrize("form", [Avro(), JsonSchema()], ids=lambda form: form.name)

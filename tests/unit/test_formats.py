@@ -1,5 +1,6 @@
 """The formats that ask nobody: what lies in a record, and what is said of one that does not fit."""
 
+import sys
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -147,6 +148,23 @@ def test_formats_have_names() -> None:
 def test_a_format_without_its_registry_says_what_to_set(name: str) -> None:
     with pytest.raises(ChainsUsageError, match=r"needs a schema registry: set CHAINS_REGISTRY_URL$"):
         named(name).writer(Ticket, Registry())
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "install"),
+    [
+        ("avro", "fastavro", "avro"),
+        ("avro", "confluent_kafka.schema_registry", "registry"),
+        ("json-schema", "confluent_kafka.schema_registry", "registry"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, package: str, install: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    registry = Registry(RegistrySettings(url="http://127.0.0.1:1"))
+    with pytest.raises(ChainsUsageError, match=rf"^the format `{name}` .*: pip install 'chains-stream\[{install}\]'$"):
+        named(name).writer(Ticket, registry)
 
 
 def test_the_registry_is_among_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
