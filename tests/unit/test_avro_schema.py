@@ -1,20 +1,21 @@
 """The Avro schemas of Python types, and values written with them by hand with fastavro."""
 
 import io
+import operator
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum, IntEnum
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypedDict, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Optional, TypedDict, TypeVar
 
 import fastavro
 import msgspec
 import numpy as np
 import pydantic
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chains_stream import foreign
@@ -299,6 +300,54 @@ Scalars = msgspec.defstruct(
 def test_any_value_comes_back(fields: dict[str, Any]) -> None:
     make: Callable[..., Any] = Scalars
     assert round_trip(Scalars, make(**fields)) == make(**fields)
+
+
+Typed = tuple[Any, st.SearchStrategy[Any]]  # a type, and values of it
+
+SCALARS: list[Typed] = [
+    (int, st.integers(-(2**63), 2**63 - 1)),
+    (float, st.floats(allow_nan=False)),
+    (bool, st.booleans()),
+    (str, st.text()),
+    (bytes, st.binary()),
+    (date, st.dates()),
+    (time, st.times()),
+    (datetime, st.datetimes(timezones=st.just(UTC))),
+    (timedelta, st.timedeltas(timedelta(days=-9999), timedelta(days=9999))),
+    (uuid.UUID, st.uuids()),
+    (Decimal, st.decimals(allow_nan=False, allow_infinity=False)),
+    (Color, st.sampled_from(Color)),
+    (Opened | Closed, st.builds(Opened, st.text()) | st.builds(Closed, st.text(), st.none() | st.text())),
+    (Plain, st.builds(Plain, st.integers(0, 9))),
+    (Node, st.builds(Node, st.text(), st.lists(st.builds(Node, st.text()), max_size=2))),
+]
+
+
+def compound(inner: st.SearchStrategy[Typed]) -> st.SearchStrategy[Typed]:
+    def record(parts: list[Typed]) -> Typed:
+        kind = msgspec.defstruct(f"R{uuid.uuid4().hex}", [(f"f{n}", each) for n, (each, _) in enumerate(parts)])
+        return kind, st.builds(kind, *(values for _, values in parts))
+
+    # Subscripted as values: no checker of types can follow.
+    get: Any = operator.getitem
+    return st.one_of(
+        inner.map(lambda of: (get(list, of[0]), st.lists(of[1], max_size=3))),
+        inner.map(lambda of: (get(dict, (str, of[0])), st.dictionaries(st.text(), of[1], max_size=3))),
+        inner.map(lambda of: (get(Optional, of[0]), st.none() | of[1])),
+        inner.map(lambda of: (get(tuple, (of[0], ...)), st.lists(of[1], max_size=3).map(tuple))),
+        st.lists(inner, min_size=1, max_size=4).map(record),
+    )
+
+
+TYPES = st.recursive(st.sampled_from(SCALARS), compound, max_leaves=8)
+
+
+@given(st.data())
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_type_comes_back(data: st.DataObject) -> None:
+    kind, values = data.draw(TYPES)
+    value = data.draw(values)
+    assert round_trip(kind, value) == value
 
 
 @pytest.mark.parametrize(
