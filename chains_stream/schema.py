@@ -10,7 +10,7 @@ import pydantic
 from chains_stream import foreign
 
 _TEMPLATE = "#/components/schemas/{name}"
-_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 
 
 def of(arguments: Any, result: Any) -> dict[str, Any]:
@@ -63,8 +63,11 @@ def _models_in(kinds: Sequence[Any]) -> list[Any]:
 
 
 def document(kind: Any) -> dict[str, Any]:
-    """Give the JSON Schema of one type as a document by itself. Raises TypeError for a type with no form in JSON."""
-    template = "#/$defs/{name}"
+    """Give the JSON Schema of one type as a document by itself, of draft 7: registries know no newer one for sure.
+
+    Raises TypeError for a type with no form in JSON.
+    """
+    template = "#/definitions/{name}"
     models = _models(kind, kind)
     for suffix in ("", ".model"):
         references, definitions = _model_schemas(models, suffix, template)
@@ -77,7 +80,19 @@ def document(kind: Any) -> dict[str, Any]:
     root, name = schemas[0], str(schemas[0].get("$ref", "")).rpartition("/")[2]
     if name in defined and f'"{template.format(name=name)}"'.encode() not in msgspec.json.encode(defined):
         root = defined.pop(name)  # what only the document itself refers to is the document
-    return {"$schema": _DIALECT, **root, **({"$defs": defined} if defined else {})}
+    whole = {"$schema": _DRAFT_7, **root, **({"definitions": defined} if defined else {})}
+    _without_prefixes(whole)
+    return whole
+
+
+def _without_prefixes(schema: Any) -> None:
+    """Describe tuples as draft 7 does, in place."""
+    if isinstance(schema, dict) and isinstance(schema.get("prefixItems"), list):
+        rest = schema.pop("items", True)
+        schema["items"] = schema.pop("prefixItems")
+        schema["additionalItems"] = rest
+    for each in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _without_prefixes(each)
 
 
 def _models(arguments: Any, result: Any) -> Mapping[Any, str]:

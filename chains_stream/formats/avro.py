@@ -66,6 +66,10 @@ class Avro(Format):
     @override
     def reader(self, kind: Any, registry: Registry, part: Part = "value") -> Reader:
         self._require(registry)
+        try:
+            msgspec.inspect.type_info(kind)
+        except TypeError as error:
+            raise unfit(self.name, kind, error) from error
         return AvroReader(kind, registry)
 
     @override

@@ -40,6 +40,7 @@ class _Node(NamedTuple):
     schema: Any
     change: Change | None = None
     fits: tuple[type, ...] = ()  # what a plain value is that `change` is for
+    branches: tuple["_Node", ...] = ()  # of a union
 
 
 class _Field(NamedTuple):
@@ -245,11 +246,11 @@ class _Builder:
         """Make a union, of one branch for each form: Avro could not tell two of a form apart."""
         flat: dict[str, _Node] = {}
         for node in nodes:
-            for schema in node.schema if isinstance(node.schema, list) else [node.schema]:
-                form = _form(schema)
-                if form in flat and _base(flat[form].schema) != _base(schema):
+            for branch in node.branches or (node,):
+                form = _form(branch.schema)
+                if form in flat and _base(flat[form].schema) != _base(branch.schema):
                     raise TypeError(f"Avro can't tell two kinds of `{form}` apart in one union")
-                flat.setdefault(form, _Node(schema, node.change, node.fits))
+                flat.setdefault(form, branch)
         if len(flat) == 1:
             return next(iter(flat.values()))
         ordered = sorted(flat, key=lambda form: _ORDER.index(form) if form in _ORDER else len(_ORDER))
@@ -261,7 +262,7 @@ class _Builder:
             changes.insert(0, ((dict,), partial(_tagged, field, branches)))
         fits = tuple(kind for node in flat.values() for kind in node.fits) + ((dict,) if tagged else ())
         change = partial(_branch, tuple(changes)) if changes else None
-        return _Node([flat[form].schema for form in ordered], change, fits)
+        return _Node([flat[form].schema for form in ordered], change, fits, tuple(flat.values()))
 
 
 def _named(name: str, schema: Any, default: Any = msgspec.NODEFAULT) -> dict[str, Any]:
@@ -285,7 +286,8 @@ def _with_default(field: _Field) -> tuple[Any, Any]:
     branches = schema if isinstance(schema, list) else [schema]
     for place, each in enumerate(branches):
         form = each["type"] if isinstance(each, dict) else each
-        takes = form == branch and not (isinstance(each, dict) and "logicalType" in each)
+        same = form == branch or (form, branch) == ("double", "long")
+        takes = same and not (isinstance(each, dict) and "logicalType" in each)
         if takes or (form == "enum" and branch == "string" and default in each["symbols"]):
             ordered = [each, *branches[:place], *branches[place + 1 :]]
             return (ordered if isinstance(schema, list) else schema), default

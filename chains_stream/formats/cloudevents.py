@@ -136,18 +136,15 @@ class CloudEventWriter(Writer):
     @override
     def write(self, value: Any, topic: str, headers: Mapping[str, bytes] = NO_HEADERS) -> tuple[bytes, Headers]:
         data = self._encode(value, topic)
-        attributes = {
-            "id": str(uuid.uuid4()).encode(),
-            **self._defaults,
-            "time": datetime.now(UTC).isoformat().replace("+00:00", "Z").encode(),
-        }
+        now = datetime.now(UTC).isoformat()
+        attributes = {"id": str(uuid.uuid4()).encode(), **self._defaults, "time": f"{now[:-6]}Z".encode()}
         others: list[tuple[str, bytes | None]] = []
         for name, text in headers.items():
             if name.startswith(PREFIX):
+                _check(name, text, topic)
                 attributes[name.removeprefix(PREFIX)] = text
             elif name != CONTENT_TYPE:
                 others.append((name, text))
-        _check(attributes, topic)
         if self._form.mode == "binary":
             given = ((PREFIX + name, text) for name, text in attributes.items())
             return data, ((CONTENT_TYPE, self._data.media_type.encode()), *given, *others)
@@ -217,14 +214,14 @@ def _require(headers: Mapping[str, bytes], topic: str) -> None:
         raise InvalidArgumentError(f"{topic}: the CloudEvent is of version {said}, and only {VERSION} can be read")
 
 
-def _check(attributes: Mapping[str, bytes], topic: str) -> None:
-    """Check the attributes of an event that is written."""
-    for name, text in attributes.items():
-        if not _ATTRIBUTE.fullmatch(name) or name in ("data", "datacontenttype"):
-            raise InvalidResultError(f"{topic}: `{PREFIX}{name}` names no attribute of a CloudEvent: use a-z and 0-9")
-        if name in _REQUIRED and not text:
-            raise InvalidResultError(f"{topic}: the CloudEvent's `{name}` is empty")
-    if attributes["specversion"] != VERSION.encode():
+def _check(name: str, text: bytes, topic: str) -> None:
+    """Check an attribute that is given for an event that is written."""
+    attribute = name.removeprefix(PREFIX)
+    if not _ATTRIBUTE.fullmatch(attribute) or attribute in ("data", "datacontenttype"):
+        raise InvalidResultError(f"{topic}: `{name}` names no attribute of a CloudEvent: use a-z and 0-9")
+    if attribute in _REQUIRED and not text:
+        raise InvalidResultError(f"{topic}: the CloudEvent's `{attribute}` is empty")
+    if attribute == "specversion" and text != VERSION.encode():
         raise InvalidResultError(f"{topic}: CloudEvents are written in version {VERSION} alone")
 
 

@@ -6,9 +6,9 @@ schema, and never while a record waits whose schema is known.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from chains_stream.errors import (
@@ -56,7 +56,7 @@ class Registry:
     def __init__(self, settings: RegistrySettings | None = None) -> None:
         self._settings = settings or RegistrySettings()
         self._client: AsyncSchemaRegistryClient | None = None
-        self._asking = asyncio.Lock()  # many records wait for one schema, and one asks
+        self._asking: dict[object, asyncio.Task[Registered]] = {}
         self._known: dict[int, Registered] = {}
         self._missing: dict[int, float] = {}
 
@@ -79,43 +79,69 @@ class Registry:
 
     async def schema(self, schema_id: int) -> Registered:
         """Give a schema by its id. Raises SchemaRegistryError; an UnknownSchemaError if there is none."""
-        async with self._asking:
-            found = self._known.get(schema_id)
-            if found is None:
-                if self._missing.get(schema_id, 0.0) > time.monotonic():
-                    raise self._unknown(schema_id, "it was not there a moment ago")
-                try:
-                    found = self._known[schema_id] = await self._fetched(schema_id)
-                except UnknownSchemaError:
-                    self._remember_missing(schema_id)
-                    raise
-            return found
+        known = self._known.get(schema_id)
+        if known is not None:
+            return known
+        if self._missing.get(schema_id, 0.0) > time.monotonic():
+            raise UnknownSchemaError(f"schema {schema_id}: the schema registry {self.url} had none a moment ago")
+        return await self._once(schema_id, partial(self._fetched, schema_id))
 
     async def of_subject(self, subject: str, kind: str, text: str, how: Register) -> Registered:
         """Give the schema to write to a subject with: `text`, which is registered or looked up, or the latest one.
 
         `kind` is the registry's name for its kind: ``AVRO``, ``JSON``. Raises SchemaRegistryError.
         """
-        what = f"subject {subject}"
-        async with self._asking:
-            if how == "latest":
-                latest = await self._ask(what, lambda client: client.get_latest_version(subject))
-                return await self._whole(int(latest.schema_id or 0), latest.schema)
-            schema = _schema(text, kind)
-            if how == "lookup":
-                found = await self._ask(what, lambda client: client.lookup_schema(subject, schema))
-                return Registered(int(found.schema_id or 0), kind, text)
-            return Registered(await self._ask(what, lambda client: client.register_schema(subject, schema)), kind, text)
+        return await self._once((subject, kind, text, how), partial(self._settled, subject, kind, text, how))
 
     async def close(self) -> None:
         """Close the connection. It may be asked again, and then connects again."""
+        asking = list(self._asking.values())
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
         client, self._client = self._client, None
         if client is not None:
             await client.aclose()
 
+    async def _once(self, what: object, ask: Callable[[], Coroutine[Any, Any, Registered]]) -> Registered:
+        """Ask, or wait for who asks the same already: many records wait for one schema, and for one failure too."""
+        task = self._asking.get(what)
+        if task is None:
+            task = self._asking[what] = asyncio.create_task(ask())
+            task.add_done_callback(partial(self._answered_once, what))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():  # not we: `close` did
+                raise SchemaRegistryError(f"the connection to the schema registry {self.url} was closed") from None
+            raise
+        except SchemaRegistryError as error:
+            raise type(error)(error.message) from error  # each its own, or their tracebacks would add up
+
+    def _answered_once(self, what: object, task: asyncio.Task[Registered]) -> None:
+        self._asking.pop(what, None)
+        if not task.cancelled():
+            task.exception()  # seen, also if nobody waits any more
+
     async def _fetched(self, schema_id: int) -> Registered:
-        schema = await self._ask(f"schema {schema_id}", lambda client: client.get_schema(schema_id))
-        return await self._whole(schema_id, schema)
+        try:
+            schema = await self._ask(f"schema {schema_id}", lambda client: client.get_schema(schema_id))
+            found = self._known[schema_id] = await self._whole(schema_id, schema)
+        except UnknownSchemaError:
+            self._remember_missing(schema_id)
+            raise
+        return found
+
+    async def _settled(self, subject: str, kind: str, text: str, how: Register) -> Registered:
+        what = f"subject {subject}"
+        if how == "latest":
+            latest = await self._ask(what, lambda client: client.get_latest_version(subject))
+            return await self._whole(int(latest.schema_id or 0), latest.schema)
+        schema = _schema(text, kind)
+        if how == "lookup":
+            found = await self._ask(what, lambda client: client.lookup_schema(subject, schema))
+            return Registered(int(found.schema_id or 0), kind, text)
+        return Registered(await self._ask(what, lambda client: client.register_schema(subject, schema)), kind, text)
 
     async def _whole(self, schema_id: int, schema: "Schema") -> Registered:
         references: dict[tuple[str, int], str] = {}
@@ -161,9 +187,6 @@ class Registry:
             kind = SchemaRegistryAuthorizationError
         text = " ".join(str(said or "").split()) or "no reason"
         return kind(f"{what}: the schema registry {self.url} answered {status}: {text}")
-
-    def _unknown(self, schema_id: int, why: str) -> UnknownSchemaError:
-        return UnknownSchemaError(f"schema {schema_id}: the schema registry {self.url} has none: {why}")
 
     def _remember_missing(self, schema_id: int) -> None:
         # Records of one bad producer come in thousands; the registry need not hear of each.
