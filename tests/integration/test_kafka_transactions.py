@@ -195,6 +195,25 @@ async def test_transactions_outlive_their_coordinator(own: Node, how: str) -> No
         await transactor.close()
 
 
+async def test_closing_ends_a_commit_that_the_broker_does_not_answer(own: Node) -> None:
+    """As when a partition is revoked: the group waits until its transactor is closed."""
+    async with opened(own.url) as broker:
+        topic = await made(broker)
+        transactor = broker.transactor(topic)
+        await transactor.start()
+        transactor.begin()
+        await (await transactor.publish(topic, b"record", partition=0))
+        own.signal(signal.SIGSTOP)
+        try:
+            ending = asyncio.ensure_future(transactor.commit())
+            await asyncio.wait([ending], timeout=0.3)
+            await asyncio.wait_for(transactor.close(), 15)
+            with pytest.raises(BrokerError, match="closed"):
+                await asyncio.wait_for(ending, 1)
+        finally:
+            own.signal(signal.SIGCONT)
+
+
 async def test_starting_at_a_broker_that_is_away_fails_in_time(own: Node) -> None:
     async with opened(own.url) as broker:
         assert hasattr(broker, "_cluster")
