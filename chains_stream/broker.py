@@ -125,10 +125,11 @@ class Transactor(Protocol):
     read what is committed for it only after `start`: nothing of an earlier holder can come in between from then on,
     and what lies before the offset that is committed then is done.
 
-    FencedError says that another one holds the id, or that the broker gave up a transaction that was open for too long.
-    After any BrokerError that `publish`'s future, `commit` or `abort` raise, or a `commit` that was cancelled, what
-    became of the transaction is not known, and this transactor is spent: close it, start another one, and go on from
-    what is committed. One with `retryable` may pass by itself.
+    After any BrokerError of `commit`, `abort` or the future of a `publish`, or a `commit` that was cancelled, what
+    became of the transaction is not known, and this transactor is spent. As long as the group says that the partition
+    is ours, close it, start another one, read what is committed, and go on from there. FencedError says that another
+    holder was started, or that the broker gave up a transaction that was open for too long: a moment's pause lets a
+    holder that has lost the partition, and does not know it yet, hear of it.
     """
 
     async def start(self) -> None:

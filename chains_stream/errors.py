@@ -137,7 +137,8 @@ class OffsetExpiredError(BrokerError):
 class FencedError(BrokerError):
     """Another process holds this transactional id now, or the broker gave up a transaction that was open for too long.
 
-    What this process has of the partition is void: drop it, and go on with the others.
+    What this process has of the partition is void: drop it, go on with the others, and begin this one anew from what is
+    committed if the group still says that it is ours.
     """
 
     code = "fenced"

@@ -98,6 +98,14 @@ def last_batch(
     return batch
 
 
+async def heard_of(producer: AIOKafkaProducer, place: TopicPartition) -> None:
+    """Wait until a producer knows a partition, which may have been added. Raises KafkaError."""
+    if place.partition not in await producer.client._wait_on_metadata(place.topic):  # noqa: SLF001 - as above
+        await producer.client.force_metadata_update()
+        if place.partition not in await producer.client._wait_on_metadata(place.topic):  # noqa: SLF001 - as above
+            raise kafka.KafkaError(f"the producer has not heard of partition {place.partition} yet")
+
+
 async def drained(producer: AIOKafkaProducer, batch: Batch) -> None:
     """Wait until a full batch is sent, and another one can be begun. Raises KafkaError."""
     try:
@@ -141,12 +149,10 @@ class Sender:
         """Add a record to what is sent next, or wait for room. Raises KafkaError."""
         while True:
             producer = self.producer or await self._ready()
-            known = await producer.client._wait_on_metadata(place.topic)  # noqa: SLF001 - as above
+            await heard_of(producer, place)
             replaced = producer is not self.producer
             if replaced:
                 continue
-            if place.partition not in known:
-                raise kafka.KafkaError(f"the producer has not heard of partition {place.partition} yet")
             batch = last_batch(producer, place, (key, value, headers), self._failed)
             stored = batch.put(key, value, headers)
             if stored is not None:
@@ -285,5 +291,13 @@ async def _send_waiting(sender: Any) -> None:
         log.exception("producer.defect")
         raise kafka.KafkaError(f"sending broke down: {error!r}") from error
     finally:
-        if requests:
-            await asyncio.wait(requests)
+        await _broken_off(requests)
+
+
+async def _broken_off(requests: Collection[asyncio.Task[None]]) -> None:
+    """Wait for what is under way, which nobody waits for any more."""
+    if requests:
+        await asyncio.wait(requests)
+    failed = [error for request in requests if not request.cancelled() and (error := request.exception())]
+    if failed:
+        log.info("producer.broken_off", reason="; ".join(map(said, failed)))

@@ -21,7 +21,7 @@ from aiokafka.structs import OffsetAndMetadata
 
 from chains_stream.broker import Committed
 from chains_stream.brokers.kafka_cluster import Cluster, check_size, said, stop, to_the_end
-from chains_stream.brokers.kafka_sending import drained, last_batch, sends_itself
+from chains_stream.brokers.kafka_sending import drained, heard_of, last_batch, sends_itself
 from chains_stream.errors import BrokerError, ChainsUsageError, FencedError
 from chains_stream.log import get_logger
 from chains_stream.messages import Headers
@@ -63,8 +63,9 @@ class KafkaTransactor:
         self._cluster = cluster
         self._make = make
         self._id = transactional_id
+        self._timeout = timeout_ms / 1000
         # A transaction that is not committed by then was aborted by its coordinator, or will be.
-        self._patience = timeout_ms / 1000 + cluster.patience
+        self._patience = self._timeout + cluster.patience
         self._max_record_bytes = max_record_bytes
         self._registry = registry
         self._producer: AIOKafkaProducer | None = None
@@ -89,15 +90,22 @@ class KafkaTransactor:
             if isinstance(error, TimeoutError):
                 reason = f"did not let {self._id} start a transaction within {self._cluster.patience:g} s"
                 raise BrokerError(f"{self._cluster.url} {reason}") from None
+            if isinstance(error, kafka.InvalidTransactionTimeout):
+                reason = (
+                    f"allows no transactions with a timeout of {self._timeout:g} s (its transaction.max.timeout.ms)"
+                )
+                raise ChainsUsageError(f"{self._cluster.url} {reason}") from None
             if isinstance(error, kafka.KafkaError | OSError):
                 raise self._translated(error, "start transactions of") from error
             raise
+        if self._error is not None:  # closed meanwhile
+            await to_the_end(stop(producer, producer.client))
+            raise self._error
         self._producer = producer
 
     def begin(self) -> None:
         manager = self._manager(open_=False)
         manager.begin_transaction()
-        manager.wait_for_transaction_end().add_done_callback(_retrieved)
         self._open = True
 
     async def publish(
@@ -116,7 +124,7 @@ class KafkaTransactor:
         place = TopicPartition(topic, partition)
         try:
             while True:
-                await _heard_of(producer, place)
+                await heard_of(producer, place)
                 self._same(transaction)
                 batch = last_batch(producer, place, (key, value, headers), self._failed)
                 stored = batch.put(key, value, headers)
@@ -175,6 +183,9 @@ class KafkaTransactor:
             unsent = kafka.KafkaConnectionError("closed before the record was stored")
             producer._message_accumulator.fail_all(unsent)  # noqa: SLF001 - its `stop` would wait for a broker that is gone
             await stop(producer, producer.client)
+            ending = producer._txn_manager.wait_for_transaction_end()  # noqa: SLF001 - as above
+            if ending is not None and not ending.done():  # somebody waits in `commit`
+                producer._txn_manager.fatal_error(unsent)  # noqa: SLF001 - as above
 
     # --- what it is in
 
@@ -262,14 +273,13 @@ def _prepared(producer: AIOKafkaProducer) -> AIOKafkaProducer:
             return asyncio.create_task(ask(*handlers), name="add to transaction")
         return ask_next()  # type: ignore[no-any-return] # as above
 
+    def fail(error: BaseException) -> None:
+        fatal_error(error)
+        sender._txn_manager.wait_for_transaction_end().add_done_callback(_retrieved)  # noqa: SLF001 - as above
+
+    fatal_error, sender._txn_manager.fatal_error = sender._txn_manager.fatal_error, fail  # noqa: SLF001 - as above
     sender._maybe_do_transactional_request = ask_together  # noqa: SLF001 - as above
     return producer
-
-
-async def _heard_of(producer: AIOKafkaProducer, place: TopicPartition) -> None:
-    """Wait until a producer knows a partition. Raises KafkaError."""
-    if place.partition not in await producer.client._wait_on_metadata(place.topic):  # noqa: SLF001 - as above
-        raise kafka.KafkaError(f"the producer has not heard of partition {place.partition} yet")
 
 
 async def _abort_what_is_open(producer: AIOKafkaProducer) -> None:

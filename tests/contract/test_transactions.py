@@ -419,3 +419,23 @@ async def until_no_lag(member: Member) -> None:
         while any(member.consumer.lag().values()):  # noqa: ASYNC110 - nobody is told
             await asyncio.sleep(0.05)
     assert set(member.consumer.lag()) == member.held
+
+
+async def test_closing_ends_a_commit_that_is_under_way(broker: Broker, topic: str, output: str) -> None:
+    """As when its partition is revoked: whether it counted is told by the next holder."""
+    for turn in range(5):
+        left = await started(broker, topic)
+        left.begin()
+        await write(left, output, f"{turn}")
+        ending = asyncio.ensure_future(left.commit())
+        for _ in range(turn * 4):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            await left.close()
+            await asyncio.wait([ending])
+        assert not ending.cancelled()
+        error = ending.exception()
+        assert error is None or isinstance(error, BrokerError)
+    again = await started(broker, topic)
+    await again.close()
+    assert set(await committed(broker, output)) <= {b"0", b"1", b"2", b"3", b"4"}
