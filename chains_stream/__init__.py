@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         DeadlineExceededError,
         GatewayError,
         GenericRemoteException,
+        IncompatibleSchemaError,
         InvalidArgumentError,
         InvalidChainError,
         InvalidResultError,
@@ -31,13 +32,17 @@ if TYPE_CHECKING:
         OverloadedError,
         RecordTooLargeError,
         RemoteErrorDetail,
+        SchemaRegistryAuthorizationError,
+        SchemaRegistryError,
         StackFrame,
         StoredValueMissingError,
         StoreError,
         StreamInterruptedError,
+        UnknownSchemaError,
         WebSocketClosedError,
         WorkerLostError,
     )
+    from chains_stream.formats import Avro, CloudEvents, Format, Json, JsonSchema, Msgpack
     from chains_stream.local import run_local
     from chains_stream.options import (
         Assets,
@@ -61,6 +66,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Assets",
+    "Avro",
     "BasetenImage",
     "BrokerAuthorizationError",
     "BrokerError",
@@ -72,6 +78,7 @@ __all__ = [
     "ChainsError",
     "ChainsRuntimeError",
     "ChainsUsageError",
+    "CloudEvents",
     "Compute",
     "Connection",
     "CurrentRequest",
@@ -82,23 +89,31 @@ __all__ = [
     "DeploymentContext",
     "DockerImage",
     "Environment",
+    "Format",
     "GatewayError",
     "GenericRemoteException",
     "Handle",
+    "IncompatibleSchemaError",
     "InvalidArgumentError",
     "InvalidChainError",
     "InvalidResultError",
+    "Json",
+    "JsonSchema",
     "MissingDependencyError",
+    "Msgpack",
     "OffsetExpiredError",
     "OverloadedError",
     "RPCOptions",
     "RecordTooLargeError",
     "RemoteConfig",
     "RemoteErrorDetail",
+    "SchemaRegistryAuthorizationError",
+    "SchemaRegistryError",
     "StackFrame",
     "StoreError",
     "StoredValueMissingError",
     "StreamInterruptedError",
+    "UnknownSchemaError",
     "WebSocketClosedError",
     "WebSocketProtocol",
     "WeightsSource",
@@ -118,7 +133,7 @@ __all__ = [
 
 # Where the names above live: imported when first asked for, in this order. A Chain file gets by without `client`, which
 # brings HTTP and the brokers with it, and `chains --help` without any of them.
-_HOMES = ("errors", "options", "chain_parameters", "policy", "websocket", "chainlet", "local", "client")
+_HOMES = ("errors", "options", "chain_parameters", "policy", "websocket", "chainlet", "local", "formats", "client")
 
 
 def __getattr__(name: str) -> Any:

@@ -48,7 +48,7 @@ class Avro(Format):
     """Avro with a schema registry.
 
     `subject` is Confluent's strategy of that name; `register` whether a type's schema is registered when it is first
-    written, only looked up, or not used at all: ``latest`` writes with the newest schema that the subject has.
+    written, only looked up, or not used at all: ``latest`` writes with the newest schema that the subject has by then.
     `namespace` is that of the type's records. `decimal` is the precision and scale of a ``Decimal``: one without is
     written as text, unless ``Meta(extra={"decimal": (precision, scale)})`` or the ``max_digits`` and ``decimal_places``
     of a pydantic field say more. With `check`, values are validated before they are written.

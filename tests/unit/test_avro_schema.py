@@ -179,6 +179,11 @@ def test_a_default_that_is_made_anew_is_none_to_others() -> None:
     assert fields["id"] == {"name": "id", "type": "string"}
 
 
+def test_decimals_may_have_a_scale_that_the_format_gives() -> None:
+    decimals = Avro(decimal=(9, 2)).schema(Decimal).schema
+    assert decimals == {"type": "bytes", "logicalType": "decimal", "precision": 9, "scale": 2}
+
+
 def test_a_class_that_comes_again_is_named() -> None:
     schema = avro_schema(Node, namespace="com.acme").schema
     assert schema["name"] == "com.acme.Node"
