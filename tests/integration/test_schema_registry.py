@@ -438,6 +438,18 @@ async def test_a_schema_whose_arrays_take_no_bytes_is_refused(
         await read(Avro().reader(dict[str, Any], asked), data)
 
 
+async def test_a_schema_that_refers_to_itself_many_times_over_is_read_at_once(
+    registry: registries.Registry, asked: Registry, topic: str
+) -> None:
+    schema: Any = {"type": "record", "name": "R0", "fields": [{"name": "x", "type": "null"}]}
+    for level in range(1, 30):
+        fields = [{"name": "a", "type": schema}, {"name": "b", "type": f"R{level - 1}"}]
+        schema = {"type": "record", "name": f"R{level}", "fields": fields}
+    schema = {"type": "record", "name": "Root", "fields": [{"name": "f", "type": ["string", schema]}]}
+    data = framed(registry.register(f"{topic}-value", schema), schema, {"f": "x"})
+    assert await read(Avro().reader(dict[str, Any], asked), data) == {"f": "x"}
+
+
 async def test_a_schema_of_another_kind_is_refused(registry: registries.Registry, asked: Registry, topic: str) -> None:
     schema_id = registry.register(f"{topic}-value", {"$schema": DRAFT_7, "type": "object"}, "JSON")
     with pytest.raises(UnknownSchemaError, match="is one of JSON, not of Avro"):

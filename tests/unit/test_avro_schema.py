@@ -173,6 +173,22 @@ def test_defaults_are_of_the_first_branch(kind: Any, default: Any, schema: Any) 
     assert field_of(kind, default) == schema
 
 
+def test_an_enum_has_its_default_wherever_it_comes_again() -> None:
+    fields: list[Any] = [
+        ("a", Color),
+        ("b", Color, Color.RED),
+        ("c", Color | None, Color.BLUE),
+        ("d", Color | None, None),
+    ]
+    schema = avro_schema(msgspec.defstruct("R", fields), namespace="com.acme").schema
+    assert [(each["type"], each.get("default")) for each in schema["fields"][1:]] == [
+        ("com.acme.Color", "RED"),
+        (["com.acme.Color", "null"], "BLUE"),
+        (["null", "com.acme.Color"], None),
+    ]
+    fastavro.parse_schema(schema)
+
+
 def test_a_default_that_is_made_anew_is_none_to_others() -> None:
     fields = {each["name"]: each for each in avro_schema(Plain).schema["fields"]}
     assert fields["b"] == {"name": "b", "type": {"type": "array", "items": "long"}, "default": []}
