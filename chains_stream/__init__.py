@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         FencedError,
         GatewayError,
         GenericRemoteException,
+        IncompatibleSchemaError,
         InvalidArgumentError,
         InvalidChainError,
         InvalidResultError,
@@ -32,14 +33,18 @@ if TYPE_CHECKING:
         OverloadedError,
         RecordTooLargeError,
         RemoteErrorDetail,
+        SchemaRegistryAuthorizationError,
+        SchemaRegistryError,
         StackFrame,
         StoredValueMissingError,
         StoreError,
         StreamInterruptedError,
+        UnknownSchemaError,
         WebSocketClosedError,
         WorkerLostError,
     )
     from chains_stream.events import Event, Output, Sink, Source
+    from chains_stream.formats import Avro, CloudEvents, Format, Json, JsonSchema, Msgpack
     from chains_stream.local import run_local
     from chains_stream.options import (
         Assets,
@@ -64,6 +69,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Assets",
+    "Avro",
     "BasetenImage",
     "Batch",
     "BrokerAuthorizationError",
@@ -76,6 +82,7 @@ __all__ = [
     "ChainsError",
     "ChainsRuntimeError",
     "ChainsUsageError",
+    "CloudEvents",
     "Compute",
     "Connection",
     "CurrentRequest",
@@ -88,13 +95,18 @@ __all__ = [
     "Environment",
     "Event",
     "FencedError",
+    "Format",
     "GatewayError",
     "GenericRemoteException",
     "Handle",
+    "IncompatibleSchemaError",
     "InvalidArgumentError",
     "InvalidChainError",
     "InvalidResultError",
+    "Json",
+    "JsonSchema",
     "MissingDependencyError",
+    "Msgpack",
     "OffsetExpiredError",
     "Output",
     "OverloadedError",
@@ -104,10 +116,13 @@ __all__ = [
     "RemoteErrorDetail",
     "Sink",
     "Source",
+    "SchemaRegistryAuthorizationError",
+    "SchemaRegistryError",
     "StackFrame",
     "StoreError",
     "StoredValueMissingError",
     "StreamInterruptedError",
+    "UnknownSchemaError",
     "WebSocketClosedError",
     "WebSocketProtocol",
     "WeightsSource",
@@ -128,6 +143,7 @@ __all__ = [
 # Where the names above live: imported when first asked for, in this order. A Chain file gets by without `client`, which
 # brings HTTP and the brokers with it, and `chains --help` without any of them.
 _HOMES = ("errors", "options", "chain_parameters", "policy", "websocket", "chainlet", "events", "local", "client")
+_HOMES = ("errors", "options", "chain_parameters", "policy", "websocket", "chainlet", "local", "formats", "client")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,23 +1,31 @@
 """A real schema registry for tests: Apicurio, which speaks Confluent's API, on a free port, its schemas in memory."""
 
+import asyncio
 import json
 import os
 import shutil
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
+import trustme
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
+from chains_stream.formats import Reader, Writer
 from tests.kafka import free_ports
 
 HOME = Path(__file__).parents[1] / ".registry"
-VERSION = "3.0.9"  # the last that Java 17 runs
+VERSION = "3.0.9"  # Java 17 runs it; 3.3 wants 21
 ARTIFACT = f"io.apicurio:apicurio-registry-app:{VERSION}:tar.gz:all"
 # Newer ones want the parent's description too, and Central does not have it.
 GET = "org.apache.maven.plugins:maven-dependency-plugin:2.8:get"
@@ -112,3 +120,83 @@ def _await(registry: Registry, process: subprocess.Popen[bytes], log: Path) -> N
         if process.poll() is not None or time.monotonic() > deadline:
             raise MissingRegistryError(f"it did not start: {log.read_text(errors='replace')[-2000:]}")
         time.sleep(0.2)
+
+
+async def write(writer: Writer, value: Any, topic: str) -> bytes:
+    missing = writer.missing(topic)
+    if missing is not None:
+        await missing
+    assert writer.missing(topic) is None
+    data, headers = writer.write(value, topic)
+    assert headers == ()
+    return data
+
+
+async def read(reader: Reader, data: bytes, topic: str = "topic") -> Any:
+    missing = reader.missing(data)
+    if missing is not None:
+        await missing
+    assert reader.missing(data) is None
+    return reader.read(data, {}, topic)
+
+
+class Front:
+    """What stands before a registry: it checks the credentials, and goes away when told to."""
+
+    def __init__(self, behind: Registry, authorization: str | None) -> None:
+        self.away = False
+        self.hold = asyncio.Event()  # answers wait for it
+        self.hold.set()
+        self.asked: list[str] = []
+        self.url = ""
+        self._behind = behind
+        self._authorization = authorization
+        self._client = httpx.AsyncClient()
+
+    async def answer(self, request: Request) -> Response:
+        self.asked.append(request.url.path)
+        await self.hold.wait()
+        if self.away:
+            return Response("nobody home", 503)
+        if self._authorization not in (None, request.headers.get("authorization")):
+            return Response('{"error_code": 401, "message": "who are you?"}', 401)
+        answer = await self._client.request(
+            request.method,
+            f"{self._behind.url}{request.url.path}",
+            params=dict(request.query_params),
+            content=await request.body(),
+            headers={"content-type": request.headers.get("content-type", "application/json")},
+        )
+        return Response(answer.content, answer.status_code, media_type="application/json")
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+@asynccontextmanager
+async def fronted(
+    behind: Registry,
+    certificate: trustme.LeafCert | None = None,
+    folder: Path | None = None,
+    authorization: str | None = None,
+) -> AsyncIterator[Front]:
+    front = Front(behind, authorization)
+    app = Starlette(routes=[Route("/{path:path}", front.answer, methods=["GET", "POST"])])
+    files: dict[str, Any] = {}
+    if certificate is not None and folder is not None:
+        pem = folder / "server.pem"
+        certificate.private_key_and_cert_chain_pem.write_to_path(str(pem))
+        files["ssl_certfile"] = str(pem)
+    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="error", lifespan="off", **files))
+    serving = asyncio.create_task(server.serve())
+    try:
+        async with asyncio.timeout(20):
+            while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+                await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        front.url = f"{'https' if files else 'http'}://127.0.0.1:{port}"
+        yield front
+    finally:
+        server.should_exit = True
+        await serving
+        await front.close()

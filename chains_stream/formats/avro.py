@@ -48,7 +48,7 @@ class Avro(Format):
     """Avro with a schema registry.
 
     `subject` is Confluent's strategy of that name; `register` whether a type's schema is registered when it is first
-    written, only looked up, or not used at all: ``latest`` writes with the newest schema that the subject has.
+    written, only looked up, or not used at all: ``latest`` writes with the newest schema that the subject has by then.
     `namespace` is that of the type's records. `decimal` is the precision and scale of a ``Decimal``: one without is
     written as text, unless ``Meta(extra={"decimal": (precision, scale)})`` or the ``max_digits`` and ``decimal_places``
     of a pydantic field say more. With `check`, values are validated before they are written.
@@ -258,6 +258,7 @@ class _Look:
         self.recursive = False
         self._named = named
         self._within: list[str] = []  # the records that lie around, outermost first
+        self._seen: dict[str, bool] = {}  # records, once each: they may refer to each other many times over
 
     def at(self, schema: Any) -> bool:
         """Look at a schema; tell whether its values may take no bytes at all."""
@@ -289,10 +290,12 @@ class _Look:
         if name in self._within:
             self.recursive = True
             return False
-        self._within.append(name)
-        empty = [self.at(field["type"]) for field in fields]
-        self._within.pop()
-        return all(empty)
+        if name not in self._seen:
+            self._within.append(name)
+            empty = [self.at(field["type"]) for field in fields]  # each is looked at
+            self._seen[name] = all(empty)
+            self._within.pop()
+        return self._seen[name]
 
     def _is_record(self, schema: Any) -> bool:
         found = self._named.get(schema) if isinstance(schema, str) else schema

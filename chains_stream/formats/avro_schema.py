@@ -67,6 +67,7 @@ class _Builder:
         self._prefix = prefix
         self._decimal = decimal
         self._named: dict[str, tuple[Any, list[Change]]] = {}
+        self._symbols: dict[str, list[str]] = {}  # of enums
 
     def of(self, info: inspect.Type, extra: Mapping[str, Any] | None = None) -> _Node:
         """Describe a type; `extra` is what `Meta` says of it."""
@@ -135,7 +136,9 @@ class _Builder:
         if kind.__name__ in self._named:
             return self._again(kind)
         self._begin(kind, kind.__name__)
-        return _Node({"type": "enum", "name": self._prefix + kind.__name__, "symbols": symbols})
+        name = self._prefix + kind.__name__
+        self._symbols[name] = symbols
+        return _Node({"type": "enum", "name": name, "symbols": symbols})
 
     def _plain_union(self, values: Iterable[Any]) -> _Node:
         """Describe what is one of some plain values: Avro has no such thing, but their types."""
@@ -234,13 +237,28 @@ class _Builder:
         for field in fields:
             if not _NAME.fullmatch(field.name):
                 raise TypeError(f"the field `{field.name}` of `{name}` is no name in Avro: use letters, digits and _")
-            shown.append(_named(field.name, *_with_default(field)))
+            shown.append(_named(field.name, *self._with_default(field)))
         steps = tuple((field.name, field.node.change) for field in fields if field.node.change is not None)
         change = None
         if steps:
             change = partial(_members, steps)
             changes.append(change)
         return _Node({"type": "record", "name": f"{self._prefix}{name}", "fields": shown}, change, (dict,))
+
+    def _with_default(self, field: _Field) -> tuple[Any, Any]:
+        """Give a field's schema, and its default as Avro writes it: one of the first branch, if it is a union."""
+        schema = field.node.schema
+        default, branch = _plain_default(field.default)
+        branches = schema if isinstance(schema, list) else [schema]
+        for place, each in enumerate(branches):
+            form = _form(each)
+            symbol = branch == "string" and default in self._symbols.get(form, ())
+            same = (form == branch or (form, branch) == ("double", "long")) and not _has_logical(each)
+            if symbol or (same and (place == 0 or form in _MOVABLE)):
+                ordered = [each, *branches[:place], *branches[place + 1 :]]
+                return (ordered if isinstance(schema, list) else schema), default
+        # A default that Avro can't hold, or that is made anew each time, is none to others.
+        return schema, msgspec.NODEFAULT
 
     def _united(self, nodes: list[_Node]) -> _Node:
         """Make a union, of one branch for each form: Avro could not tell two of a form apart."""
@@ -257,7 +275,7 @@ class _Builder:
         changes = [(node.fits, node.change) for node in flat.values() if node.change is not None]
         tagged = {form: self.tags[name] for form in flat if (name := form.removeprefix(self._prefix)) in self.tags}
         if len(tagged) > 1:
-            ((field, _),) = {(field, None) for field, _ in tagged.values()}
+            field, _ = next(iter(tagged.values()))  # msgspec sees to it that all have one
             branches = {tag: (form, flat[form].change) for form, (_, tag) in tagged.items()}
             changes.insert(0, ((dict,), partial(_tagged, field, branches)))
         fits = tuple(kind for node in flat.values() for kind in node.fits) + ((dict,) if tagged else ())
@@ -269,30 +287,15 @@ def _named(name: str, schema: Any, default: Any = msgspec.NODEFAULT) -> dict[str
     return {"name": name, "type": schema} | ({} if default is msgspec.NODEFAULT else {"default": default})
 
 
-def _with_default(field: _Field) -> tuple[Any, Any]:
-    """Give a field's schema, and its default as Avro writes it: one of the first branch, if it is a union."""
-    schema, default = field.node.schema, field.default
+def _plain_default(default: Any) -> tuple[Any, str]:
+    """Give a default as Avro's JSON writes it, and the form of the branch that it is for; none, if there is none."""
     if isinstance(default, Enum):
         default = default.value
-    if isinstance(default, set | frozenset | tuple) and not default:
-        default = []
     if isinstance(default, bytes):
-        default = default.decode("latin-1")
-        branch = "bytes"
-    else:
-        branch = _BRANCH.get(type(default), "")
-    if branch in ("array", "map") and default:
-        branch = ""
-    branches = schema if isinstance(schema, list) else [schema]
-    for place, each in enumerate(branches):
-        form = each["type"] if isinstance(each, dict) else each
-        same = form == branch or (form, branch) == ("double", "long")
-        takes = same and not (isinstance(each, dict) and "logicalType" in each)
-        if takes or (form == "enum" and branch == "string" and default in each["symbols"]):
-            ordered = [each, *branches[:place], *branches[place + 1 :]]
-            return (ordered if isinstance(schema, list) else schema), default
-    # A default that Avro can't hold, or that is made anew each time, is none to others.
-    return schema, msgspec.NODEFAULT
+        return default.decode("latin-1"), "bytes"
+    if isinstance(default, list | set | frozenset | tuple):
+        return [], "" if default else "array"
+    return default, "" if isinstance(default, dict) and default else _BRANCH.get(type(default), "")
 
 
 _BRANCH: Mapping[type, str] = {
@@ -304,6 +307,7 @@ _BRANCH: Mapping[type, str] = {
     list: "array",
     dict: "map",
 }
+_MOVABLE = frozenset(_BRANCH.values()) - {"array", "map"}  # others may hold a class that a branch before them describes
 # fastavro takes the first branch that fits: an int would do as a double, and a string as nothing else.
 _ORDER = ("null", "boolean", "int", "long", "float", "double", "bytes", "string")
 
@@ -313,6 +317,10 @@ def _form(schema: Any) -> str:
     if isinstance(schema, dict):
         return str(schema.get("name") or schema["type"])
     return str(schema)
+
+
+def _has_logical(schema: Any) -> bool:
+    return isinstance(schema, dict) and "logicalType" in schema
 
 
 def _base(schema: Any) -> Any:

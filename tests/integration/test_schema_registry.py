@@ -4,12 +4,9 @@ import asyncio
 import io
 import json
 import struct
-import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from decimal import Decimal
-from pathlib import Path
 from typing import Annotated, Any
 from uuid import uuid4
 
@@ -19,31 +16,24 @@ import jsonschema
 import msgspec
 import pydantic
 import pytest
-import trustme
-import uvicorn
 from confluent_kafka.schema_registry import SchemaRegistryClient
 from confluent_kafka.schema_registry.avro import AvroDeserializer, AvroSerializer
 from confluent_kafka.schema_registry.json_schema import JSONDeserializer, JSONSerializer
 from confluent_kafka.serialization import MessageField, SerializationContext
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 from chains_stream.errors import (
     ChainsUsageError,
     IncompatibleSchemaError,
     InvalidArgumentError,
     InvalidResultError,
-    SchemaRegistryAuthorizationError,
-    SchemaRegistryError,
     UnknownSchemaError,
 )
-from chains_stream.formats import Avro, Format, JsonSchema, Reader, Registry, Writer
+from chains_stream.formats import Avro, Format, JsonSchema, Registry
 from chains_stream.settings import RegistrySettings
 from tests import registry as registries
+from tests.registry import read, write
 
 
 class Ticket(msgspec.Struct):
@@ -95,24 +85,6 @@ async def asked(registry: registries.Registry) -> AsyncIterator[Registry]:
 @pytest.fixture
 def topic() -> str:
     return f"t{uuid4().hex[:12]}"
-
-
-async def write(writer: Writer, value: Any, topic: str) -> bytes:
-    missing = writer.missing(topic)
-    if missing is not None:
-        await missing
-    assert writer.missing(topic) is None
-    data, headers = writer.write(value, topic)
-    assert headers == ()
-    return data
-
-
-async def read(reader: Reader, data: bytes, topic: str = "topic") -> Any:
-    missing = reader.missing(data)
-    if missing is not None:
-        await missing
-    assert reader.missing(data) is None
-    return reader.read(data, {}, topic)
 
 
 def framed(schema_id: int, schema: Any, value: Any) -> bytes:
@@ -361,16 +333,6 @@ async def test_a_union_of_records_of_others_is_told_apart_by_their_names(
     assert await read(Avro().reader(either, asked), data) == either({"by": "x"})
 
 
-async def test_a_missing_schema_is_not_retryable(asked: Registry) -> None:
-    data = struct.pack(">bI", 0, 2**31 - 1) + b"x"
-    reader = Avro().reader(Ticket, asked)
-    for _ in range(2):  # the second time without asking
-        with pytest.raises(UnknownSchemaError, match=f"^schema {2**31 - 1}: the schema registry http") as caught:
-            await read(reader, data)
-        assert not caught.value.retryable
-    assert "a moment ago" in str(caught.value)
-
-
 @pytest.mark.parametrize("data", [b"", b"\0\0\0", b'{"id": 7}', b"\1" + bytes(20)])
 @pytest.mark.parametrize("form", [Avro(), JsonSchema()], ids=lambda form: form.name)
 async def test_a_value_without_a_frame_is_one_line(asked: Registry, form: Format, data: bytes) -> None:
@@ -438,6 +400,18 @@ async def test_a_schema_whose_arrays_take_no_bytes_is_refused(
         await read(Avro().reader(dict[str, Any], asked), data)
 
 
+async def test_a_schema_that_refers_to_itself_many_times_over_is_read_at_once(
+    registry: registries.Registry, asked: Registry, topic: str
+) -> None:
+    schema: Any = {"type": "record", "name": "R0", "fields": [{"name": "x", "type": "null"}]}
+    for level in range(1, 30):
+        fields = [{"name": "a", "type": schema}, {"name": "b", "type": f"R{level - 1}"}]
+        schema = {"type": "record", "name": f"R{level}", "fields": fields}
+    schema = {"type": "record", "name": "Root", "fields": [{"name": "f", "type": ["string", schema]}]}
+    data = framed(registry.register(f"{topic}-value", schema), schema, {"f": "x"})
+    assert await read(Avro().reader(dict[str, Any], asked), data) == {"f": "x"}
+
+
 async def test_a_schema_of_another_kind_is_refused(registry: registries.Registry, asked: Registry, topic: str) -> None:
     schema_id = registry.register(f"{topic}-value", {"$schema": DRAFT_7, "type": "object"}, "JSON")
     with pytest.raises(UnknownSchemaError, match="is one of JSON, not of Avro"):
@@ -465,169 +439,3 @@ async def test_a_decimal_keeps_its_scale(asked: Registry, topic: str) -> None:
     assert str((await read(Avro().reader(kind, asked), data)).d) == "1.50"
     with pytest.raises(InvalidResultError, match=f"^{topic}: "):
         await write(writer, kind(Decimal("1.555")), topic)
-
-
-@pytest.mark.parametrize("form", [Avro(), JsonSchema()], ids=lambda form: form.name)
-async def test_a_registry_that_is_away_is_retryable(topic: str, form: Format) -> None:
-    away = Registry(RegistrySettings(url="http://127.0.0.1:1", timeout=2))
-    began = time.monotonic()
-    said = r"the schema registry http://127\.0\.0\.1:1 can't be reached: "
-    with pytest.raises(SchemaRegistryError, match=said) as caught:
-        await write(form.writer(Ticket, away), Ticket(7, "x"), topic)
-    assert caught.value.retryable
-    assert "\n" not in str(caught.value)
-    assert time.monotonic() - began < 20
-    await away.close()
-
-
-async def test_a_registry_that_comes_back_is_asked_again(registry: registries.Registry, topic: str) -> None:
-    """A record whose schema is known needs no registry; one whose schema is not waits for it."""
-    async with fronted(registry) as front:
-        ours = Registry(RegistrySettings(url=front.url))
-        writer, reader = Avro().writer(Ticket, ours), Avro().reader(Ticket, ours)
-        front.away = True
-        with pytest.raises(SchemaRegistryError, match="answered 503") as caught:
-            await write(writer, Ticket(7, "x"), topic)
-        assert caught.value.retryable
-        front.away = False
-        data = await write(writer, Ticket(7, "x"), topic)
-        await read(reader, data)
-        front.away = True
-        assert await read(reader, await write(writer, Ticket(8, "y"), topic)) == Ticket(8, "y")
-        await ours.close()
-
-
-async def test_who_waits_may_leave_and_the_registry_may_be_closed(
-    registry: registries.Registry, asked: Registry, topic: str
-) -> None:
-    data = await write(Avro().writer(Ticket, asked), Ticket(7, "x"), topic)
-    async with fronted(registry) as front:
-        ours = Registry(RegistrySettings(url=front.url))
-        reader = Avro().reader(Ticket, ours)
-        front.hold.clear()
-        first, second = (asyncio.create_task(read(reader, data)) for _ in range(2))
-        while not front.asked:  # noqa: ASYNC110 - it is the front's own list
-            await asyncio.sleep(0.01)
-        first.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await first
-        front.hold.set()
-        assert await second == Ticket(7, "x")
-        front.hold.clear()
-        other = Avro().writer(Ticket, ours).missing(topic)
-        assert other is not None
-        third = asyncio.ensure_future(other)
-        while len(front.asked) < 2:  # noqa: ASYNC110 - as above
-            await asyncio.sleep(0.01)
-        await ours.close()
-        with pytest.raises(SchemaRegistryError, match="was closed"):
-            await third
-        front.hold.set()
-
-
-async def test_many_records_ask_once(registry: registries.Registry, asked: Registry, topic: str) -> None:
-    data = await write(Avro().writer(Ticket, asked), Ticket(7, "x"), topic)
-    async with fronted(registry) as front:
-        ours = Registry(RegistrySettings(url=front.url))
-        readers = [Avro().reader(Ticket, ours) for _ in range(2)]
-        front.away = True
-        failed = await asyncio.gather(*(read(readers[0], data) for _ in range(50)), return_exceptions=True)
-        assert {type(error) for error in failed} == {SchemaRegistryError}
-        assert len(front.asked) <= 5
-        front.away = False
-        front.asked.clear()
-        found = await asyncio.gather(*(read(reader, data) for reader in readers for _ in range(50)))
-        assert found == [Ticket(7, "x")] * 100
-        assert len(front.asked) == 1
-        await ours.close()
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"username": "ada", "password": "lo:ve"}, "Basic YWRhOmxvOnZl"),
-        ({"token": "abc"}, "Bearer abc"),
-    ],
-)
-async def test_tls_and_credentials(
-    registry: registries.Registry, topic: str, tmp_path: Path, given: Mapping[str, Any], expected: str
-) -> None:
-    ca = trustme.CA()
-    trusted = tmp_path / "ca.pem"
-    ca.cert_pem.write_to_path(str(trusted))
-    async with fronted(registry, ca.issue_cert("127.0.0.1"), tmp_path, expected) as front:
-        ours = Registry(RegistrySettings(url=front.url, cafile=str(trusted), **given))
-        data = await write(Avro().writer(Ticket, ours), Ticket(7, "x"), topic)
-        assert await read(Avro().reader(Ticket, ours), data) == Ticket(7, "x")
-        await ours.close()
-        stranger = Registry(RegistrySettings(url=front.url, cafile=str(trusted)))
-        with pytest.raises(SchemaRegistryAuthorizationError, match="answered 401") as caught:
-            await write(Avro().writer(Ticket, stranger), Ticket(7, "x"), topic)
-        assert not caught.value.retryable
-        await stranger.close()
-        trusting = Registry(RegistrySettings(url=front.url))
-        with pytest.raises(SchemaRegistryError, match=r"(?i)certificate"):
-            await write(Avro().writer(Ticket, trusting), Ticket(7, "x"), topic)
-        await trusting.close()
-
-
-class Front:
-    """What stands before a registry: it checks the credentials, and goes away when told to."""
-
-    def __init__(self, behind: registries.Registry, authorization: str | None) -> None:
-        self.away = False
-        self.hold = asyncio.Event()  # answers wait for it
-        self.hold.set()
-        self.asked: list[str] = []
-        self.url = ""
-        self._behind = behind
-        self._authorization = authorization
-        self._client = httpx.AsyncClient()
-
-    async def answer(self, request: Request) -> Response:
-        self.asked.append(request.url.path)
-        await self.hold.wait()
-        if self.away:
-            return Response("nobody home", 503)
-        if self._authorization not in (None, request.headers.get("authorization")):
-            return Response('{"error_code": 401, "message": "who are you?"}', 401)
-        answer = await self._client.request(
-            request.method,
-            f"{self._behind.url}{request.url.path}",
-            params=dict(request.query_params),
-            content=await request.body(),
-            headers={"content-type": request.headers.get("content-type", "application/json")},
-        )
-        return Response(answer.content, answer.status_code, media_type="application/json")
-
-    async def close(self) -> None:
-        await self._client.aclose()
-
-
-@asynccontextmanager
-async def fronted(
-    behind: registries.Registry,
-    certificate: trustme.LeafCert | None = None,
-    folder: Path | None = None,
-    authorization: str | None = None,
-) -> AsyncIterator[Front]:
-    front = Front(behind, authorization)
-    app = Starlette(routes=[Route("/{path:path}", front.answer, methods=["GET", "POST"])])
-    files: dict[str, Any] = {}
-    if certificate is not None and folder is not None:
-        pem = folder / "server.pem"
-        certificate.private_key_and_cert_chain_pem.write_to_path(str(pem))
-        files["ssl_certfile"] = str(pem)
-    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="error", lifespan="off", **files))
-    serving = asyncio.create_task(server.serve())
-    try:
-        async with asyncio.timeout(20):
-            while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-                await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        front.url = f"{'https' if files else 'http'}://127.0.0.1:{port}"
-        yield front
-    finally:
-        server.should_exit = True
-        await serving
-        await front.close()

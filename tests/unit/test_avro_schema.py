@@ -173,10 +173,31 @@ def test_defaults_are_of_the_first_branch(kind: Any, default: Any, schema: Any) 
     assert field_of(kind, default) == schema
 
 
+def test_an_enum_has_its_default_wherever_it_comes_again() -> None:
+    fields: list[Any] = [
+        ("a", Color),
+        ("b", Color, Color.RED),
+        ("c", Color | None, Color.BLUE),
+        ("d", Color | None, None),
+    ]
+    schema = avro_schema(msgspec.defstruct("R", fields), namespace="com.acme").schema
+    assert [(each["type"], each.get("default")) for each in schema["fields"][1:]] == [
+        ("com.acme.Color", "RED"),
+        (["com.acme.Color", "null"], "BLUE"),
+        (["null", "com.acme.Color"], None),
+    ]
+    fastavro.parse_schema(schema)
+
+
 def test_a_default_that_is_made_anew_is_none_to_others() -> None:
     fields = {each["name"]: each for each in avro_schema(Plain).schema["fields"]}
     assert fields["b"] == {"name": "b", "type": {"type": "array", "items": "long"}, "default": []}
     assert fields["id"] == {"name": "id", "type": "string"}
+
+
+def test_decimals_may_have_a_scale_that_the_format_gives() -> None:
+    decimals = Avro(decimal=(9, 2)).schema(Decimal).schema
+    assert decimals == {"type": "bytes", "logicalType": "decimal", "precision": 9, "scale": 2}
 
 
 def test_a_class_that_comes_again_is_named() -> None:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, NamedTuple, TypedDict
 
+import jsonschema
 import msgspec
 import numpy as np
 import pydantic
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chains_stream.errors import ChainsUsageError, InvalidArgumentError, InvalidResultError
-from chains_stream.formats import NAMES, Bytes, Format, Json, Msgpack, Registry, Text, keying, named
+from chains_stream.formats import NAMES, Bytes, Format, Json, JsonSchema, Msgpack, Registry, Text, keying, named
 from chains_stream.settings import RegistrySettings, Settings, from_environment
 
 TOPIC = "tickets"
@@ -184,6 +185,43 @@ def test_the_registry_is_among_the_settings(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_registry_is_shown_without_credentials() -> None:
     assert Registry(RegistrySettings.model_construct(url="http://ada:secret@host:81/x")).url == "http://host:81/x"
+
+
+class Tree(msgspec.Struct):
+    name: str
+    pair: tuple[int, str] = (0, "")
+    below: list["Tree"] = []
+
+
+class Opened(msgspec.Struct, tag=True):
+    by: str
+
+
+class Closed(msgspec.Struct, tag=True):
+    by: str
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "wrong"),
+    [
+        (Ticket, Ticket(7, "x"), {"id": "7", "subject": "x"}),
+        (Model, Model(id=1, at=datetime(2026, 1, 1, tzinfo=UTC)), {"id": 1}),
+        (list[Model], [Model(id=1, at=datetime(2026, 1, 1, tzinfo=UTC))], [{"id": 1}]),
+        (Tree, Tree("a", (1, "b"), [Tree("c")]), {"name": "a", "pair": [1, 2]}),
+        (Tree, Tree("a"), {"name": "a", "pair": [1, "x", 3]}),
+        (Opened | Closed, Closed("x"), {"type": "Other", "by": "x"}),
+        (dict[str, int | None], {"a": None}, {"a": "x"}),
+        (Point, Point(1.0, np.zeros(2, np.float32)), {"x": 1.0, "grid": [0]}),
+    ],
+)
+def test_the_json_schema_of_a_type_is_a_document_by_itself(kind: Any, value: Any, wrong: Any) -> None:
+    schema = JsonSchema().schema(kind)
+    assert schema["$schema"] == "http://json-schema.org/draft-07/schema#"
+    jsonschema.Draft7Validator.check_schema(schema)
+    validator = jsonschema.Draft7Validator(schema)
+    validator.validate(msgspec.json.decode(written(Json(), kind, value)))
+    with pytest.raises(jsonschema.ValidationError):
+        validator.validate(wrong)
 
 
 class Kind(Enum):
