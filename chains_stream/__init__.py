@@ -142,8 +142,18 @@ __all__ = [
 
 # Where the names above live: imported when first asked for, in this order. A Chain file gets by without `client`, which
 # brings HTTP and the brokers with it, and `chains --help` without any of them.
-_HOMES = ("errors", "options", "chain_parameters", "policy", "websocket", "chainlet", "events", "local", "client")
-_HOMES = ("errors", "options", "chain_parameters", "policy", "websocket", "chainlet", "local", "formats", "client")
+_HOMES = (
+    "errors",
+    "options",
+    "chain_parameters",
+    "policy",
+    "websocket",
+    "chainlet",
+    "local",
+    "formats",
+    "events",
+    "client",
+)
 
 
 def __getattr__(name: str) -> Any:
