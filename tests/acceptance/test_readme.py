@@ -133,7 +133,7 @@ async def exchange(url: str) -> tuple[bytes | None, bytes]:
     broker = open_broker(Settings.of(broker=url))
     try:
         await broker.start()
-        ends = {number: None for number in range(await broker.partitions("tickets.short"))}
+        ends = dict.fromkeys(range(await broker.partitions("tickets.short")))
         reader = await broker.read("tickets.short", ends, isolation="read_committed")
         ticket = msgspec.json.encode({"customer": "ada", "text": "x" * 100})
         await (await broker.publish("tickets", ticket, partition=0))
