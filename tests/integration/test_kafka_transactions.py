@@ -10,11 +10,11 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
 
 from chains_stream.broker import Broker, Committed, Record, TopicSpec
 from chains_stream.brokers import kafka_watch, open_broker
-from chains_stream.errors import BrokerAuthorizationError, BrokerError, ChainsUsageError
+from chains_stream.errors import BrokerAuthorizationError, BrokerError, ChainsUsageError, RecordTooLargeError
 from chains_stream.settings import Settings
 from tests.guarded import DESCRIBE, GROUP, READ, SASL, TOPIC, TRANSACTIONAL_ID, WRITE, as_user, grant
 from tests.kafka import Node, node
@@ -235,6 +235,40 @@ async def test_a_timeout_that_the_broker_does_not_allow_is_told(broker: Broker) 
     with pytest.raises(ChainsUsageError, match=r"a timeout of 1e\+06 s"):
         await transactor.start()
     await transactor.close()
+
+
+async def test_a_record_that_the_broker_does_not_take_spoils_its_transaction(broker: Broker, topic: str) -> None:
+    """Committed all the same, it would be lost: others of the transaction were stored, and so would its offset be."""
+    narrow = f"{topic}.narrow"
+    admin = AIOKafkaAdminClient(bootstrap_servers=broker.url.removeprefix("kafka://"))
+    await admin.start()
+    await admin.create_topics([NewTopic(narrow, 1, 1, topic_configs={"max.message.bytes": "1000"})])
+    await admin.close()
+    transactor = broker.transactor(topic)
+    await transactor.start()
+    transactor.begin()
+    await (await transactor.publish(topic, b"never", partition=0))
+    stored = await transactor.publish(narrow, bytes(5_000), partition=0)
+    transactor.add_offsets(topic, f"{topic}.group", {0: Committed(1)})
+    with pytest.raises(RecordTooLargeError):
+        await transactor.commit()
+    with pytest.raises(RecordTooLargeError):
+        await stored
+    await transactor.close()
+    again = broker.transactor(topic)
+    await again.start()
+    again.begin()
+    await again.publish(topic, b"counts", partition=0)
+    await again.publish(narrow, b"fits", partition=0)
+    await again.commit()
+    for name, value in ((topic, b"counts"), (narrow, b"fits")):
+        reader = await broker.read(name, {0: 0}, isolation="read_committed")
+        assert [record.value for record in await take(reader, 1)] == [value]
+        await reader.close()
+    member = await Member(broker, topic).join(f"{topic}.group")
+    assert await member.consumer.committed([0]) == {}
+    await member.consumer.close()
+    await again.close()
 
 
 async def test_a_commit_that_is_given_up_spends_the_transactor(broker: Broker, topic: str) -> None:
