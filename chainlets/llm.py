@@ -6,7 +6,7 @@
       "stream": true, "messages": [{"role": "user", "content": "Hello!"}]}'
 
 `model` is a folder or an id on the Hugging Face Hub; for Triton, the name of a model that it serves. Every other field
-of `VLLMConfig` or `TritonConfig` can be set too, such as ``--set max_model_len=8192 --set tensor_parallel_size=2``, and
+of `VLLMConfig` or `TritonTextConfig` can be set too, such as ``--set max_model_len=8192 --set tensor_parallel_size=2``, and
 `gpu` says what a worker is to be deployed on, ``H100:2`` for two. On Kafka give gateway and workers the same values.
 """
 
@@ -37,10 +37,10 @@ if options.engine == "vllm":
         remote_config = chains.RemoteConfig(compute=chains.Compute(gpu=options.gpu))
 
 else:
-    from chainlets.triton_engine import TritonChat, TritonConfig
+    from chainlets.triton_engine import TritonChat, TritonTextConfig
 
     @chains.mark_entrypoint("LLM")
     class Chat(TritonChat):  # type: ignore[no-redef] # the file has one of the two
         """Answers with a model that Triton serves; the worker itself needs no GPU."""
 
-        config = chains.parameters(TritonConfig)
+        config = chains.parameters(TritonTextConfig)

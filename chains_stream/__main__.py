@@ -4,4 +4,5 @@ import sys
 
 from chains_stream.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # not in the processes that an engine starts: each imports its parent's main module
+    sys.exit(main())

@@ -237,6 +237,8 @@ async def test_short_requests_go_where_no_long_ones_take_all_places(pair: Pair) 
     assert full in pair.ids()
     other = await pair.connect()
     first = await pair.connect()
+    with chains.affinity("all at one"):  # a key is kept, also when it means to wait for a while
+        waiting = await first.submit()
     # A new caller knows a worker by its next report.
     async with asyncio.timeout(20):
         await until_avoided(other, full)
@@ -245,8 +247,6 @@ async def test_short_requests_go_where_no_long_ones_take_all_places(pair: Pair) 
             for _ in range(60)
         ]
     assert {id_ for ids in served for id_ in ids} == set(pair.ids()) - {full}
-    with chains.affinity("all at one"):  # a key is a promise, also when it means to wait
-        waiting = await first.submit()
     for handle in handles:
         await handle.cancel()
     async with asyncio.timeout(20):

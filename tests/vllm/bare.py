@@ -8,6 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# In one process, which is there soonest.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
 
 class Asked(NamedTuple):
     """A chat of one message, and how it is answered."""
@@ -34,7 +42,7 @@ def generate(model: Path, asked: Sequence[Asked]) -> list[Said]:
         text=True,
         check=True,
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_NO_USAGE_STATS": "1"},
+        env=os.environ | ENVIRONMENT,
     )
     return [Said(text, tuple(token_ids)) for text, token_ids in json.loads(done.stdout.splitlines()[-1])]
 

@@ -1,7 +1,7 @@
 """Tiny random models, made at once and with no download: ``python -m tests.vllm.tiny FOLDER``.
 
-A Llama of two layers with a tokenizer of bytes: 256 of them, ``<pad>``, ``<s>`` and ``</s>``, and no merges, so that
-one token is one byte. What it writes is noise, but the same noise for the same prompt, which is what tests need: mostly
+A Llama of two layers with a tokenizer of bytes: 256 of them, a few special ones, and no merges, so that one token is
+one byte. What it writes is noise, but the same noise for the same prompt, which is what tests need: mostly
 printable ASCII, now and then a byte that begins a longer character, and never of itself the end of the text.
 """
 
@@ -15,20 +15,18 @@ from numpy.typing import NDArray
 
 HIDDEN, LAYERS, HEADS, INNER = 64, 2, 2, 128
 MAX_POSITIONS = 2048
-PAD, BEGIN, END = 256, 257, 258
-SPECIAL = ("<pad>", "<s>", "</s>")
+PAD, BEGIN, END, THINK, THOUGHT = range(256, 261)
+SPECIAL = ("<pad>", "<s>", "</s>", "<think>", "</think>")
 VOCABULARY = 256 + len(SPECIAL)
 SPREAD = 0.2  # wide, so that the likeliest token leads clearly, and differs from place to place
 
 CHAT_TEMPLATE = """\
-{%- if tools %}<tools>{{ tools | tojson }}</tools>
-{% endif %}
-{%- for message in messages %}[{{ message.role }}]{{ message.content or '' }}
-{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}
-{%- if not (loop.last and continue_final_message) %}
-{% endif %}
+{%- if tools %}{{ '<tools>' + (tools | tojson) + '</tools>\\n' }}{% endif %}
+{%- for message in messages %}{{ '[' + message.role + ']' + (message.content or '') }}
+{%- for call in message.tool_calls or [] %}{{ '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{% endfor %}
+{%- if not (loop.last and continue_final_message) %}{{ '\\n' }}{% endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}[assistant]{{ mood or '' }}{% endif %}"""
+{%- if add_generation_prompt %}{{ '[assistant]' + (mood or '') }}{% endif %}"""
 
 
 def make(folder: Path, seed: int = 0) -> Path:
@@ -39,7 +37,7 @@ def make(folder: Path, seed: int = 0) -> Path:
     save_file(_weights(seed), folder / "model.safetensors", metadata={"format": "pt"})
     _write(folder / "config.json", _config())
     _tokenizer().save(str(folder / "tokenizer.json"))
-    pad, begin, end = SPECIAL
+    pad, begin, end, *_ = SPECIAL
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     _write(folder / "tokenizer_config.json", {"pad_token": pad, "bos_token": begin, "eos_token": end, **kind})
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
@@ -69,7 +67,7 @@ def _weights(seed: int) -> dict[str, NDArray[np.float32]]:
     random = np.random.default_rng(seed)
     head = _random(random, VOCABULARY, HIDDEN)
     # A row of zeros gives a logit of 0, which one of the many others nearly always exceeds.
-    head[[*range(32), 127, PAD, BEGIN, END]] = 0
+    head[[*range(32), 127, *range(256, VOCABULARY)]] = 0
     head[128:256] *= 0.75
     weights = {
         "model.embed_tokens.weight": _random(random, VOCABULARY, HIDDEN),
@@ -121,7 +119,8 @@ def _tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL[:3]])
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in SPECIAL[3:]])
     return tokenizer
 
 
