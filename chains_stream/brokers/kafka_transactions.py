@@ -250,6 +250,12 @@ class KafkaTransactor:
         if isinstance(error, _FENCED):
             reason = "another holder was started, or a transaction was open for too long"
             return FencedError(f"{self._cluster.url} fenced this holder of {self._id}: {reason}")
+        if isinstance(error, kafka.GroupAuthorizationFailedError):
+            return self._cluster.translated(error, "commit for", right="READ", what=self._group or "the group")
+        if isinstance(error, kafka.TransactionalIdAuthorizationFailed):
+            what = f"the transactional id {self._id}"
+        elif isinstance(error, kafka.TopicAuthorizationFailedError):
+            doing, what = "write to", what or ", ".join(map(str, *error.args))
         return self._cluster.translated(error, doing, right="WRITE", what=what or self._id)
 
 

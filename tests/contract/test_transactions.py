@@ -439,3 +439,35 @@ async def test_closing_ends_a_commit_that_is_under_way(broker: Broker, topic: st
     again = await started(broker, topic)
     await again.close()
     assert set(await committed(broker, output)) <= {b"0", b"1", b"2", b"3", b"4"}
+
+
+async def test_what_is_settled_while_partitions_are_assigned_is_where_it_goes_on(broker: Broker, topic: str) -> None:
+    """The next holder's start ends what the last one had begun to commit, and comes before the offsets are read."""
+    await fill(broker, topic, 10)
+    last, following = broker.transactor(topic), broker.transactor(topic)
+    await last.start()
+    last.begin()
+    last.add_offsets(topic, f"group.{topic}", {0: Committed(7)})
+
+    async def assigned(_partitions: frozenset[int]) -> None:
+        await last.commit()
+        await following.start()
+
+    async def revoked(_partitions: frozenset[int]) -> None: ...
+
+    consumer = await broker.consume(topic, f"group.{topic}", on_assigned=assigned, on_revoked=revoked)
+    async with asyncio.timeout(30):
+        assert (await consumer.fetch(1))[0].offset == 7
+    assert await consumer.committed([0]) == {0: Committed(7)}
+    await consumer.close()
+    await last.close()
+    await following.close()
+
+
+async def test_the_largest_record(broker: Broker, output: str, transactor: Transactor) -> None:
+    transactor.begin()
+    await write(transactor, output, "before")
+    await transactor.publish(output, bytes(broker.max_record_bytes), partition=0)
+    await write(transactor, output, "after")
+    await transactor.commit()
+    assert [len(value) for value in await committed(broker, output)] == [6, broker.max_record_bytes, 5]

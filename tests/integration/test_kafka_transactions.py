@@ -6,15 +6,17 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from typing import Any
 from uuid import uuid4
 
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
 
 from chains_stream.broker import Broker, Committed, Record, TopicSpec
 from chains_stream.brokers import kafka_watch, open_broker
-from chains_stream.errors import BrokerError, ChainsUsageError
+from chains_stream.errors import BrokerAuthorizationError, BrokerError, ChainsUsageError, RecordTooLargeError
 from chains_stream.settings import Settings
+from tests.guarded import DESCRIBE, GROUP, READ, SASL, TOPIC, TRANSACTIONAL_ID, WRITE, as_user, grant
 from tests.kafka import Node, node
 from tests.members import HOUR_MS, Member, fill, take
 
@@ -32,8 +34,8 @@ async def broker(kafka_url: str) -> AsyncIterator[Broker]:
 
 
 @asynccontextmanager
-async def opened(url: str) -> AsyncIterator[Broker]:
-    broker = open_broker(Settings.of(broker=url))
+async def opened(url: str, **kafka: Any) -> AsyncIterator[Broker]:
+    broker = open_broker(Settings.of(broker=url, kafka=kafka))
     try:
         await broker.start()
         yield broker
@@ -235,6 +237,40 @@ async def test_a_timeout_that_the_broker_does_not_allow_is_told(broker: Broker) 
     await transactor.close()
 
 
+async def test_a_record_that_the_broker_does_not_take_spoils_its_transaction(broker: Broker, topic: str) -> None:
+    """Committed all the same, it would be lost: others of the transaction were stored, and so would its offset be."""
+    narrow = f"{topic}.narrow"
+    admin = AIOKafkaAdminClient(bootstrap_servers=broker.url.removeprefix("kafka://"))
+    await admin.start()
+    await admin.create_topics([NewTopic(narrow, 1, 1, topic_configs={"max.message.bytes": "1000"})])
+    await admin.close()
+    transactor = broker.transactor(topic)
+    await transactor.start()
+    transactor.begin()
+    await (await transactor.publish(topic, b"never", partition=0))
+    stored = await transactor.publish(narrow, bytes(5_000), partition=0)
+    transactor.add_offsets(topic, f"{topic}.group", {0: Committed(1)})
+    with pytest.raises(RecordTooLargeError):
+        await transactor.commit()
+    with pytest.raises(RecordTooLargeError):
+        await stored
+    await transactor.close()
+    again = broker.transactor(topic)
+    await again.start()
+    again.begin()
+    await again.publish(topic, b"counts", partition=0)
+    await again.publish(narrow, b"fits", partition=0)
+    await again.commit()
+    for name, value in ((topic, b"counts"), (narrow, b"fits")):
+        reader = await broker.read(name, {0: 0}, isolation="read_committed")
+        assert [record.value for record in await take(reader, 1)] == [value]
+        await reader.close()
+    member = await Member(broker, topic).join(f"{topic}.group")
+    assert await member.consumer.committed([0]) == {}
+    await member.consumer.close()
+    await again.close()
+
+
 async def test_a_commit_that_is_given_up_spends_the_transactor(broker: Broker, topic: str) -> None:
     """What became of it is told by the offsets, once another one was started."""
     given_up = broker.transactor(topic)
@@ -299,3 +335,39 @@ async def test_a_transaction_that_stays_open_is_no_trouble_for_whoever_waits(
     await reader.close()
     await member.consumer.close()
     await transactor.close()
+
+
+async def test_each_right_that_a_transaction_is_missing_is_named(kafka_url: str) -> None:
+    mine, other = f"mine.{uuid4().hex}", f"other.{uuid4().hex}"
+    with node(*SASL) as guarded:
+        async with opened(guarded.url, **as_user("admin")) as broker:
+            await broker.ensure_topics([TopicSpec(name, 1, HOUR_MS) for name in (mine, other)])
+        await grant(guarded, "bob", TOPIC, mine, WRITE, READ, DESCRIBE)
+        await grant(guarded, "bob", TOPIC, other, DESCRIBE)
+        await grant(guarded, "bob", TRANSACTIONAL_ID, mine, WRITE, DESCRIBE)
+        async with opened(guarded.url, **as_user("bob")) as broker:
+            with pytest.raises(BrokerAuthorizationError, match=f"the transactional id {other}: the right WRITE is"):
+                await broker.transactor(other).start()
+            for topic, said in (
+                (other, f"write to {other}: the right WRITE is missing"),
+                (mine, f"commit for {other}: the right READ is missing"),
+            ):
+                transactor = broker.transactor(mine)
+                await transactor.start()
+                transactor.begin()
+                await transactor.publish(topic, b"never", partition=0)
+                transactor.add_offsets(mine, other, {0: Committed(1)})
+                with pytest.raises(BrokerAuthorizationError, match=said):
+                    await transactor.commit()
+                await transactor.close()
+            await grant(guarded, "bob", GROUP, other, READ)
+            transactor = broker.transactor(mine)
+            await transactor.start()
+            transactor.begin()
+            await transactor.publish(mine, b"record", partition=0)
+            transactor.add_offsets(mine, other, {0: Committed(1)})
+            await transactor.commit()
+            await transactor.close()
+            reader = await broker.read(mine, {0: 0}, isolation="read_committed")
+            assert [record.value for record in await take(reader, 1)] == [b"record"]
+            await reader.close()
