@@ -115,12 +115,16 @@ class _Unreadable(Exception):  # noqa: N818 - it says of its cause what it is of
 class EventService:
     """What all events of a Chainlet have in common."""
 
-    def __init__(self, callee: Callee, feed: Feed, group: str, broker: Broker, settings: Settings) -> None:
+    def __init__(
+        self, callee: Callee, feed: Feed, group: str, broker: Broker, settings: Settings, *, read: Collection[str] = ()
+    ) -> None:
+        """Feed `callee`; `read` are topics that are read in this process, by other Chainlets."""
         self.callee = callee
         self.feed = feed
         self.group = group
         self.broker = broker
         self.settings = settings
+        self._read = read
         self.name = f"{callee.name}.events"  # of metrics and in logs
         self.registry = Registry(settings.registry)
         self.written = Written(broker, feed, self.registry)
@@ -133,7 +137,11 @@ class EventService:
         """Have the topics there are. Raises BrokerError."""
         settings, topic = self.settings, self.feed.source.topic
         names = [topic, *(sink.topic for sink in self.feed.sinks)]
-        specs = [TopicSpec(name, settings.partitions, settings.request_retention_ms) for name in names]
+        # On the embedded broker what nobody reads would fill up, and hold back who writes it.
+        specs = [
+            TopicSpec(name, settings.partitions, settings.request_retention_ms, ring=name not in (topic, *self._read))
+            for name in names
+        ]
         await self.broker.ensure_topics([*specs, dead_letter_spec(topic, settings)])
         await self.written.start()
 

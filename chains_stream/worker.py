@@ -204,13 +204,14 @@ class Host:
         called = {each.chainlet for cls in self._served for each in dependencies(cls).values()}
         await self._caller.use(*(self._chain.topic(cls, settings.namespace) for cls in called))
         quarantine = Quarantine()
+        sources = [found.source.topic for cls in self._served if (found := feed_of(cls)) is not None]
         for cls, topic in topics.items():
             callee = self._callees[cls] = await self._build(cls)
             worker = Worker(self._service(callee, topic), quarantine)
             self.workers.append(worker)
             if (fed := feed_of(cls)) is not None:
                 group = group_of(fed.source, settings.namespace, self._chain.name, chainlet_name(cls))
-                events = EventService(callee, fed, group, self._broker, settings)
+                events = EventService(callee, fed, group, self._broker, settings, read=sources)
                 self.feeds.append(EventWorker(events, quarantine, worker.places))
             if cls is entrypoint:
                 self.background = Worker(self._service(callee, background_topic(topic)), quarantine, behind=worker)
