@@ -6,8 +6,8 @@
       "stream": true, "messages": [{"role": "user", "content": "Hello!"}]}'
 
 `model` is a folder or an id on the Hugging Face Hub; for Triton, the name of a model that it serves. Every other field
-of `VLLMConfig` or `TritonTextConfig` can be set too, such as ``--set max_model_len=8192 --set tensor_parallel_size=2``, and
-`gpu` says what a worker is to be deployed on, ``H100:2`` for two. On Kafka give gateway and workers the same values.
+of `VLLMConfig` or `TritonTextConfig` can be set too, such as ``--set max_model_len=8192 --set tensor_parallel_size=2``,
+and `gpu` says what a worker is to be deployed on, ``H100:2`` for two. On Kafka give gateway and workers the same ones.
 """
 
 from typing import Literal

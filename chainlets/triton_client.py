@@ -138,21 +138,25 @@ class Triton:
             responses = self._client.stream_infer(_once(request), stream_timeout=seconds, headers=self._headers)
             try:
                 async for result, error in responses:
-                    if error is not None:  # of an older server, which tells no code
-                        raise error
+                    if error is not None:
+                        raise await self._kind_of(error)
                     yield self._outputs(result, {})
             finally:
                 responses.cancel()  # or the model would go on; after the end it does nothing
+
+    async def _kind_of(self, error: Any) -> chains.ChainsRuntimeError:
+        """Give the error for what a stream says, which is text alone: whether the model is ready has to be asked."""
+        status = "" if await self.is_ready() else "UNAVAILABLE"
+        return error_of(status, error.message() or "", self.config.shown)
 
     async def _input(self, name: str, array: Array, held: list[Region] | None) -> Any:
         """Give an input as tritonclient takes it: with its data, or where they lie in shared memory."""
         datatype = self.model.inputs[name].datatype
         wire = to_wire(array, datatype)
         tensor = self._grpc.InferInput(name, list(wire.shape), datatype)
-        if held is None or not self._is_large(wire.nbytes, datatype):
+        region = await self._leased(wire.nbytes, datatype, held)
+        if region is None:
             return tensor.set_data_from_numpy(wire)
-        assert self._memory is not None, "there are no regions without it"
-        held.append(region := await self._memory.lease(wire.nbytes))
         region.write(wire)
         return tensor.set_shared_memory(region.name, wire.nbytes)
 
@@ -164,14 +168,11 @@ class Triton:
         wanted = []
         for name, output in self.model.outputs.items() if held is not None else ():
             wanted.append(requested := self._grpc.InferRequestedOutput(name))
-            size = self._size_of(output, inputs)
-            if size is None or not self._is_large(size, output.datatype):
-                continue
-            assert held is not None, "looked at above"
-            assert self._memory is not None, "there are no regions without it"
-            held.append(region := await self._memory.lease(size))
-            places[name] = region
-            requested.set_shared_memory(region.name, size)
+            size = self._size_of(output, inputs) or 0
+            region = await self._leased(size, output.datatype, held)
+            if region is not None:
+                places[name] = region
+                requested.set_shared_memory(region.name, size)
         return (wanted if places else None), places
 
     def _outputs(self, result: Any, places: Mapping[str, Region]) -> Outputs:
@@ -196,9 +197,15 @@ class Triton:
             dims[0] = next(iter(inputs.values())).shape[0]
         return None if -1 in dims else math.prod(dims) * WIDTHS[output.datatype]
 
-    def _is_large(self, size: int, datatype: str) -> bool:
+    async def _leased(self, size: int, datatype: str, held: list[Region] | None) -> Region | None:
+        """Give a region for a tensor that is large enough to be worth one, and put it to those of the request."""
         threshold = self.config.shared_memory_bytes
-        return threshold is not None and size >= threshold and datatype != "BYTES"
+        if held is None or self._memory is None or threshold is None or size < threshold or datatype == "BYTES":
+            return None
+        region = await self._memory.lease(size)
+        if region is not None:
+            held.append(region)
+        return region
 
     def _regions(self) -> AbstractContextManager[list[Region] | None]:
         return self._memory.held() if self._memory is not None and self._memory.usable else nullcontext()
@@ -285,7 +292,7 @@ class Triton:
                 raise TritonUnavailableError(f"{reason} (waited {self.config.start_timeout:g} s)", reason="UNAVAILABLE")
             if time.monotonic() - said >= SAY_SECONDS or said == began:
                 said = time.monotonic()
-                log.info("waiting for %s: %s", self.config.shown, reason)
+                log.info("waiting for Triton: %s", reason)
             await asyncio.sleep(POLL_SECONDS)
 
     async def _why_not(self) -> str:

@@ -22,8 +22,9 @@ class TritonConfig(pydantic.BaseModel):
         model: its name in the model repository; `model_version` is a number, or empty for the server's choice.
         root_certificates: a file of certificates to trust over TLS; without one, those that gRPC brings.
         private_key: with `certificate_chain`, the files of a client's own certificate, where the server asks for one.
-        headers: sent with every request; `token` goes as ``authorization: Bearer …``, and so does the content of
-            `token_file`, which is read again with each connection.
+        headers: sent with every request. Triton tells of a stream's errors the text alone; with ``triton_grpc_error:
+            true`` it tells their kind too, of which Triton 2.51 was seen to die.
+        token: goes as ``authorization: Bearer …``; so does the content of `token_file`, read with each connection.
         timeout: seconds for one try of a unary call, and for a whole stream. The request's deadline bounds it too.
         start_timeout: seconds to wait, at start, for the server and the model to be ready.
         retries: tries in all of what Triton answers with UNAVAILABLE, the first included: a server that restarts, a
@@ -109,8 +110,6 @@ class TritonConfig(pydantic.BaseModel):
             token = read(self.token_file).decode().strip()
         if token:
             found["authorization"] = f"Bearer {token}"
-        # A stream's errors come with their code then, and not as text alone (Triton 2.49 and newer).
-        found["triton_grpc_error"] = "true"
         return found
 
 

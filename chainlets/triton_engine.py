@@ -2,13 +2,12 @@
 
 from chainlets.triton_config import TritonConfig
 from chainlets.triton_errors import TritonError, TritonMismatchError, TritonRefusedError, TritonUnavailableError
-from chainlets.triton_generate import TritonTextConfig, TritonChat, TritonGenerate
+from chainlets.triton_generate import TritonChat, TritonGenerate, TritonTextConfig
 from chainlets.triton_model import TritonModel
 from chainlets.triton_sampling import Guide, Sampling
 from chainlets.triton_tensors import Tensor
 
 __all__ = [
-    "TritonTextConfig",
     "Guide",
     "Sampling",
     "Tensor",
@@ -19,5 +18,6 @@ __all__ = [
     "TritonMismatchError",
     "TritonModel",
     "TritonRefusedError",
+    "TritonTextConfig",
     "TritonUnavailableError",
 ]

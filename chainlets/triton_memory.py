@@ -22,7 +22,7 @@ from chainlets.triton_tensors import Array, from_bytes
 FOLDER = Path("/dev/shm")  # noqa: S108 - where Linux has POSIX shared memory
 PREFIX = "chains-triton-"
 SMALLEST = 1 << 16  # bytes; sizes are powers of two, so that a region fits later requests too
-MAX_FREE = 32  # regions that wait for requests; more are given back
+MAX_FREE_BYTES = 256 << 20  # in regions that wait for requests; more are given back
 UNREGISTER_SECONDS = 60.0  # for a request that was given up to let go of its regions
 CLOSE_SECONDS = 5.0
 
@@ -40,7 +40,7 @@ class Region:
         self._file = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
             fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            os.ftruncate(self._file, size)
+            os.posix_fallocate(self._file, 0, size)  # or the process would die of writing where there is no room
             self._map = mmap.mmap(self._file, size)
             hidden.rename(self._path)
         except BaseException:
@@ -69,7 +69,9 @@ class SharedMemory:
         self._client = client
         self._headers = headers
         self._free: dict[int, list[Region]] = {}
+        self._free_bytes = 0
         self._leaving: set[asyncio.Task[None]] = set()
+        self._has_complained = False
         self.usable = False
 
     async def start(self, shown: str) -> None:
@@ -89,11 +91,22 @@ class SharedMemory:
             if name in stale or (name.startswith(PREFIX) and not (FOLDER / name).exists()):
                 await self._unregister(name)
 
-    async def lease(self, size: int) -> Region:
-        """Give a region of at least `size` bytes, for one request. Raises OSError, or what the server says."""
+    async def lease(self, size: int) -> Region | None:
+        """Give a region of at least `size` bytes, for one request; None if there is no room for it.
+
+        Raises what the server says.
+        """
         rounded = max(SMALLEST, 1 << (size - 1).bit_length())
-        free = self._free.get(rounded)
-        return free.pop() if free else await self._made(rounded)
+        if free := self._free.get(rounded):
+            self._free_bytes -= rounded
+            return free.pop()
+        try:
+            return await self._made(rounded)
+        except OSError as error:
+            if not self._has_complained:
+                self._has_complained = True
+                log.warning("no shared memory of %d bytes: %s; such tensors go with the requests", rounded, error)
+            return None
 
     @contextmanager
     def held(self) -> Iterator[list[Region]]:
@@ -111,14 +124,15 @@ class SharedMemory:
 
     def release(self, regions: list[Region]) -> None:
         for region in regions:
-            if sum(map(len, self._free.values())) < MAX_FREE:
+            if self._free_bytes + region.size <= MAX_FREE_BYTES:
+                self._free_bytes += region.size
                 self._free.setdefault(region.size, []).append(region)
             else:
                 self._retire([region])
 
     def forget(self) -> None:
         """Give up the regions that wait: a server that was away may not know them any more."""
-        free, self._free = self._free, {}
+        free, self._free, self._free_bytes = self._free, {}, 0
         for regions in free.values():
             self._retire(regions)
 

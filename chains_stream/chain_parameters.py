@@ -96,10 +96,12 @@ def _from_json(value: Any) -> Any:
 
 
 def _explain(problem: Any, kind: type[pydantic.BaseModel]) -> str:
-    name = ".".join(map(str, problem["loc"])) or kind.__name__
+    name = ".".join(map(str, problem["loc"]))
     if problem["type"] == "missing":
         return f"parameter `{name}` is missing: give it with --set {name}=…"
     said = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]
+    if not problem["loc"]:  # what several of them are together: all would be shown, secrets too
+        return f"the parameters of {kind.__name__}: {said}"
     return f"parameter `{name}` {said} (got {problem['input']!r})"
 
 

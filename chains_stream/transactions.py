@@ -27,6 +27,34 @@ class Unsent(NamedTuple):
     headers: Headers
 
 
+class _Partition:
+    """A partition's transactor, and what is to be written with its next commits, in the order in which it was given."""
+
+    def __init__(self) -> None:
+        self.transactor: Transactor | None = None
+        self.doubt: tuple[Committed, int] | None = None  # what may be committed, and how many records with it
+        self.overtaken = False  # by another worker: the group will tell
+        self.turn = asyncio.Lock()  # a transactor has one transaction at a time
+        self._unsent: list[Unsent] = []
+        self._written = 0  # records before those
+
+    def add(self, records: Collection[Unsent]) -> None:
+        self._unsent += records
+
+    @property
+    def given(self) -> int:
+        """How many records were given so far."""
+        return self._written + len(self._unsent)
+
+    def up_to(self, given: int) -> list[Unsent]:
+        """Give what is not written of the first so many that were given."""
+        return self._unsent[: max(0, given - self._written)]
+
+    def wrote(self, count: int) -> None:
+        self._written += count
+        del self._unsent[:count]
+
+
 class Transactions:
     """The transactors of the partitions of one topic, and what was given for events of them and is not stored yet."""
 
@@ -34,74 +62,91 @@ class Transactions:
         self._broker = broker
         self._topic = topic
         self._group = group
-        self._transactors: dict[int, Transactor] = {}
-        self._unsent: dict[int, list[Unsent]] = {}
+        self._partitions: dict[int, _Partition] = {}
 
-    def add(self, partition: int, records: Collection[Unsent]) -> None:
-        """Have the next commit of a partition write these too: those of an event that is finished by then."""
-        self._unsent.setdefault(partition, []).extend(records)
+    def add(self, number: int, records: Collection[Unsent]) -> None:
+        """Have the commits of a partition from now on write these too: those of an event that is finished by then."""
+        if number in self._partitions:
+            self._partitions[number].add(records)
 
     async def take_over(self, partitions: Collection[int]) -> None:
-        for number in partitions:
-            self._unsent.pop(number, None)
-            await self._start(number)
+        await self.lose(partitions)
+        new = {number: _Partition() for number in partitions}
+        await asyncio.gather(*(self._start(number, partition) for number, partition in new.items()))
+        self._partitions |= new
 
     async def commit(self, positions: Mapping[int, Committed]) -> frozenset[int]:
         """Write what is finished of partitions, and how far they are done. Raises BrokerError if one of them failed."""
-        numbers = [number for number in positions if number in self._transactors]
-        results = await asyncio.gather(*(self._commit(n, positions[n]) for n in numbers), return_exceptions=True)
+        # Counted before anything is waited for: `positions` tell of what was finished until now, and of no more.
+        due = {n: (self._partitions[n], self._partitions[n].given) for n in positions if n in self._partitions}
+        results = await asyncio.gather(
+            *(self._commit(n, partition, given, positions[n]) for n, (partition, given) in due.items()),
+            return_exceptions=True,
+        )
         for result in results:
             if isinstance(result, BaseException):
                 raise result
-        return frozenset(number for number, stored in zip(numbers, results, strict=True) if stored)
+        return frozenset(number for number, stored in zip(due, results, strict=True) if stored)
 
     async def lose(self, partitions: Collection[int]) -> None:
-        for number in partitions:
-            self._unsent.pop(number, None)
-            transactor = self._transactors.pop(number, None)
-            if transactor is not None:
-                await transactor.close()
+        lost = [partition for n in partitions if (partition := self._partitions.pop(n, None)) is not None]
+        await asyncio.gather(*(each.transactor.close() for each in lost if each.transactor is not None))
 
-    async def _start(self, number: int) -> None:
-        old = self._transactors.pop(number, None)
-        if old is not None:
-            await old.close()
+    async def _start(self, number: int, partition: _Partition) -> None:
+        if partition.transactor is not None:
+            await partition.transactor.close()
+            partition.transactor = None
         transactor = self._broker.transactor(f"{self._group}.{self._topic}.{number}")
         try:
             await transactor.start()
         except BaseException:
             await transactor.close()
             raise
-        self._transactors[number] = transactor
+        partition.transactor = transactor
 
-    async def _commit(self, number: int, committed: Committed) -> bool:
-        transactor, records = self._transactors[number], self._unsent.pop(number, [])
-        try:
-            transactor.begin()
-            for record in records:
-                await transactor.publish(
-                    record.topic, record.value, partition=record.partition, key=record.key, headers=record.headers
-                )
-            transactor.add_offsets(self._topic, self._group, {number: committed})
-            await transactor.commit()
-        except BaseException as error:
-            self._unsent[number] = records + self._unsent.get(number, [])
-            if not isinstance(error, BrokerError):
-                raise
-            log.warning("transaction.failed", topic=self._topic, partition=number, reason=str(error))
-            return await self._recovered(number, committed, len(records), error)
-        return True
-
-    async def _recovered(self, number: int, committed: Committed, count: int, error: BrokerError) -> bool:
-        """Find out what became of a transaction that failed. Raises its error if it is to be tried again."""
-        if self._transactors.get(number) is None:
-            raise error
-        await self._start(number)
-        found = await self._broker.committed(self._topic, self._group, [number])
-        at = found.get(number, Committed(0))
-        if at == committed:
-            del self._unsent[number][:count]
+    async def _commit(self, number: int, partition: _Partition, given: int, committed: Committed) -> bool:
+        async with partition.turn:
+            if self._partitions.get(number) is not partition:
+                return False  # it was lost meanwhile
+            if partition.doubt is not None or partition.transactor is None:
+                await self._settle(number, partition)
+            if partition.overtaken:
+                return False
+            records = partition.up_to(given)
+            partition.doubt = committed, len(records)  # until it is known, whatever ends this
+            try:
+                await self._write(partition.transactor, records, number, committed)
+            except BrokerError as error:
+                log.warning("transaction.failed", topic=self._topic, partition=number, reason=str(error))
+                if not await self._settle(number, partition) and not partition.overtaken:
+                    raise
+                return not partition.overtaken
+            partition.doubt = None
+            partition.wrote(len(records))
             return True
-        if Note.read(at.metadata).epoch > Note.read(committed.metadata).epoch:
-            return False  # another worker has it, and will be told by the group
-        raise error
+
+    async def _write(
+        self, transactor: Transactor | None, records: Collection[Unsent], number: int, committed: Committed
+    ) -> None:
+        assert transactor is not None, "started"
+        transactor.begin()
+        for record in records:
+            await transactor.publish(
+                record.topic, record.value, partition=record.partition, key=record.key, headers=record.headers
+            )
+        transactor.add_offsets(self._topic, self._group, {number: committed})
+        await transactor.commit()
+
+    async def _settle(self, number: int, partition: _Partition) -> bool:
+        """Find out whether a transaction counts of which that is not known, once nothing can become of it any more."""
+        await self._start(number, partition)
+        if partition.doubt is None:
+            return False
+        found = (await self._broker.committed(self._topic, self._group, [number])).get(number, Committed(0))
+        committed, count = partition.doubt
+        stored = found == committed
+        partition.overtaken = Note.read(found.metadata).epoch > Note.read(committed.metadata).epoch
+        partition.doubt = None
+        if stored:
+            partition.wrote(count)
+        return stored

@@ -85,7 +85,7 @@ async def broker_at(url: str) -> AsyncIterator[Broker]:
 
 def _worker(start: Commands, common: list[str]) -> Command:
     variables = {"CHAINS_KAFKA_SESSION_TIMEOUT_MS": "6000"}
-    return start("worker", COPY, "--log-level", "error", *common, variables=variables)
+    return start("worker", COPY, "--log-level", "info", *common, variables=variables)
 
 
 async def _send(broker: Broker, topic: str, count: int) -> None:

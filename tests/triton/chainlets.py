@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chainlets.triton_engine import Tensor, TritonChat, TritonConfig, TritonGenerate, TritonModel, TritonTextConfig
-from tests.triton.server import URL
+from tests.triton.server import URL, WAIT
 
 Matrix = NDArray[np.float32]
 
@@ -21,7 +21,7 @@ class Scaled(msgspec.Struct):
 
 
 class Scale(TritonModel):
-    config = TritonConfig(url=URL, model="batched", max_in_flight=256)
+    config = TritonConfig(url=URL, model="batched", start_timeout=WAIT, max_in_flight=256)
 
     async def run_remote(
         self,
@@ -37,7 +37,7 @@ class Number(msgspec.Struct):
 
 
 class Count(TritonModel):
-    config = TritonConfig(url=URL, model="counting")
+    config = TritonConfig(url=URL, model="counting", start_timeout=WAIT)
 
     async def run_remote(
         self, count: Annotated[int, Tensor("COUNT:0")], start: Annotated[int | None, Tensor("START:0")] = None
@@ -47,29 +47,29 @@ class Count(TritonModel):
 
 
 class Wait(TritonModel):
-    config = TritonConfig(url=URL, model="waiting")
+    config = TritonConfig(url=URL, model="waiting", start_timeout=WAIT)
 
     async def run_remote(self, key: str, seconds: float) -> str:
         return await self.predict(str, key=key, seconds=seconds)
 
 
 class Fail(TritonModel):
-    config = TritonConfig(url=URL, model="failing")
+    config = TritonConfig(url=URL, model="failing", start_timeout=WAIT)
 
     async def run_remote(self, how: str) -> str:
         return await self.predict(str, how=how)
 
 
 class Double(TritonModel):
-    config = TritonConfig(url=URL, model="doubling")
+    config = TritonConfig(url=URL, model="doubling", start_timeout=WAIT)
 
     async def run_remote(self, x: Matrix) -> Matrix:
         return await self.predict(np.ndarray, x=x)
 
 
 class Generate(TritonGenerate):
-    config = TritonTextConfig(url=URL, model="tensorrt_llm_bls")
+    config = TritonTextConfig(url=URL, model="tensorrt_llm_bls", start_timeout=WAIT)
 
 
 class Chat(TritonChat):
-    config = TritonTextConfig(url=URL, model="tensorrt_llm_bls")
+    config = TritonTextConfig(url=URL, model="tensorrt_llm_bls", start_timeout=WAIT)

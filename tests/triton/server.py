@@ -28,7 +28,8 @@ class Server:
     def __init__(self, *config: str, port: int | None = None) -> None:
         self.port = port or free_ports(1)[0]
         self.url = f"grpc://127.0.0.1:{self.port}"
-        self._config = [argument for entry in config for argument in ("--config", entry)]
+        # Told, and not found out by starting each model twice.
+        self._config = [argument for entry in ("strict-model-config=true", *config) for argument in ("--config", entry)]
 
     def start(self) -> None:
         self._run("start", str(MODELS), "--port", str(self.port), *self._config)

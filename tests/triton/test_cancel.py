@@ -93,7 +93,7 @@ class ImpatientChat(Generate):
 
 async def test_its_own_timeout_ends_it_in_triton(key: str) -> None:
     async with chains.run_chain(Impatient) as chain:
-        with pytest.raises(chains.CallTimeoutError, match="model `waiting` at .*: no answer in time"):
+        with pytest.raises(chains.CallTimeoutError, match=r"model `waiting` at .*: no answer in time"):
             await chain.run_remote(key, SECONDS)
         await Notes(key).have("cancelled")
     stream = f"{key}-stream"

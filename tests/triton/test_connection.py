@@ -240,10 +240,10 @@ async def test_a_missing_header_is_no_reason_to_try_again(guarded: str, authorit
 
 async def test_files_that_are_not_there_are_named(authority: Path) -> None:
     wrong = secured("grpcs://127.0.0.1:1", authority, root_certificates="/no/such.pem")
-    with pytest.raises(chains.ChainsUsageError, match="can't read /no/such.pem: No such file"):
+    with pytest.raises(chains.ChainsUsageError, match=r"can't read /no/such\.pem: No such file"):
         async with wrong():
             pass
-    with pytest.raises(chains.ChainsUsageError, match="can't read /no/such.token: No such file"):
+    with pytest.raises(chains.ChainsUsageError, match=r"can't read /no/such\.token: No such file"):
         async with secured("grpcs://127.0.0.1:1", authority, token_file="/no/such.token")():
             pass
 

@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 import chains_stream as chains
 from chainlets import triton_memory
 from chainlets.triton_engine import TritonConfig
-from chainlets.triton_memory import FOLDER, PREFIX
+from chainlets.triton_memory import PREFIX
 from tests.triton.chainlets import Double, Wait
 from tests.triton.server import PORT, ROOT, URL, Notes, Server, until
 
@@ -25,7 +27,7 @@ ONES = np.ones((1024, 1024), np.float32)
 
 
 def regions() -> list[str]:
-    return sorted(path.name for path in FOLDER.iterdir() if PREFIX in path.name)
+    return sorted(path.name for path in triton_memory.FOLDER.iterdir() if PREFIX in path.name)
 
 
 async def registered() -> list[str]:
@@ -49,6 +51,45 @@ async def test_a_large_tensor_goes_through_shared_memory_both_ways() -> None:
         assert await registered() == regions()
     assert regions() == []
     assert await registered() == []
+
+
+async def test_outputs_of_any_size_need_a_bound() -> None:
+    class Identity(Wait):
+        config = TritonConfig(url=URL, model="identity", shared_memory_outputs={"BF16_OUT": 4 << 20})
+        inputs: ClassVar = {}
+        outputs: ClassVar = {}
+
+    given = (np.arange(1 << 21, dtype=np.float32) % 256).reshape(2, -1)
+    async with Identity() as model:
+        found = (await model.infer({"BF16": given}))["BF16_OUT"]
+        np.testing.assert_array_equal(found, given)
+        assert len(regions()) == 3
+        with pytest.raises(chains.ChainsRuntimeError, match="shared memory"):
+            await model.infer({"BF16": np.zeros((1, 1 << 22), np.float32)})
+    assert regions() == []
+
+
+async def test_where_there_is_no_room_tensors_go_with_the_request(caplog: pytest.LogCaptureFixture) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    async with Double() as model:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+        try:
+            for _ in range(2):
+                assert (await model.infer({"x": ONES}))["y"].max() == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [record.getMessage() for record in caplog.records if "shared memory" in record.getMessage()] == [
+        "no shared memory of 4194304 bytes: [Errno 27] File too large; such tensors go with the requests"
+    ]
+    assert regions() == []
+
+
+async def test_a_stream_takes_its_inputs_from_shared_memory() -> None:
+    async with Double() as model:
+        (found,) = [outputs async for outputs in model.infer_stream({"x": ONES})]
+        assert found["y"].max() == 2
+        assert len(regions()) == 2
+    assert regions() == []
 
 
 async def test_many_at_once_do_not_mix() -> None:
@@ -94,7 +135,7 @@ async def test_where_the_server_can_not_open_them_tensors_go_with_the_request(
     (said,) = [record.getMessage() for record in caplog.records if "shared memory" in record.getMessage()]
     assert said.startswith(f"no shared memory for model `doubling` at {URL}: ")
     assert said.endswith("; tensors go with the requests")
-    assert list(tmp_path.iterdir()) == []
+    assert regions() == []
 
 
 PROGRAM = f"""
@@ -115,7 +156,7 @@ asyncio.run(main())
 
 
 async def test_what_a_killed_process_leaves_the_next_one_removes() -> None:
-    running = subprocess.Popen(
+    running = subprocess.Popen(  # noqa: ASYNC220 - it starts in no time
         [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     try:
@@ -138,10 +179,11 @@ async def test_it_is_faster_than_the_socket(triton: Server) -> None:
 
     async def seconds(cls: type[Double]) -> float:
         async with cls() as model:
-            await model.infer({"x": ONES})
-            began = time.perf_counter()
-            for _ in range(10):
+            taken = []
+            for _ in range(20):
+                began = time.perf_counter()
                 await model.infer({"x": ONES})
-            return time.perf_counter() - began
+                taken.append(time.perf_counter() - began)
+            return min(taken)  # what else the machine does comes on top
 
     assert await seconds(Double) < await seconds(Plain)

@@ -1,9 +1,9 @@
 """Models of any kind: their types, their batches, their streams, and Chainlets that don't fit them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, ClassVar, TypedDict
 
 import numpy as np
 import pytest
@@ -38,8 +38,8 @@ class Identity(TritonModel):
     """Gives back one tensor of any type, as a list."""
 
     config = TritonConfig(url=URL, model="identity")
-    inputs = {}
-    outputs = {}
+    inputs: ClassVar = {}  # it is given whatever a test likes
+    outputs: ClassVar = {}
 
     async def run_remote(self, name: str) -> list[str]:
         return list(await self.infer({name: ARRAYS[name]}))
@@ -226,25 +226,29 @@ class WrongOutputs(TritonModel):
 
 class WrongTensors(TritonModel):
     config = TritonConfig(url=URL, model="doubling")
-    inputs = {"x": Tensor(dims=(512, 1024)), "z": Tensor()}
-    outputs = {"y": Tensor(datatype="FP16")}
+    inputs: ClassVar = {"x": Tensor(dims=(512, 1024)), "z": Tensor()}
+    outputs: ClassVar = {"y": Tensor(datatype="FP16")}
 
     async def run_remote(self, text: str) -> str:
         return text
 
 
-def faults(cls: type[TritonModel]) -> Mapping[str, list[str]]:
-    return {
+def faults(cls: type[TritonModel]) -> list[str]:
+    expected = {
         "Wrong": [
             "the input `COUNT:0` is float here, and INT32 in the model",
             "the model has no input `begin`; it has `COUNT:0`, `START:0`",
-            "the result is one value, str, and the model has 2 outputs, `NUMBER:0`, `SQUARE:0`: declare a Struct that "
-            "has those you want as fields",
+            (
+                "the result is one value, str, and the model has 2 outputs, `NUMBER:0`, `SQUARE:0`: declare a Struct "
+                "that has those you want as fields"
+            ),
             "the model is decoupled, that is, it streams: make `run_remote` yield, and annotate `AsyncIterator[…]`",
         ],
         "WrongOutputs": [
-            "the input `VALUES` is numpy.ndarray[tuple[int, int, int], numpy.dtype[numpy.float64]] here, and FP32 in "
-            "the model",
+            (
+                "the input `VALUES` is numpy.ndarray[tuple[int, int, int], numpy.dtype[numpy.float64]] here, and FP32 "
+                "in the model"
+            ),
             "the input `VALUES` has 3 dimensions here, and 2 in the model, [-1, 3]",
             "the input `FACTOR` may be left out here, and the model asks for it always",
             "`run_remote` streams, and the model is not decoupled: it answers once",
@@ -254,7 +258,8 @@ def faults(cls: type[TritonModel]) -> Mapping[str, list[str]]:
             "the model has no input `z`; it has `x`",
             "the output `y` is FP16 here, and FP32 in the model",
         ],
-    }[cls.__name__]
+    }
+    return expected[cls.__name__]
 
 
 @pytest.mark.parametrize("cls", [Wrong, WrongOutputs, WrongTensors])

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pydantic
 import pytest
@@ -80,6 +80,22 @@ def test_values_of_a_program_are_taken_as_they_are() -> None:
 def test_what_does_not_fit_is_one_line(values: dict[str, Any], line: str) -> None:
     with pytest.raises(ChainsUsageError, match=f"^{re.escape(line)}$"):
         told(**values)
+
+
+def test_what_is_wrong_with_several_together_shows_none_of_them() -> None:
+    class Access(pydantic.BaseModel):
+        token: str | None = None
+        user: str | None = None
+
+        @pydantic.model_validator(mode="after")
+        def _one(self) -> Self:
+            if self.token and self.user:
+                raise ValueError("give a token or a user, not both")
+            return self
+
+    with pytest.raises(ChainsUsageError) as caught, chains.parameter_values(token="s3cret", user="ada"):
+        chains.parameters(Access)
+    assert str(caught.value) == "the parameters of Access: give a token or a user, not both"
 
 
 def test_several_models_take_each_its_own() -> None:

@@ -68,10 +68,8 @@ class Worker:
 
     def core(self) -> int:
         """Find the process of the engine's core."""
-        for child in children(self.command.pid):
-            if "EngineCore" in name_of(child):
-                return child
-        raise AssertionError("there is a process of the engine's core")
+        (found,) = [child for child in children(self.command.pid) if is_spawned(child)]
+        return found
 
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
@@ -84,16 +82,16 @@ async def until(holds: Callable[[], Awaitable[bool]]) -> None:
 
 
 def children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [descendant for child in map(int, found) for descendant in (child, *children(child))]
+    """Give the children of a process, whichever of its threads has started them."""
+    return [int(each) for path in Path(f"/proc/{pid}/task").glob("*/children") for each in path.read_text().split()]
 
 
-def name_of(pid: int) -> str:
-    """Give the name of a process; none if it is gone."""
+def is_spawned(pid: int) -> bool:
+    """Tell whether a process is there, and was started by Python's multiprocessing to run something."""
     try:
-        return Path(f"/proc/{pid}/comm").read_text()
+        return "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
     except FileNotFoundError:
-        return ""
+        return False
 
 
 class Fleet:
@@ -237,7 +235,7 @@ async def test_a_generation_goes_on_where_a_worker_was_killed(
     assert await other.metric("chains_redelivered_total") > 0
 
     async def gone() -> bool:
-        return "EngineCore" not in name_of(core)
+        return not is_spawned(core)
 
     await until(gone)  # an engine whose worker is gone keeps no memory
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb
 
-# Seconds over a token. This Triton (2.51) dies, now and then, of a stream that is cancelled while answers rush through it:
+# Seconds over a token. This Triton (2.51) dies, now and then, of a stream that is cancelled while answers rush by:
 # https://github.com/triton-inference-server/server/issues/7368
 PACE = 0.005
 
@@ -42,7 +42,7 @@ class TritonPythonModel:
             notes.flush()
             try:
                 for chunk in chunks(inputs, prompt.split()):
-                    if request.is_cancelled():
+                    if sender.is_cancelled():  # not the request, which is the backend's own once `execute` has returned
                         notes.write("cancelled\n")
                         break
                     sender.send(self.response(chunk, inputs))
