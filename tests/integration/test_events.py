@@ -247,6 +247,36 @@ async def test_an_event_that_waits_does_not_hold_up_those_behind_it_nor_is_it_lo
     assert [Seen.counts[f"{number}"] for number in range(20)] == [1] * 20
 
 
+async def test_at_most_once_runs_nothing_again(url: str) -> None:
+    async with AsyncExitStack() as stack:
+        stream = Stream(url, stack, "at_most_once")
+        await stream.start()
+        await stream.send(Ticket("held", act="hold"), Ticket("bad", act="fail"), Ticket("a", 3), partition=0)
+        chainlet = stream.chainlet(Score)
+        first = await stream.host(chainlet)
+        assert values(await stream.read(stream.scored, 1)) == [{"id": "a", "score": 1.5}]
+        (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
+        assert letter.key == b"bad"
+        await Seen.until("held")
+        await first.drain()
+        Seen.note("go")
+        await stream.host(chainlet)
+        await stream.send(Ticket("b", 5))
+        found = values(await stream.read(stream.scored, 2))
+        assert sorted(said["id"] for said in found) == ["a", "b"]
+        assert Seen.counts["held"] == 1
+
+
+async def test_a_group_begins_where_its_source_says(url: str) -> None:
+    async with AsyncExitStack() as stack:
+        stream = Stream(url, stack, "at_least_once")
+        await stream.start()
+        await stream.send(Ticket("old"))
+        await stream.host(stream.chainlet(Score, start="latest"))
+        await stream.send(Ticket("new"))
+        assert [said["id"] for said in values(await stream.read(stream.scored, 1))] == ["new"]
+
+
 class Below(chains.ChainletBase):
     """Is away until a test says so."""
 
