@@ -29,7 +29,8 @@ async def open_engine(config: VLLMConfig) -> "Engine":
     core = here.setdefault(config.engine_key, _Core(config))
     await core.use()
     try:
-        return Engine(config, core)
+        # In a thread, as its imports alone take a second or more.
+        return Engine(config, core, await asyncio.to_thread(Frontend, core.llm, config))
     except BaseException:
         await core.close()
         raise
@@ -38,9 +39,9 @@ async def open_engine(config: VLLMConfig) -> "Engine":
 class Engine:
     """An engine as one config speaks to it. It belongs to the event loop that it was opened on: see `open_engine`."""
 
-    def __init__(self, config: VLLMConfig, core: "_Core") -> None:
+    def __init__(self, config: VLLMConfig, core: "_Core", frontend: Frontend) -> None:
         self.config = config
-        self.frontend = Frontend(core.llm, config)
+        self.frontend = frontend
         self.sampler = Sampler(core.llm.vllm_config)
         self._core = core
 

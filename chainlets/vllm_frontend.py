@@ -40,9 +40,12 @@ class Frontend:
 
     def __init__(self, engine: Any, config: VLLMConfig) -> None:
         """Take them from `engine`, vLLM's ``AsyncLLM``. Raises ChainsUsageError for what they can't be made of."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
         from vllm.renderers.chat_utils import load_chat_template
         from vllm.renderers.online_renderer import OnlineRenderer
 
+        self._chat_request, self._completion_request = ChatCompletionRequest, CompletionRequest
         model = self._model = engine.model_config
         self._config = config
         try:
@@ -69,13 +72,11 @@ class Frontend:
 
     async def chat(self, request: openai.ChatCompletionRequest) -> "Conversation":
         """Render a conversation. Raises InvalidArgumentError."""
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
-        given = _fields(request, ChatCompletionRequest)
+        given = _fields(request, self._chat_request)
         if request.continue_final_message and request.add_generation_prompt is None:
             given["add_generation_prompt"] = False
         with client_errors():
-            theirs = ChatCompletionRequest.model_validate(given | {"stream": True})
+            theirs = self._chat_request.model_validate(given | {"stream": True})
             rendered = await self._renderer.render_chat(theirs)
             prompts = _prompts(rendered[1] if isinstance(rendered, tuple) else rendered)
             kwargs = self._renderer.effective_chat_template_kwargs(theirs)
@@ -88,11 +89,9 @@ class Frontend:
 
         Raises InvalidArgumentError.
         """
-        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-
-        given = _fields(request, CompletionRequest) | {"stream": True, "max_tokens": max_tokens}
+        given = _fields(request, self._completion_request) | {"stream": True, "max_tokens": max_tokens}
         with client_errors():
-            theirs = CompletionRequest.model_validate(given)
+            theirs = self._completion_request.model_validate(given)
             prompts = _prompts(await self._renderer.render_completion(theirs))
             return self._jobs(theirs, prompts, max_tokens, request.n or 1, {})
 

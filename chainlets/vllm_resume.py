@@ -50,9 +50,17 @@ def pasts(sent: Iterable[Sent]) -> dict[int, Past]:
 class Sampler(Protocol):
     """What is known of the engine's sampler."""
 
-    continues: bool  # our own part of it, `vllm_sampler`, is there
-    by_position: bool  # the noise of a token is drawn from the seed and its position
-    speculative: bool  # it is given several tokens at once, to accept or not
+    @property
+    def continues(self) -> bool:
+        """Whether our own part of it, `vllm_sampler`, is there."""
+
+    @property
+    def by_position(self) -> bool:
+        """Whether the noise of a token is drawn from the seed and the token's position."""
+
+    @property
+    def speculative(self) -> bool:
+        """Whether it is given several tokens at once, to accept or not."""
 
 
 def continuing(params: Any, emitted: int, sampler: Sampler) -> Any:

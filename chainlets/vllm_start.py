@@ -4,11 +4,12 @@ What this module and `vllm_frontend` take of vLLM is what depends on its version
 """
 
 import json
+import logging
 import os
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ _LOGGING = "VLLM_LOGGING_CONFIG_PATH"
 _one_at_a_time = threading.Lock()  # each start sets environment variables for its processes
 
 
+class LastWords(logging.FileHandler):
+    """Writes errors to a file while its folder is there: those of the engine's start alone are read."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
+
+
 def start(config: VLLMConfig, metrics: CollectorRegistry) -> Any:
     """Start an engine, and give vLLM's ``AsyncLLM``. It takes from seconds to minutes, in a thread without a loop.
 
@@ -43,7 +52,8 @@ def start(config: VLLMConfig, metrics: CollectorRegistry) -> Any:
             raise chains.ChainsUsageError(f"vLLM can't be imported: {one_line(error)}") from error
         raise chains.ChainsUsageError(INSTALL) from error
     arguments = config.arguments(AsyncEngineArgs)
-    with _one_at_a_time, _last_words() as errors:
+    elsewhere = arguments.get("distributed_executor_backend") == "ray"  # on machines that have no such file
+    with _one_at_a_time, nullcontext() if elsewhere else _last_words() as errors:
         try:
             engine_args = AsyncEngineArgs(**arguments)
             if config.structured_outputs_backend != "auto":
@@ -101,7 +111,12 @@ def _last_words() -> Iterator[Path | None]:
         return
     with tempfile.TemporaryDirectory(prefix="chains-vllm-") as folder:
         errors, settings = Path(folder, "errors"), Path(folder, "logging.json")
-        handler = {"class": "logging.FileHandler", "level": "ERROR", "filename": str(errors), "delay": True}
+        handler = {
+            "class": f"{__name__}.{LastWords.__name__}",
+            "level": "ERROR",
+            "filename": str(errors),
+            "delay": True,
+        }
         config = json.loads(json.dumps(DEFAULT_LOGGING_CONFIG))
         config["handlers"]["errors"] = handler
         config["loggers"]["vllm"]["handlers"].append("errors")

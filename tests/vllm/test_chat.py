@@ -87,7 +87,8 @@ async def test_the_model_may_choose_to_call_tools(served: Served) -> None:
         f'<tool_call>\n{{"name": "look", "arguments": {{"at": "{place}"}}}}\n</tool_call>' for place in ("sea", "sky")
     ]
     text = "Let me see.\n" + "\n".join(calls)
-    fields: dict[str, Any] = {"tools": [LOOK, WAIT], "tool_choice": "auto", "temperature": 0}
+    loose = openai.Tool(openai.FunctionDefinition("look", parameters=PLACES))
+    fields: dict[str, Any] = {"tools": [loose, WAIT], "tool_choice": "auto", "temperature": 0}
     chunks = await collected(served.chat.run_remote(said("Hi", structured_outputs={"choice": [text]}, **fields)))
     assert content_of(chunks).strip() == "Let me see."
     found = calls_of(chunks)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -10,6 +11,8 @@ import pytest
 import chains_stream as chains
 from chainlets.vllm_answers import chat
 from chainlets.vllm_core import Engine
+from chainlets.vllm_frontend import Frontend
+from chainlets.vllm_resume import continuing
 from chains_stream import openai
 from tests.vllm import tiny
 from tests.vllm.serving import (
@@ -175,7 +178,8 @@ def arguments_of(chunks: Sequence[openai.ChatCompletionChunk]) -> str:
 
 async def test_who_had_thought_goes_on_with_the_answer(served: Served) -> None:
     own = served.own_chat.engine
-    thinking = Engine(served.config.model_copy(update={"reasoning_parser": "deepseek_r1"}), own._core)
+    given = served.config.model_copy(update={"reasoning_parser": "deepseek_r1"})
+    thinking = Engine(given, own._core, Frontend(own.llm, given))
     request = said("Hello", temperature=0, max_tokens=10)
     for sent, said_now in (([*b"hm", tiny.THOUGHT, *b"so"], "content"), ([*b"hmm"], "reasoning_content")):
         emitted = [openai.ChatCompletionChunk.of("") for _ in sent]
@@ -198,6 +202,48 @@ async def test_an_answer_that_is_held_to_a_grammar_does_not_go_on(served: Served
     whole = await run(served.own_generate, PROMPT, sampling)
     with pytest.raises(chains.StreamInterruptedError, match="held to a grammar"):
         await run(served.own_generate, PROMPT, sampling, emitted=whole[:3])
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler as of an engine that can't be started here."""
+
+    continues: bool = False
+    by_position: bool = False
+    speculative: bool = False
+
+
+GPU = Sampler(by_position=True)
+GUESSING = Sampler(by_position=True, speculative=True)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "fields", "reason"),
+    [
+        (GPU, {"seed": 1}, None),
+        (GPU, {"repetition_penalty": 1.2, "temperature": 0}, None),
+        (GPU, {"frequency_penalty": 1.0, "temperature": 0}, "penalties"),
+        (GPU, {"bad_words": ["no"], "temperature": 0}, "bad words"),
+        (GUESSING, {"temperature": 0}, None),
+        (GUESSING, {"seed": 1, "temperature": 0}, None),
+        (GUESSING, {"seed": 1}, "speculative decoding"),
+        (Sampler(), {"seed": 1}, "seed"),
+    ],
+)
+def test_other_samplers_go_on_where_the_rest_is_the_same(
+    sampler: Sampler, fields: dict[str, Any], reason: str | None
+) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=10, min_tokens=4, stop=["."], **fields)
+    if reason is None:
+        found = continuing(params, 3, sampler)
+        assert (found.max_tokens, found.min_tokens, found.stop, found.seed) == (7, 1, [], params.seed)
+        assert not found.extra_args
+    else:
+        with pytest.raises(chains.StreamInterruptedError, match=reason):
+            continuing(params, 3, sampler)
+    assert continuing(params, 0, sampler) is params
 
 
 async def test_chunks_without_tokens_are_nothing_to_go_on_from(served: Served) -> None:

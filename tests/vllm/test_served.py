@@ -28,7 +28,6 @@ ENGINE = {
     "max_model_len": "2048",
     "max_num_seqs": str(STREAMS),
     "kv_cache_memory_bytes": str(256 << 20),
-    "extra": '{"distributed_executor_backend": "uni"}',  # a process less to start
 }
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(600)]
@@ -101,9 +100,13 @@ class Fleet:
         self._start = start
         self._flags = ["--broker", kafka_url, "--namespace", f"t{uuid4().hex[:12]}"]
         self._flags += [f"--set={name}={value}" for name, value in {**ENGINE, "model": str(model)}.items()]
-        # What others warn of while they are imported is theirs. By itself each engine would keep to the first core.
-        self._variables = {"PYTHONWARNINGS": "default", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-        self._variables["CHAINS_KAFKA_SESSION_TIMEOUT_MS"] = "6000"
+        self._variables = {
+            "CHAINS_KAFKA_SESSION_TIMEOUT_MS": "6000",
+            "PYTHONWARNINGS": "default",  # what others warn of while they are imported is theirs
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else each engine keeps to the first core
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # as users run it
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        }
         self._gateway = start("gateway", LLM, "--port", "0", *self._flags, variables=self._variables)
         self.url = self._gateway.ready()
         self.workers: list[Worker] = []
