@@ -9,10 +9,10 @@ VLLM_READY := .venv-vllm/.ready
 TRITON_READY := .venv-triton/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test engines chaos fuzz bench bench-quick check format kafka kafka-stop lock clean
+.PHONY: help run test engines chaos fuzz bench bench-quick bench-engines check format kafka kafka-stop lock clean
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 run: $(READY) ## Serve the example Chain on the embedded broker, on http://127.0.0.1:8000 (PORT=…)
 	@exec $(BIN)/chains run chainlets/summarize.py --host 127.0.0.1 --port $(PORT)
@@ -21,11 +21,11 @@ test: $(READY) ## Run the whole suite, against real Apache Kafkas of its own on 
 ifdef ARGS
 	@$(BIN)/pytest $(ARGS)
 else
-	@$(MAKE) --no-print-directory --jobs=2 test-commands test-parts test-engines
+	@$(MAKE) --no-print-directory --jobs=3 test-commands test-parts test-engines
 endif
 
-# Halves that take about as long: both mostly wait, for groups to form and processes to start. The engines, which
-# compute, begin when one of them has ended.
+# Halves that take about as long: both mostly wait, for groups to form and processes to start. The engines compute, with
+# what the others leave them.
 .PHONY: test-commands test-parts test-engines test-vllm test-triton
 test-commands:
 	@$(BIN)/pytest tests/acceptance
@@ -33,9 +33,9 @@ test-parts:
 	@$(BIN)/pytest tests/contract tests/integration tests/typing tests/unit
 test-engines: test-vllm test-triton
 test-vllm:
-	@if [ -e $(VLLM_READY) ]; then .venv-vllm/bin/pytest tests/vllm; else $(call not-run,tests/vllm,vLLM); fi
+	@if [ -e $(VLLM_READY) ]; then nice -n 15 .venv-vllm/bin/pytest tests/vllm; else $(call not-run,tests/vllm,vLLM); fi
 test-triton:
-	@if [ -e $(TRITON_READY) ]; then $(BIN)/pytest tests/triton; else $(call not-run,tests/triton,Triton); fi
+	@if [ -e $(TRITON_READY) ]; then nice -n 15 $(BIN)/pytest tests/triton; else $(call not-run,tests/triton,Triton); fi
 
 # In CI what is not run is a failure.
 not-run = echo "NOT RUN: $(1), for want of a real $(2): make engines sets one up" >&2; test -z "$$CI"
@@ -53,6 +53,9 @@ bench: $(BENCH_READY) ## Measure beside the rivals, about half an hour, into ben
 
 bench-quick: $(READY) ## Fail if a ratio is worse than the committed one, in under 3 minutes (ARGS=--accept)
 	@exec $(BIN)/python -m benchmarks --quick $(ARGS)
+
+bench-engines: $(VLLM_READY) ## Measure what we add to a bare vLLM, with a tiny model on the CPU (ARGS="--streams 1 8")
+	@exec .venv-vllm/bin/python -m benchmarks.engines $(ARGS)
 
 check: $(READY) ## Check format, lint and types
 	@$(BIN)/ruff format --check --quiet . || { echo "make format mends this"; exit 1; }

@@ -53,6 +53,15 @@ def kafka(url: str | None, *properties: str) -> Iterator[str]:
         subprocess.run([KAFKA, "clean", "--port", found.rpartition(":")[2]], check=True)
 
 
+def end_what_was_started() -> None:
+    """Have SIGTERM end this program as Ctrl-C does, so that what it has started ends too."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
 class Serving:
     """A command that serves: its process id and, of a gateway, its URL."""
 
@@ -85,21 +94,21 @@ class Driver(Serving):
 
 
 @contextmanager
-def chains(*arguments: str) -> Iterator[Serving]:
-    """A `chains` command that serves, once it is ready."""
-    with _started([str(CHAINS), *arguments], {}) as serving:
+def chains(*arguments: str, seconds: float = START_SECONDS) -> Iterator[Serving]:
+    """A `chains` command that serves, once it is ready, which takes so many seconds at most."""
+    with _started([str(CHAINS), *arguments], {}, seconds) as serving:
         yield serving
 
 
 @contextmanager
 def program(module: str, *arguments: str, variables: Mapping[str, str] | None = None) -> Iterator[Driver]:
     """A module of ours, run as a program, once it is ready."""
-    with _started([sys.executable, "-m", module, *arguments], variables or {}) as started:
+    with _started([sys.executable, "-m", module, *arguments], variables or {}, START_SECONDS) as started:
         yield started
 
 
 @contextmanager
-def _started(command: Sequence[str], variables: Mapping[str, str]) -> Iterator[Driver]:
+def _started(command: Sequence[str], variables: Mapping[str, str], seconds: float) -> Iterator[Driver]:
     """A process in a group of its own, which ends with it, so that what it started itself is ended too."""
     with TemporaryFile() as log:
         driven = False
@@ -114,7 +123,7 @@ def _started(command: Sequence[str], variables: Mapping[str, str]) -> Iterator[D
             start_new_session=True,
         )
         try:
-            while READY not in (line := _line(process, log, START_SECONDS)):
+            while READY not in (line := _line(process, log, seconds)):
                 pass
             driven = line.startswith("Driver")
             yield Driver(process, line.split()[-1], log)

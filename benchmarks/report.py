@@ -65,7 +65,7 @@ def write(measurements: Sequence[Measurement], folder: Path, rows: Sequence[Row]
     """Write `report.json`, `report.md` and the plots into a folder, made if it is not there."""
     rounded = [_rounded(one) for one in measurements]
     caveats = [*CAVEATS, *_busy_clients(measurements)]
-    head = Head(*_commit(), Machine.here((*PACKAGES, *RIVALS)), caveats)
+    head = Head(*commit(), Machine.here((*PACKAGES, *RIVALS)), caveats)
     report = Report(head, [Entry.of(row.outcome(measurements)) for row in rows], rounded)
     drawn = plots(measurements)
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def targets(rows: Sequence[Entry]) -> str:
         measured = "not finite" if row.value is None and row.values else in_unit(row.value, row.unit)
         verdict = {True: "met", False: "**NOT met**", None: "not measured"}[row.met]
         lines.append([row.compared, measured, noise, f"{sign} {in_unit(row.target, row.unit)}", verdict])
-    return _table(lines)
+    return table(lines)
 
 
 def in_unit(value: float | None, unit: str) -> str:
@@ -123,7 +123,7 @@ def _all_of(workload: str, measurements: Sequence[Measurement]) -> str:
         said = ", ".join(f"{name} {value}" for name, value in parameters.items())
         figures = [shown(name, median_of(same, name)) for name in names]
         lines.append([system, said, str(len(same)), *figures])
-    return f"## {workload}\n\n{_table(lines)}"
+    return f"## {workload}\n\n{table(lines)}"
 
 
 FIGURES = (  # in this order, where they were measured
@@ -153,7 +153,7 @@ def _title(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
+def table(lines: Sequence[Sequence[str]]) -> str:
     first, *others = (f"| {' | '.join(cells)} |" for cells in lines)
     return "\n".join([first, "|" + " --- |" * len(lines[0]), *others])
 
@@ -191,7 +191,7 @@ def _finite(value: float) -> float | None:
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
-def _commit() -> tuple[str, bool]:
+def commit() -> tuple[str, bool]:
     """Give the commit that was measured, and whether files differ from it; those of no repository have none."""
 
     def git(*arguments: str) -> str:

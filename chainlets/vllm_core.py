@@ -3,8 +3,9 @@
 import asyncio
 import gc
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 from prometheus_client import CollectorRegistry
@@ -17,11 +18,21 @@ from chainlets.vllm_start import continues_in_sampler, one_line, start
 
 DEATH_POLL = 0.2  # seconds between two looks at whether the engine lives
 
+EngineT = TypeVar("EngineT", bound="OpenEngine")
+
 _cores: "WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Core]]" = WeakKeyDictionary()
 
 
 async def open_engine(config: VLLMConfig) -> "Engine":
-    """Give the engine of a config, started if this process has none that serves it; `Engine.close` lets it go.
+    """Give the engine of a config, started if this process has none that serves it; `close` lets it go.
+
+    Raises ChainsUsageError or ChainsRuntimeError, with what is wrong in a line.
+    """
+    return await open_as(Engine, config)
+
+
+async def open_as(kind: type[EngineT], config: VLLMConfig) -> EngineT:
+    """Give the engine of a config as one `kind` of those who speak to it: see `open_engine`.
 
     Raises ChainsUsageError or ChainsRuntimeError, with what is wrong in a line.
     """
@@ -29,21 +40,23 @@ async def open_engine(config: VLLMConfig) -> "Engine":
     core = here.setdefault(config.engine_key, _Core(config))
     await core.use()
     try:
-        # In a thread, as its imports alone take a second or more.
-        return Engine(config, core, await asyncio.to_thread(Frontend, core.llm, config))
+        return await kind.of(config, core)
     except BaseException:
         await core.close()
         raise
 
 
-class Engine:
+class OpenEngine:
     """An engine as one config speaks to it. It belongs to the event loop that it was opened on: see `open_engine`."""
 
-    def __init__(self, config: VLLMConfig, core: "_Core", frontend: Frontend) -> None:
+    def __init__(self, config: VLLMConfig, core: "_Core") -> None:
         self.config = config
-        self.frontend = frontend
-        self.sampler = Sampler(core.llm.vllm_config)
         self._core = core
+
+    @classmethod
+    async def of(cls, config: VLLMConfig, core: "_Core") -> Self:
+        """Make one for a config, on an engine that was started for it."""
+        return cls(config, core)
 
     async def close(self) -> None:
         """Let it go, once. It ends with the last that is let go, and what it still runs fails."""
@@ -65,6 +78,47 @@ class Engine:
             await asyncio.sleep(DEATH_POLL)
         raise self._death()
 
+    @contextmanager
+    def explained(self, path: str | None = None) -> Iterator[None]:
+        """Turn what vLLM raises for a request into errors of ours; `path` names what is wrong of the arguments.
+
+        Raises InvalidArgumentError for what the engine does not take, OverloadedError, WorkerLostError if it is dead.
+        """
+        from vllm.exceptions import GracefulHTTPError, VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        try:
+            yield
+        except VLLMClientError as error:
+            raise chains.InvalidArgumentError(one_line(error), path=path) from error
+        except GracefulHTTPError as error:
+            raise chains.OverloadedError(one_line(error), retry_after=1.0) from error
+        except EngineDeadError as error:
+            raise self._death() from error
+        except EngineGenerateError as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, ValueError | TypeError):
+                raise chains.InvalidArgumentError(one_line(cause), path=path) from error
+            raise chains.ChainsRuntimeError(f"vLLM failed: {type(cause).__name__}: {one_line(cause)}") from error
+
+    def _death(self) -> chains.ChainsRuntimeError:
+        return chains.WorkerLostError(f"the vLLM engine of {self.config.model} is dead; its log says why")
+
+
+class Engine(OpenEngine):
+    """An engine whose model generates."""
+
+    def __init__(self, config: VLLMConfig, core: "_Core", frontend: Frontend) -> None:
+        super().__init__(config, core)
+        self.frontend = frontend
+        self.sampler = Sampler(core.llm.vllm_config)
+
+    @classmethod
+    async def of(cls, config: VLLMConfig, core: "_Core") -> Self:
+        """Make one for a config. Raises ChainsUsageError for a template or a parser that is wrong."""
+        # In a thread, as its imports alone take a second or more.
+        return cls(config, core, await asyncio.to_thread(Frontend, core.llm, config))
+
     def adapter(self, name: str, others: Sequence[str]) -> Any:
         """Give the LoRA adapter that a request asks for by `name`; None for the model itself, as one of the `others`.
 
@@ -83,33 +137,17 @@ class Engine:
     async def generate(self, job: Job, lora: Any, priority: int) -> AsyncGenerator[Any, None]:
         """Yield what the engine gives for a job, vLLM's ``RequestOutput``; closed, it frees what the request holds.
 
-        Raises InvalidArgumentError for what the engine does not take, OverloadedError, WorkerLostError if it is dead.
+        Raises what `explained` does.
         """
-        from vllm.exceptions import GracefulHTTPError, VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
         outputs = self.llm.generate(
             job.prompt, job.params, str(uuid.uuid4()), lora_request=lora, priority=priority, **job.options
         )
         try:
-            async for output in outputs:
-                yield output
-        except VLLMClientError as error:
-            raise chains.InvalidArgumentError(one_line(error)) from error
-        except GracefulHTTPError as error:
-            raise chains.OverloadedError(one_line(error), retry_after=1.0) from error
-        except EngineDeadError as error:
-            raise self._death() from error
-        except EngineGenerateError as error:
-            cause = error.__cause__ or error
-            if isinstance(cause, ValueError | TypeError):
-                raise chains.InvalidArgumentError(one_line(cause)) from error
-            raise chains.ChainsRuntimeError(f"vLLM failed: {type(cause).__name__}: {one_line(cause)}") from error
+            with self.explained():
+                async for output in outputs:
+                    yield output
         finally:
             await outputs.aclose()
-
-    def _death(self) -> chains.ChainsRuntimeError:
-        return chains.WorkerLostError(f"the vLLM engine of {self.config.model} is dead; its log says why")
 
 
 class Sampler:
@@ -163,6 +201,7 @@ class _Core:
         if self._llm is not None:
             await asyncio.to_thread(self._llm.shutdown)
             self._llm = None
+            gc.unfreeze()
             await asyncio.to_thread(gc.collect)
 
     async def _start(self) -> None:
@@ -177,6 +216,9 @@ class _Core:
             except Exception as error:
                 reason = one_line(error.__cause__ or error)
                 raise chains.ChainsUsageError(f"VLLMConfig.lora_modules: {name} can't be loaded: {reason}") from error
+        # Some 600,000 objects that stay, which a full collection goes through in 0.4 s: all streams would stand still.
+        gc.collect()
+        gc.freeze()
 
     def _start_here(self) -> None:
         # Not returned: errors that vLLM's imports keep hold on to the frames that they passed, and so to what a thread

@@ -17,6 +17,7 @@ import pydantic
 from prometheus_client import CollectorRegistry
 
 import chains_stream as chains
+from chainlets import vllm_watch
 from chainlets.vllm_config import VLLMConfig
 from chainlets.vllm_metrics import stat_logger
 
@@ -44,6 +45,7 @@ def start(config: VLLMConfig, metrics: CollectorRegistry) -> Any:
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    os.environ[vllm_watch.WORKER] = str(os.getpid())
     try:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -77,8 +79,10 @@ def continues_in_sampler(vllm_config: Any) -> bool:
     """Tell whether a resumed request needs, and may have, our part of vLLM's sampler: see `vllm_sampler`.
 
     vLLM's second model runner, the one for GPUs, draws the noise of a token from the seed and the token's position, and
-    so needs none. With speculative decoding vLLM allows none.
+    so needs none. With speculative decoding vLLM allows none, and a model that generates no text has no sampler.
     """
+    if vllm_config.model_config.runner_type == "pooling":
+        return False
     return not vllm_config.use_v2_model_runner and vllm_config.speculative_config is None
 
 
