@@ -64,7 +64,7 @@ class _Document:
         except TypeError as error:
             raise ChainsUsageError(f"{self._chain.name} has a type that has no form in JSON: {error}") from error
         for name, described in zip([*self._taken, *self._given], schemas, strict=True):
-            self._messages[name]["payload"] = described
+            self._messages[name]["payload"] = _in_asyncapi(described)
         return {
             "asyncapi": "3.0.0",
             "info": {
@@ -75,7 +75,7 @@ class _Document:
             **({} if self._settings.embedded else {"servers": {"kafka": self._server()}}),
             "channels": self._channels,
             "operations": self._operations,
-            "components": {"messages": self._messages, "schemas": classes},
+            "components": {"messages": self._messages, "schemas": _in_asyncapi(classes)},
         }
 
     def _server(self) -> Json:
@@ -150,6 +150,18 @@ class _Document:
             },
         )
         channel["messages"][message] = _to("components", "messages", message)
+
+
+def _in_asyncapi(described: Any) -> Any:
+    """Give a schema of OpenAPI's in AsyncAPI's words, in which a `discriminator` is the name of a property."""
+    if isinstance(described, list):
+        return [_in_asyncapi(each) for each in described]
+    if not isinstance(described, dict):
+        return described
+    named = {name: _in_asyncapi(each) for name, each in described.items()}
+    if isinstance(found := named.get("discriminator"), dict) and "propertyName" in found:
+        named["discriminator"] = found["propertyName"]
+    return named
 
 
 def _to(*path: str) -> Json:
