@@ -72,8 +72,12 @@ class Transactions:
     async def take_over(self, partitions: Collection[int]) -> None:
         await self.lose(partitions)
         new = {number: _Partition() for number in partitions}
-        await asyncio.gather(*(self._start(number, partition) for number, partition in new.items()))
-        self._partitions |= new
+        started = [self._start(number, partition) for number, partition in new.items()]
+        results = await asyncio.gather(*started, return_exceptions=True)
+        self._partitions |= new  # those that were started have somebody to close them, whatever became of the others
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     async def commit(self, positions: Mapping[int, Committed]) -> frozenset[int]:
         """Write what is finished of partitions, and how far they are done. Raises BrokerError if one of them failed."""
@@ -117,6 +121,8 @@ class Transactions:
             try:
                 await self._write(partition.transactor, records, number, committed)
             except BrokerError as error:
+                if self._partitions.get(number) is not partition:
+                    return False  # it was lost meanwhile: to settle it would fence whoever has it now
                 log.warning("transaction.failed", topic=self._topic, partition=number, reason=str(error))
                 if not await self._settle(number, partition) and not partition.overtaken:
                     raise
@@ -140,6 +146,9 @@ class Transactions:
     async def _settle(self, number: int, partition: _Partition) -> bool:
         """Find out whether a transaction counts of which that is not known, once nothing can become of it any more."""
         await self._start(number, partition)
+        if self._partitions.get(number) is not partition and partition.transactor is not None:
+            await partition.transactor.close()  # it was lost meanwhile, and nobody else will
+            return False
         if partition.doubt is None:
             return False
         found = (await self._broker.committed(self._topic, self._group, [number])).get(number, Committed(0))
