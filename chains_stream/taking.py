@@ -107,8 +107,7 @@ class Taker(Generic[JobT]):
         """Stop taking, give what runs `grace` seconds, commit, and leave; the unfinished is left to others."""
         metrics.IN_HAND.workers.discard(self)
         await _end(*self._tasks[:1])
-        if self._jobs:
-            await asyncio.wait(self._jobs, timeout=grace)
+        await self._finish_up(grace)
         if self._jobs:
             log.warning("worker.unfinished", chainlet=self.name, requests=len(self._jobs))
             for task, job in self._jobs.items():
@@ -155,6 +154,11 @@ class Taker(Generic[JobT]):
             finally:
                 self._waits_since = None
             await self._start(await self._assignment.take(records))
+
+    async def _finish_up(self, grace: float) -> None:
+        """Wait for what runs, for so many seconds at most, once nothing is taken any more."""
+        if self._jobs:
+            await asyncio.wait(self._jobs, timeout=grace)
 
     def _free(self) -> int:
         """Give how many records there is room for."""

@@ -323,6 +323,122 @@ async def test_one_that_alone_fails_so_is_put_aside(stream: Stream) -> None:
     assert dict(letter.headers)[EXCEPTION_MESSAGE] == b"always too much"
 
 
+class Fragile(chains.ChainletBase):
+    """Runs one at a time; needs what is away until a test says so, but for tickets that say otherwise."""
+
+    running: ClassVar[int] = 0
+
+    async def run_remote(self, ticket: Ticket) -> Scored:
+        Seen.note(ticket.id)
+        assert Fragile.running == 0, "one at a time"
+        Fragile.running += 1
+        try:
+            await asyncio.sleep(0)
+            await self._act(ticket)
+        finally:
+            Fragile.running -= 1
+        return Scored(ticket.id, ticket.number)
+
+    async def _act(self, ticket: Ticket) -> None:
+        match ticket.act:
+            case "away":
+                raise ConnectionError("nobody there")
+            case "away, then bad" if Seen.counts[ticket.id] < 4:
+                raise ConnectionError("nobody there")
+            case "away, then bad":
+                raise ValueError("it was the ticket")
+            case "away, then back" if not Seen.counts["back"]:
+                await Seen.until("beside")
+                raise ConnectionError("nobody there")
+            case "once" if Seen.counts[ticket.id] == 1:
+                raise ValueError("once")
+            case "cancelled" if Seen.counts[ticket.id] == 1:
+                raise asyncio.CancelledError
+
+
+async def test_one_that_fails_while_there_are_no_others_holds_up_nobody_who_comes_later(stream: Stream) -> None:
+    await stream.host(stream.chainlet(Fragile, retries=2))
+    await stream.send(Ticket("alone", act="away"))
+    await Seen.until("alone", times=3)
+    await stream.send(*(Ticket(f"{number}") for number in range(20)))
+    assert len(await stream.read(stream.scored, 20)) == 20
+    (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
+    assert letter.key == b"alone"
+
+
+async def test_after_the_last_one_that_waited_was_put_aside_others_are_taken(stream: Stream) -> None:
+    await stream.host(stream.chainlet(Fragile, retries=2))
+    for number in range(2):
+        await stream.send(Ticket(f"alone {number}", act="away, then bad"))
+        await stream.read(dead_letter_topic(stream.tickets), number + 1)
+    await stream.send(Ticket("next"))
+    assert len(await stream.read(stream.scored, 1)) == 1
+
+
+class Wide(Fragile):
+    """Runs as many at once as there are places."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, ticket: Ticket) -> Scored:
+        Seen.note(ticket.id)
+        await self._act(ticket)
+        return Scored(ticket.id, ticket.number)
+
+
+async def test_what_succeeded_before_the_first_failure_blames_nobody(stream: Stream) -> None:
+    await stream.host(stream.chainlet(Wide, retries=2))
+    await stream.send(Ticket("held", act="away, then back"))
+    await Seen.until("held")
+    await stream.send(Ticket("beside"))
+    await Seen.until("held", times=3)
+    Seen.note("back")
+    assert len(await stream.read(stream.scored, 2)) == 2
+    assert await stream.broker.end_offset(dead_letter_topic(stream.tickets), 0) == 0
+
+
+async def test_those_that_were_put_off_come_back_to_places_of_their_own(stream: Stream) -> None:
+    await stream.send(*(Ticket(f"{number}", act="once") for number in range(40)))
+    await stream.host(stream.chainlet(Fragile))
+    assert len(await stream.read(stream.scored, 40)) == 40
+    assert {Seen.counts[f"{number}"] for number in range(40)} == {2}
+
+
+async def test_one_that_ends_in_a_cancellation_of_its_own_has_failed(stream: Stream) -> None:
+    await stream.send(Ticket("a", act="cancelled"), Ticket("b"), key=b"k")
+    await stream.host(stream.chainlet(Fragile))
+    assert [said["id"] for said in values(await stream.read(stream.scored, 2))] == ["a", "b"]
+
+
+async def test_those_behind_one_that_is_left_to_others_are_left_too(stream: Stream) -> None:
+    stream.settings = stream.settings.model_copy(update={"grace_period": 0.1})
+    await stream.send(Ticket("held", act="hold"), Ticket("behind"), Ticket("last"), key=b"k")
+    chainlet = stream.chainlet(Score)
+    first = await stream.host(chainlet)
+    await Seen.until("held")
+    await first.drain()
+    Seen.note("go")
+    await stream.host(chainlet)
+    assert [said["id"] for said in values(await stream.read(stream.scored, 3))] == ["held", "behind", "last"]
+
+
+class Large(chains.ChainletBase):
+    """Gives as many characters as the number says."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, ticket: Ticket) -> Scored:
+        return Scored(ticket.id + "x" * ticket.number, 0)
+
+
+async def test_what_is_too_large_to_be_written_is_put_aside(stream: Stream) -> None:
+    await stream.host(stream.chainlet(Large))
+    await stream.send(Ticket("large", stream.settings.max_record_bytes), Ticket("a"), partition=0)
+    assert len(await stream.read(stream.scored, 1)) == 1
+    (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
+    assert letter.key == b"large"
+
+
 class Together(chains.ChainletBase):
     """Scores many tickets at once; notes how many."""
 
