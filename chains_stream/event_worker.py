@@ -265,16 +265,13 @@ class EventWorker(Taker[EventJob]):
 
     async def _finish_up(self, grace: float) -> None:
         end = self._loop.time() + grace
-        if (
-            self._service.feed.source.delivery == "at_most_once"
-        ):  # all that is taken is committed, and runs now or never
+        if self._service.feed.source.delivery == "at_most_once":
+            # All that is taken is committed, and runs now or never.
             while (self._jobs or self._ready) and (left := end - self._loop.time()) > 0:
                 await self.places.change(left)
         for job in self._waiting():
             if job.task is None:
-                job.cancel(
-                    "drained"
-                )  # or it would begin as one ends, or is cancelled, of which it stands in line behind
+                job.cancel("drained")  # or it would begin as the one before it is cancelled, and overtake it
         await super()._finish_up(max(0.0, end - self._loop.time()))
 
     def _free(self) -> int:

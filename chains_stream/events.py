@@ -14,7 +14,7 @@ import msgspec
 
 from chains_stream.chainlet import ChainletBase, chainlet_name, signature
 from chains_stream.errors import ChainsUsageError
-from chains_stream.formats import Format
+from chains_stream.formats import Format, keying, named
 from chains_stream.formats.keys import Key
 from chains_stream.signature import MISSING
 
@@ -149,6 +149,14 @@ def feed_of(cls: type[ChainletBase]) -> Feed | None:
         raise ChainsUsageError(f"{name}.run_remote gives what goes nowhere: name a topic with `sink = Sink(…)`")
     whole = get_origin(kind) is Event or kind is Event
     inner = (get_args(kind) or (Any,))[0] if whole else kind
+    fed: list[tuple[Source | Sink, Any]] = [(source, inner), *((sink, gives) for sink in sinks)]
+    for declared, written in fed:
+        try:
+            named(declared.format)
+            if declared.key is not None:
+                keying(declared.key, written)
+        except ChainsUsageError as error:
+            raise ChainsUsageError(f"{name}, topic {declared.topic}: {error}") from None
     return Feed(source, sinks, required[0].name, inner, whole, cls.batch is not None, gives)
 
 

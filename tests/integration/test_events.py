@@ -16,7 +16,8 @@ import chains_stream as chains
 from chains_stream import events
 from chains_stream.broker import Broker, Record, TopicSpec
 from chains_stream.chain import Chain
-from chains_stream.client import Connection, open_caller, open_connected
+from chains_stream.checks import check_chainlet
+from chains_stream.client import open_caller, open_connected
 from chains_stream.errors import ChainsUsageError, OverloadedError
 from chains_stream.letters import EXCEPTION_MESSAGE, ORIGINAL_CONSUMER_GROUP, dead_letter_topic
 from chains_stream.settings import Settings
@@ -468,7 +469,7 @@ async def test_the_same_chainlet_serves_requests(url: str) -> None:
     fed = type(
         "Score", (Score,), {"__module__": __name__, "source": chains.Source(name), "sink": chains.Sink(f"{name}-out")}
     )
-    chain: Connection[..., Any]
+    chain: Any
     async with chains.run_chain(fed, broker=url, namespace=f"t{uuid4().hex[:8]}", partitions=2) as chain:
         assert await chain.run_remote(Ticket("a", 4)) == Scored("a", 2)
 
@@ -483,6 +484,14 @@ async def test_the_same_chainlet_serves_requests(url: str) -> None:
             {"source": chains.Source("t"), "sink": [chains.Sink("u"), chains.Sink("u")]},
             r"Score\.sink names a topic twice",
         ),
+        (
+            {"source": chains.Source("t", format="xml"), "sink": chains.Sink("u")},
+            r"Score, topic t: there is no format `xml`",
+        ),
+        (
+            {"source": chains.Source("t"), "sink": chains.Sink("u", key="nmae")},
+            r"Score, topic u: the key `nmae` is no field of",
+        ),
     ],
 )
 async def test_wrong_declarations_are_told(more: dict[str, Any], line: str) -> None:
@@ -490,6 +499,7 @@ async def test_wrong_declarations_are_told(more: dict[str, Any], line: str) -> N
     with pytest.raises(ChainsUsageError, match=line):
         async with chains.run_chain(fed):
             pass
+    assert [problem.kind for problem in check_chainlet(fed)] == ["EVENTS"]
 
 
 @pytest.mark.parametrize("topic", ["", "a b", "ä", "x" * 250, ".."])
