@@ -247,6 +247,7 @@ class EventWorker(Taker[EventJob]):
         self._left: list[EventJob] = []  # to others: those behind them in their lines don't run either
         self._keys: dict[tuple[int, int], bytes | None] = {}  # of what is about to begin, where values have them
         self._taken = 0
+        self._gave_way = False  # to a request, with the last place
         self._breaker = Breaker(service.name)
         self._metrics = metrics.OfWorker(service.name)
 
@@ -369,7 +370,7 @@ class EventWorker(Taker[EventJob]):
                 self._ready.popleft()
                 self._next(job)
                 continue
-            if self.places.taken >= self.places.size:
+            if self.places.taken >= self.places.size or self._gives_way():
                 return
             if self._breaker.open and not self._breaker.may_try(self.in_flight):
                 return
@@ -378,6 +379,11 @@ class EventWorker(Taker[EventJob]):
             self.places.taken += 1
             task = job.task = self._loop.create_task(self._serve(job))
             self._jobs[task] = job
+
+    def _gives_way(self) -> bool:
+        """Leave every second place that is freed to requests, while there are any."""
+        self._gave_way = self.places.asking > 0 and not self._gave_way
+        return self._gave_way
 
     def _next(self, job: EventJob) -> None:
         """Let the next one of its line go ahead."""

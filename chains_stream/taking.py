@@ -31,6 +31,7 @@ class Places:
     def __init__(self, size: int) -> None:
         self.size = size
         self.taken = 0
+        self.asking = 0  # requests that are taken, and wait for one that events have
         self.changed = asyncio.Event()  # some place was freed, or a worker has nothing more to take
 
     async def change(self, seconds: float | None = None) -> None:
@@ -143,7 +144,7 @@ class Taker(Generic[JobT]):
     async def _take(self, consumer: GroupConsumer) -> None:
         while True:
             free = min(self._free(), MAX_TAKEN)
-            if free <= 0 or not self._may_begin():
+            if free <= 0 or not self._may_take():
                 await self._change()
                 continue
             self._waits_since = self._loop.time()
@@ -175,6 +176,10 @@ class Taker(Generic[JobT]):
     def _may_begin(self) -> bool:
         """Tell whether there is a place for one more record of ours."""
         return self.places.taken < self.places.size and (self._behind is None or self._behind.idle)
+
+    def _may_take(self) -> bool:
+        """Tell whether there is, or will be, a place for what is taken."""
+        return self._may_begin()
 
     async def _change(self) -> None:
         """Wait for something that `_may_begin` depends on."""

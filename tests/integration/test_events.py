@@ -15,12 +15,15 @@ import pytest
 import chains_stream as chains
 from chains_stream import events
 from chains_stream.broker import Broker, Record, TopicSpec
+from chains_stream.calls import remote_target
 from chains_stream.chain import Chain
+from chains_stream.chainlet import signature
 from chains_stream.checks import check_chainlet
 from chains_stream.client import open_caller, open_connected
 from chains_stream.errors import ChainsUsageError, OverloadedError
 from chains_stream.letters import EXCEPTION_MESSAGE, ORIGINAL_CONSUMER_GROUP, dead_letter_topic
 from chains_stream.settings import Settings
+from chains_stream.stub import Stub
 from chains_stream.worker import Host
 from tests.sample import Seen
 
@@ -472,6 +475,37 @@ async def test_the_same_chainlet_serves_requests(url: str) -> None:
     chain: Any
     async with chains.run_chain(fed, broker=url, namespace=f"t{uuid4().hex[:8]}", partitions=2) as chain:
         assert await chain.run_remote(Ticket("a", 4)) == Scored("a", 2)
+
+
+class Busy(chains.ChainletBase):
+    """Runs one at a time, and takes a while."""
+
+    running: ClassVar[int] = 0
+
+    async def run_remote(self, ticket: Ticket) -> Scored:
+        assert Busy.running == 0, "one at a time"
+        Busy.running += 1
+        await asyncio.sleep(0.01)
+        Busy.running -= 1
+        return Scored(ticket.id, ticket.number)
+
+
+async def test_requests_and_events_share_the_places_of_a_chainlet() -> None:
+    async with AsyncExitStack() as stack:
+        stream = Stream("memory://", stack, "at_least_once")
+        await stream.start()
+        fed: Any = stream.chainlet(Busy)
+        await stream.send(*(Ticket(f"{number}") for number in range(200)))
+        host = await stream.host(fed)
+        caller = host._caller
+        target = await remote_target(host._chain, fed, caller, stream.settings)
+        stub = Stub(signature(fed), target, chains.RPCOptions(), 60)
+        for number in range(8):
+            await stub.run_remote(Ticket(f"asked {number}"))
+        ends = [await stream.broker.end_offset(stream.scored, number) for number in range(PARTITIONS)]
+        assert sum(ends) < 100, "it was not their end that was waited for"
+        assert len(await stream.read(stream.scored, 200)) == 200
+        assert await stream.broker.end_offset(dead_letter_topic(stream.tickets), 0) == 0
 
 
 @pytest.mark.parametrize(
