@@ -31,7 +31,7 @@ from chains_stream.errors import (
     message_of,
     user_frames,
 )
-from chains_stream.events import Event, Feed, Output, Sink, partition_of
+from chains_stream.events import Event, Feed, Output, Sink, partition_of, takes_none
 from chains_stream.formats import Registry, keying, named
 from chains_stream.letters import dead_letter_spec, send_letter
 from chains_stream.local import Callee
@@ -137,6 +137,7 @@ class EventService:
         self.written = Written(broker, feed, self.registry)
         self.key = None if feed.source.key is None else keying(feed.source.key, feed.kind)
         self._reader = named(feed.source.format).reader(feed.kind, self.registry)
+        self._optional = takes_none(feed.kind)
         self.queue_wait = metrics.QUEUE_WAIT.labels(self.name)
         self.run_time = metrics.RUN_TIME.labels(self.name)
 
@@ -155,21 +156,27 @@ class EventService:
     async def event(self, record: Record) -> Event[Any]:
         """Read a record. Raises _Unreadable, SchemaRegistryError."""
         headers = {name: value or b"" for name, value in record.headers}
+        if not record.value and self._optional:
+            return _event(record, None, headers)
         try:
             if (missing := self._reader.missing(record.value)) is not None:
                 await missing
             value = self._reader.read(record.value, headers, record.topic)
         except (InvalidArgumentError, UnknownSchemaError) as error:
             raise _Unreadable from error
-        return Event(
-            value=value,
-            key=record.key,
-            headers=headers,
-            timestamp_ms=record.timestamp_ms,
-            topic=record.topic,
-            partition=record.partition,
-            offset=record.offset,
-        )
+        return _event(record, value, headers)
+
+
+def _event(record: Record, value: Any, headers: dict[str, bytes]) -> Event[Any]:
+    return Event(
+        value=value,
+        key=record.key,
+        headers=headers,
+        timestamp_ms=record.timestamp_ms,
+        topic=record.topic,
+        partition=record.partition,
+        offset=record.offset,
+    )
 
 
 class EventJob:

@@ -426,6 +426,23 @@ async def test_those_behind_one_that_is_left_to_others_are_left_too(stream: Stre
     assert [said["id"] for said in values(await stream.read(stream.scored, 3))] == ["held", "behind", "last"]
 
 
+class Deleted(chains.ChainletBase):
+    """Passes on which keys were deleted."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, event: chains.Event[Ticket | None]) -> Scored | None:
+        return Scored((event.key or b"").decode(), 0) if event.value is None else None
+
+
+async def test_a_record_without_a_value_is_none_where_the_type_allows_it(stream: Stream) -> None:
+    await stream.send(Ticket("kept"), partition=0)
+    await stream.send(b"", key=b"deleted")
+    await stream.host(stream.chainlet(Deleted))
+    assert [said["id"] for said in values(await stream.read(stream.scored, 1))] == ["deleted"]
+    assert await stream.broker.end_offset(dead_letter_topic(stream.tickets), 0) == 0
+
+
 class Large(chains.ChainletBase):
     """Gives as many characters as the number says."""
 
@@ -538,6 +555,20 @@ async def test_wrong_declarations_are_told(more: dict[str, Any], line: str) -> N
 
 @pytest.mark.parametrize("topic", ["", "a b", "ä", "x" * 250, ".."])
 def test_wrong_names_of_topics_are_told(topic: str) -> None:
-    for make in (chains.Source, chains.Sink):
-        with pytest.raises(ChainsUsageError, match="1 to 249 letters"):
-            make(topic)
+    with pytest.raises(ChainsUsageError, match="1 to 245 letters"):
+        chains.Source(topic)
+    with pytest.raises(ChainsUsageError, match="1 to 249 letters"):
+        chains.Sink(topic)
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ({"delivery": "exactly-once"}, "delivery='exactly-once'.*: use at_least_once, exactly_once or at_most_once"),
+        ({"start": "lates"}, "start='lates'.*: use 'earliest', 'latest' or a datetime"),
+        ({"retries": 0}, "there is at least one attempt"),
+    ],
+)
+def test_wrong_options_of_a_source_are_told(option: dict[str, Any], line: str) -> None:
+    with pytest.raises(ChainsUsageError, match=line):
+        chains.Source("t", **option)
