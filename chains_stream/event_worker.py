@@ -232,7 +232,7 @@ class EventWorker(Taker[EventJob]):
         source, settings = service.feed.source, service.settings
         self._transactions: Transactions | None = None
         if source.delivery == "exactly_once":
-            self._transactions = Transactions(service.broker, source.topic, service.group)
+            self._transactions = Transactions(service.broker, source.topic, service.group, places.changed.set)
         start = source.start if isinstance(source.start, str) else int(source.start.timestamp() * 1000)
         assignment = Assignment(
             service.name,
@@ -285,6 +285,8 @@ class EventWorker(Taker[EventJob]):
     def _free(self) -> int:
         if self._breaker.open:
             return int(self._may_begin())
+        if self._transactions is not None and self._transactions.full:
+            return 0
         return WAITING - self._taken
 
     def _may_begin(self) -> bool:

@@ -5,7 +5,7 @@ earlier holder can come in between (Kafka's KIP-98, and KIP-447 for what could b
 """
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from chains_stream.broker import Broker, Committed, Transactor
@@ -13,6 +13,8 @@ from chains_stream.errors import BrokerError
 from chains_stream.log import get_logger
 from chains_stream.messages import Headers
 from chains_stream.offsets import Note
+
+MOST_UNSENT, MOST_BYTES = 10_000, 64 << 20  # records, and their values, that wait for a commit: no more events then
 
 log = get_logger(__name__)
 
@@ -37,9 +39,15 @@ class _Partition:
         self.turn = asyncio.Lock()  # a transactor has one transaction at a time
         self._unsent: list[Unsent] = []
         self._written = 0  # records before those
+        self.bytes = 0  # of the values of those that are not written
 
     def add(self, records: Collection[Unsent]) -> None:
         self._unsent += records
+        self.bytes += sum(len(record.value) for record in records)
+
+    def __len__(self) -> int:
+        """How many records are not written yet."""
+        return len(self._unsent)
 
     @property
     def given(self) -> int:
@@ -52,13 +60,16 @@ class _Partition:
 
     def wrote(self, count: int) -> None:
         self._written += count
+        self.bytes -= sum(len(record.value) for record in self._unsent[:count])
         del self._unsent[:count]
 
 
 class Transactions:
     """The transactors of the partitions of one topic, and what was given for events of them and is not stored yet."""
 
-    def __init__(self, broker: Broker, topic: str, group: str) -> None:
+    def __init__(self, broker: Broker, topic: str, group: str, emptied: Callable[[], None]) -> None:
+        """Store what is given for `topic`, and for `group`; `emptied` is called when it becomes less."""
+        self._emptied = emptied
         self._broker = broker
         self._topic = topic
         self._group = group
@@ -68,6 +79,12 @@ class Transactions:
         """Have the commits of a partition from now on write these too: those of an event that is finished by then."""
         if number in self._partitions:
             self._partitions[number].add(records)
+
+    @property
+    def full(self) -> bool:
+        """Whether so much is not stored yet, as commits are slow or fail, that no more should be given."""
+        held = self._partitions.values()
+        return sum(map(len, held)) >= MOST_UNSENT or sum(each.bytes for each in held) >= MOST_BYTES
 
     async def take_over(self, partitions: Collection[int]) -> None:
         await self.lose(partitions)
@@ -87,6 +104,7 @@ class Transactions:
             *(self._commit(n, partition, given, positions[n]) for n, (partition, given) in due.items()),
             return_exceptions=True,
         )
+        self._emptied()
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -94,6 +112,7 @@ class Transactions:
 
     async def lose(self, partitions: Collection[int]) -> None:
         lost = [partition for n in partitions if (partition := self._partitions.pop(n, None)) is not None]
+        self._emptied()
         await asyncio.gather(*(each.transactor.close() for each in lost if each.transactor is not None))
 
     async def _start(self, number: int, partition: _Partition) -> None:

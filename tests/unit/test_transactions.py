@@ -7,7 +7,7 @@ from chains_stream.broker import Broker, Committed, TopicSpec
 from chains_stream.brokers.memory import MemoryBroker
 from chains_stream.offsets import Note
 from chains_stream.settings import Settings
-from chains_stream.transactions import Transactions
+from chains_stream.transactions import MOST_BYTES, MOST_UNSENT, Transactions, Unsent
 
 HOUR = 3_600_000
 
@@ -47,10 +47,28 @@ async def test_a_commit_under_way_of_a_partition_that_is_lost_fences_nobody() ->
     broker = _SlowBroker()
     await broker.ensure_topics([TopicSpec("in", 1, HOUR)])
     ours: Broker = broker
-    transactions = Transactions(ours, "in", "group")
+    transactions = Transactions(ours, "in", "group", lambda: None)
     await transactions.take_over([0])
     commit = asyncio.ensure_future(transactions.commit({0: Committed(1, Note(epoch=1).write())}))
     await broker.made[0].committing.wait()
     await transactions.lose([0])
     assert await commit == frozenset()
     assert len(broker.made) == 1, "another one would fence whoever holds the partition now"
+
+
+async def test_it_is_full_until_what_was_given_is_stored() -> None:
+    broker = MemoryBroker(Settings())
+    await broker.ensure_topics([TopicSpec("in", 1, HOUR), TopicSpec("out", 1, HOUR, ring=True)])
+    emptied = asyncio.Event()
+    transactions = Transactions(broker, "in", "group", emptied.set)
+    await transactions.take_over([0])
+    large = b"x" * (MOST_BYTES // 100)
+    for count, value in ((MOST_UNSENT, b""), (100, large)):
+        transactions.add(0, [Unsent("out", 0, None, value, ())] * (count - 1))
+        assert not transactions.full
+        transactions.add(0, [Unsent("out", 0, None, value + b"x" * 100, ())])
+        assert transactions.full
+        emptied.clear()
+        await transactions.commit({0: Committed(count, Note(epoch=1).write())})
+        assert not transactions.full
+        assert emptied.is_set()
