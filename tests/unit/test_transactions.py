@@ -65,10 +65,9 @@ async def test_it_is_full_until_what_was_given_is_stored() -> None:
     large = b"x" * (MOST_BYTES // 100)
     for count, value in ((MOST_UNSENT, b""), (100, large)):
         transactions.add(0, [Unsent("out", 0, None, value, ())] * (count - 1))
-        assert not transactions.full
+        before = transactions.full
         transactions.add(0, [Unsent("out", 0, None, value + b"x" * 100, ())])
-        assert transactions.full
+        assert (before, transactions.full) == (False, True)
         emptied.clear()
         await transactions.commit({0: Committed(count, Note(epoch=1).write())})
-        assert not transactions.full
-        assert emptied.is_set()
+        assert (transactions.full, emptied.is_set()) == (False, True)
