@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from chains_stream import policy
 from chains_stream.errors import InvalidResultError
 from chains_stream.options import Batch
@@ -16,12 +18,14 @@ Run = Callable[[list[Any]], Awaitable[Any]]
 class _Part:
     """What one caller gave."""
 
-    __slots__ = ("items", "result", "scope")
+    __slots__ = ("batch", "items", "result", "scope", "together")
 
     def __init__(self, items: list[Any], result: asyncio.Future[list[Any]], scope: Scope | None) -> None:
         self.items = items
         self.result = result
         self.scope = scope
+        self.batch: asyncio.Task[None] | None = None  # once it runs
+        self.together: Sequence[_Part] = ()  # with whom
 
 
 class Batcher:
@@ -51,7 +55,11 @@ class Batcher:
         except asyncio.CancelledError:
             if part in self._waiting:
                 self._waiting.remove(part)
+            elif part.batch is not None and all(each.result.done() for each in part.together):
+                part.batch.cancel()  # nobody waits for it any more
             raise
+        finally:
+            part.together = ()
         for result in results:
             if isinstance(result, Exception):
                 raise result
@@ -69,14 +77,17 @@ class Batcher:
                 parts.append(self._waiting.popleft())
                 size += len(parts[-1].items)
             task = asyncio.get_running_loop().create_task(self._serve(parts), name="batch")
+            for part in parts:
+                part.batch, part.together = task, parts
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, parts: Sequence[_Part]) -> None:
         """Run some parts, and each by itself if that fails: so nobody gets the error of somebody else's items."""
         scopes = [part.scope for part in parts if part.scope is not None]
-        # Of those that belong to several requests: the calls that it makes last as long as the last one waits.
-        scope = max(scopes, key=lambda each: each.deadline_ms) if scopes else None
+        # Of those that belong to several requests: the calls that it makes last as long as the last one waits, and are
+        # its own: whoever leaves does not end them for others.
+        scope = msgspec.structs.replace(max(scopes, key=lambda each: each.deadline_ms), calls=set()) if scopes else None
         policy.current.set(scope)
         items = [item for part in parts for item in part.items]
         try:
@@ -87,6 +98,13 @@ class Batcher:
             elif not parts[0].result.done():
                 parts[0].result.set_exception(error)
             return
+        except asyncio.CancelledError:
+            for part in parts:
+                part.result.cancel()  # as it would be for one that is not joined: else they would wait for ever
+            raise
+        finally:
+            if scope is not None:
+                scope.close()
         at = 0
         for part in parts:
             if not part.result.done():

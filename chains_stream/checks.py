@@ -21,7 +21,7 @@ from chains_stream.chainlet import (
     init_parameters,
 )
 from chains_stream.descriptor import show
-from chains_stream.errors import Problem
+from chains_stream.errors import ChainsUsageError, Problem
 from chains_stream.options import Batch, DeploymentContext, RemoteConfig
 from chains_stream.signature import name_fault, read, resolve, takes_websocket, topic_part
 
@@ -39,7 +39,7 @@ def check_chain_file(classes: Sequence[type[ChainletBase]]) -> list[Problem]:
 
 
 def check_chainlet(cls: type[ChainletBase]) -> list[Problem]:
-    """Check one Chainlet: its method, constructor, health check, options and body. Empty if all is well."""
+    """Check one Chainlet: its method, constructor, health check, options, body and feed. Empty if all is well."""
     problems = [
         *_remote_config(cls),
         *_name(cls),
@@ -49,7 +49,8 @@ def check_chainlet(cls: type[ChainletBase]) -> list[Problem]:
         *_batch(cls),
         *_instantiations(cls),
     ]
-    return sorted(set(problems))
+    # What is wrong with a method would be told again.
+    return sorted(set(problems)) or [*_feed(cls)]
 
 
 def advice(cls: type[ChainletBase]) -> list[Problem]:
@@ -232,6 +233,18 @@ def _batch(cls: type[ChainletBase]) -> Iterator[Problem]:
     if found.streaming or len(found.parameters) != 1 or any(typing.get_origin(kind) is not list for kind in lists):
         message = f"with a `batch`, `{METHOD}` takes one `list[…]` and returns a `list[…]` that is as long"
         yield _at_class(cls, METHOD, "BATCH", message)
+
+
+def _feed(cls: type[ChainletBase]) -> Iterator[Problem]:
+    """Check what a Chainlet is fed from, and writes to."""
+    if getattr(cls, "source", None) is None:
+        return
+    from chains_stream.events import feed_of  # few Chains need it, and it takes a while
+
+    try:
+        feed_of(cls)
+    except ChainsUsageError as error:
+        yield _at_class(cls, "source", "EVENTS", str(error))
 
 
 def _remote_config(cls: type[ChainletBase]) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from structlog.contextvars import bind_contextvars
 
 from chains_stream import metrics, policy
 from chains_stream.assignment import Assignment
+from chains_stream.breaker import Breaker
 from chains_stream.broker import Broker, Record, TopicSpec
 from chains_stream.errors import (
     BrokerError,
@@ -24,12 +25,13 @@ from chains_stream.errors import (
     InvalidArgumentError,
     InvalidResultError,
     RecordTooLargeError,
+    SchemaRegistryError,
     UnknownSchemaError,
     is_retryable,
     message_of,
     user_frames,
 )
-from chains_stream.events import Event, Feed, Output, Sink, partition_of
+from chains_stream.events import Event, Feed, Output, Sink, partition_of, takes_none
 from chains_stream.formats import Registry, keying, named
 from chains_stream.letters import dead_letter_spec, send_letter
 from chains_stream.local import Callee
@@ -44,7 +46,6 @@ from chains_stream.taking import Places, Taker
 from chains_stream.transactions import Transactions, Unsent
 
 WAITING = 1_000  # events that are taken, running or in the line of their key: as many as a ledger can tell of
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds between two tries while all events fail: twice as long each time
 
 Lane = tuple[int, bytes]  # a partition, and a key in it
 
@@ -74,6 +75,12 @@ class Written:
             known = ", ".join(self._sinks) or "none"
             raise InvalidResultError(f"an Output names the topic `{topic}`, which is no sink: there are {known}")
         return await self._sinks[topic].record(output, event)
+
+    def check(self, record: Unsent) -> None:
+        """Raise RecordTooLargeError for a record that no transaction could hold: it would never be committed."""
+        size, most = len(record.value), self._broker.max_record_bytes
+        if size > most:
+            raise RecordTooLargeError(f"a record of {size} bytes for {record.topic} is over the limit of {most}")
 
     async def store(self, record: Unsent) -> asyncio.Future[int]:
         """Write a record, in the order of these calls; the future is done once it is stored. Raises BrokerError."""
@@ -130,6 +137,7 @@ class EventService:
         self.written = Written(broker, feed, self.registry)
         self.key = None if feed.source.key is None else keying(feed.source.key, feed.kind)
         self._reader = named(feed.source.format).reader(feed.kind, self.registry)
+        self._optional = takes_none(feed.kind)
         self.queue_wait = metrics.QUEUE_WAIT.labels(self.name)
         self.run_time = metrics.RUN_TIME.labels(self.name)
 
@@ -148,57 +156,27 @@ class EventService:
     async def event(self, record: Record) -> Event[Any]:
         """Read a record. Raises _Unreadable, SchemaRegistryError."""
         headers = {name: value or b"" for name, value in record.headers}
+        if not record.value and self._optional:
+            return _event(record, None, headers)
         try:
             if (missing := self._reader.missing(record.value)) is not None:
                 await missing
             value = self._reader.read(record.value, headers, record.topic)
         except (InvalidArgumentError, UnknownSchemaError) as error:
             raise _Unreadable from error
-        return Event(
-            value=value,
-            key=record.key,
-            headers=headers,
-            timestamp_ms=record.timestamp_ms,
-            topic=record.topic,
-            partition=record.partition,
-            offset=record.offset,
-        )
+        return _event(record, value, headers)
 
 
-class Breaker:
-    """Holds all events of a Chainlet back while none succeeds (a circuit breaker: M. Nygard, Release It!, 2007).
-
-    Attributes:
-        successes: so far.
-        open: whether it holds back.
-        waiting: events that have failed, and wait for their next try.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self.successes = 0
-        self.open = False
-        self.waiting = 0
-        self._tries = 0
-
-    def succeeded(self) -> None:
-        self.successes += 1
-        if self.open:
-            self.open = False
-            log.info("events.go_on", chainlet=self._name)
-        self._tries = 0
-
-    async def pause(self, error: Exception) -> None:
-        """Wait before the next try of an event that failed for no fault of its own; the longer, the more it were."""
-        if not self.open:
-            self.open = True
-            log.warning("events.paused", chainlet=self._name, reason=message_of(error))
-        self._tries += 1
-        self.waiting += 1
-        try:
-            await asyncio.sleep(min(LONGEST_PAUSE, SHORTEST_PAUSE * 2 ** min(self._tries, 10)))
-        finally:
-            self.waiting -= 1
+def _event(record: Record, value: Any, headers: dict[str, bytes]) -> Event[Any]:
+    return Event(
+        value=value,
+        key=record.key,
+        headers=headers,
+        timestamp_ms=record.timestamp_ms,
+        topic=record.topic,
+        partition=record.partition,
+        offset=record.offset,
+    )
 
 
 class EventJob:
@@ -233,6 +211,7 @@ class _Given:
             return
         record = await self._written.record(item, self._event)
         if self._held is not None:
+            self._written.check(record)
             self._held.append(record)
             return
         self._storing.append(await self._written.store(record))
@@ -253,7 +232,7 @@ class EventWorker(Taker[EventJob]):
         source, settings = service.feed.source, service.settings
         self._transactions: Transactions | None = None
         if source.delivery == "exactly_once":
-            self._transactions = Transactions(service.broker, source.topic, service.group)
+            self._transactions = Transactions(service.broker, source.topic, service.group, places.changed.set)
         start = source.start if isinstance(source.start, str) else int(source.start.timestamp() * 1000)
         assignment = Assignment(
             service.name,
@@ -271,8 +250,11 @@ class EventWorker(Taker[EventJob]):
         self._service = service
         self._lanes: dict[Lane, deque[EventJob]] = {}  # the first of each runs, or is ready to
         self._ready: deque[EventJob] = deque()
+        self._returning: deque[asyncio.Future[None]] = deque()  # events that were put off, and need a place again
+        self._left: list[EventJob] = []  # to others: those behind them in their lines don't run either
         self._keys: dict[tuple[int, int], bytes | None] = {}  # of what is about to begin, where values have them
         self._taken = 0
+        self._gave_way = False  # to a request, with the last place
         self._breaker = Breaker(service.name)
         self._metrics = metrics.OfWorker(service.name)
 
@@ -289,11 +271,28 @@ class EventWorker(Taker[EventJob]):
 
     # --- Taker's
 
+    async def _finish_up(self, grace: float) -> None:
+        end = self._loop.time() + grace
+        if self._service.feed.source.delivery == "at_most_once":
+            # All that is taken is committed, and runs now or never.
+            while (self._jobs or self._ready) and (left := end - self._loop.time()) > 0:
+                await self.places.change(left)
+        for job in self._waiting():
+            if job.task is None:
+                job.cancel("drained")  # or it would begin as the one before it is cancelled, and overtake it
+        await super()._finish_up(max(0.0, end - self._loop.time()))
+
     def _free(self) -> int:
-        return 0 if self._breaker.open else WAITING - self._taken
+        if self._breaker.open:
+            return int(self._may_begin())
+        if self._transactions is not None and self._transactions.full:
+            return 0
+        return WAITING - self._taken
 
     def _may_begin(self) -> bool:
-        return self._taken < WAITING and not self._breaker.open
+        if self._breaker.open and (self._ready or not self._breaker.may_try(self.in_flight)):
+            return False
+        return self._taken < WAITING
 
     def _id(self, record: Record) -> str:
         return f"{record.topic}/{record.partition}/{record.offset}"
@@ -316,6 +315,10 @@ class EventWorker(Taker[EventJob]):
         for job in self._waiting():
             if job.record.partition in partitions:
                 job.cancel("lost")
+        for job in [job for job in self._left if job.record.partition in partitions]:
+            self._left.remove(job)
+            self._next(job)
+        self._run_ready()
 
     def _waiting(self) -> Iterator[EventJob]:
         yield from tuple(self._jobs.values())
@@ -333,15 +336,24 @@ class EventWorker(Taker[EventJob]):
         if self._service.key is not None:
             for record, _ in taken:
                 self._keys[record.partition, record.offset] = await self._key(record)
-        await super()._start(taken)
+        try:
+            await super()._start(taken)
+        finally:
+            self._keys.clear()  # of those too that went to others before they could begin
 
     async def _key(self, record: Record) -> bytes | None:
         """Give what an event is kept in order by, where that is in its value."""
         assert self._service.key is not None, "else it is the record's"
-        try:
-            return self._service.key((await self._service.event(record)).value)
-        except Exception:  # noqa: BLE001 - the run of the event meets it again, and says so
-            return None
+        attempt = 1
+        while True:
+            try:
+                return self._service.key((await self._service.event(record)).value)
+            except SchemaRegistryError as error:  # without its key it would run beside others of its key
+                log.warning("key.retry", chainlet=self.callee.name, **place_of(record), reason=str(error))
+                await asyncio.sleep(policy.backoff(attempt))
+                attempt += 1
+            except Exception:  # noqa: BLE001 - the run of the event meets it again, and says so
+                return None
 
     def _lane(self, record: Record) -> Lane | None:
         """Give the line that an event stands in; None for one that waits for nobody."""
@@ -356,21 +368,36 @@ class EventWorker(Taker[EventJob]):
             self._run_ready()
 
     def _run_ready(self) -> None:
-        while self._ready and self.places.taken < self.places.size:
-            if self._breaker.open and self.in_flight > self._breaker.waiting:
-                return  # one at a time, as a trial: if it succeeds, those that wait are themselves to blame
-            job = self._ready.popleft()
+        while self._returning and self.places.taken < self.places.size:
+            turn = self._returning.popleft()
+            if not turn.done():
+                self.places.taken += 1
+                turn.set_result(None)
+        while self._ready:
+            job = self._ready[0]
             if job.stop is not None:
+                self._ready.popleft()
                 self._next(job)
                 continue
+            if self.places.taken >= self.places.size or self._gives_way():
+                return
+            if self._breaker.open and not self._breaker.may_try(self.in_flight):
+                return
+            self._ready.popleft()
             self.in_flight += 1
             self.places.taken += 1
             task = job.task = self._loop.create_task(self._serve(job))
             self._jobs[task] = job
 
+    def _gives_way(self) -> bool:
+        """Leave every second place that is freed to requests, while there are any."""
+        self._gave_way = self.places.asking > 0 and not self._gave_way
+        return self._gave_way
+
     def _next(self, job: EventJob) -> None:
         """Let the next one of its line go ahead."""
         self._taken -= 1
+        self.places.changed.set()  # there is room for another
         if job.lane is None:
             return
         line = self._lanes[job.lane]
@@ -383,9 +410,12 @@ class EventWorker(Taker[EventJob]):
     # --- one event
 
     async def _serve(self, job: EventJob) -> None:
+        left = False
         try:
             if await self._finish(job):
                 self._end(job)
+            else:
+                left = job.stop is None
         except asyncio.CancelledError:
             if job.stop is None:
                 raise
@@ -397,7 +427,10 @@ class EventWorker(Taker[EventJob]):
                 del self._jobs[job.task]
             self.in_flight -= 1
             self.places.taken -= 1
-            self._next(job)
+            if left:
+                self._left.append(job)
+            else:
+                self._next(job)
             self.places.changed.set()
 
     def _end(self, job: EventJob) -> None:
@@ -415,45 +448,56 @@ class EventWorker(Taker[EventJob]):
         if job.ledger.deaths(record.offset) >= self._settings.max_deliveries:
             reason = f"{job.ledger.deaths(record.offset)} workers died while they ran this event, and nothing else"
             return await self._bury(job, DeadLetteredError(reason), "deaths")
-        attempt, before = 1, self._breaker.successes
+        attempt, failed = 1, 0
         while True:
+            number = self._breaker.begin()
             try:
                 await self._run(job, await service.event(record))
             except _Unreadable as error:
                 return await self._bury(job, error.__cause__ or error, "undecodable")
             except Exception as error:  # noqa: BLE001 - whatever user code raises
+                if job.stop is not None:
+                    return False  # and what it made of its cancellation is no failure
                 if not self._settings.embedded and await service.callee.dead():
                     return False
                 self._log(error, attempt)
-                if not await self._again(error, attempt, before):
+                failed = failed or self._breaker.begun
+                if not await self._again(error, attempt, failed):
                     return await self._bury(job, error, "failed")
                 attempt += 1
             else:
-                self._breaker.succeeded()
+                self._breaker.succeeded(number)
                 self._metrics.finished["done"].inc()
                 return True
 
-    async def _again(self, error: Exception, attempt: int, before: int) -> bool:
+    async def _again(self, error: Exception, attempt: int, failed: int) -> bool:
         """Wait until an event that failed is to be tried again; False if it is not."""
-        if not is_retryable(error):
+        if not is_retryable(error) and not _of_the_topics(error):
             return False
         if attempt < self._service.feed.source.retries:
             await self._put_off(policy.backoff(attempt))
             return True
         # Had it been the event's own fault, others would have succeeded meanwhile.
-        if not _of_others(error) or self._breaker.successes > before:
+        if not _of_others(error) or self._breaker.blames(failed):
             return False
-        await self._breaker.pause(error)
+        with self._breaker.pause(error) as seconds:
+            await self._put_off(seconds)
         return True
 
     async def _put_off(self, seconds: float) -> None:
-        """Wait without a place, which others may use."""
+        """Wait without a place, which others may use, and then for one."""
+        turn: asyncio.Future[None] = self._loop.create_future()
         self.places.taken -= 1
         self.places.changed.set()
         try:
             await asyncio.sleep(seconds)
+            self._returning.append(turn)
+            self._run_ready()
+            await turn
         finally:
-            self.places.taken += 1  # of one too many for a moment, at worst
+            if turn.cancelled() or not turn.done():
+                turn.cancel()
+                self.places.taken += 1  # which its end gives back
 
     async def _run(self, job: EventJob, event: Event[Any]) -> None:
         """Run an event once, and have stored all that it gives."""
@@ -477,6 +521,10 @@ class EventWorker(Taker[EventJob]):
                     result = await callee.invoke(arguments)
                     await given.add(result[0] if feed.batched else result)
                 job.unsent = await given.stored()
+        except asyncio.CancelledError as error:
+            if job.stop is not None or (job.task is not None and job.task.cancelling()):
+                raise
+            raise RuntimeError("run_remote ended in the cancellation of something that it waited for") from error
         finally:
             scope.close()
             service.run_time.observe(time.perf_counter() - began)
@@ -513,4 +561,11 @@ def _of_others(error: Exception) -> bool:
     """Tell whether an error may be that of something that the Chainlet depends on, and not of the event."""
     return isinstance(error, OSError | TimeoutError | ChainsRuntimeError) and not isinstance(
         error, InvalidArgumentError | InvalidResultError | RecordTooLargeError
+    )
+
+
+def _of_the_topics(error: Exception) -> bool:
+    """Tell whether what is written can't be written by anybody, until a right or a topic, say, is there."""
+    return isinstance(error, BrokerError | SchemaRegistryError) and not isinstance(
+        error, RecordTooLargeError | UnknownSchemaError
     )

@@ -14,7 +14,7 @@ import msgspec
 
 from chains_stream.chainlet import ChainletBase, chainlet_name, signature
 from chains_stream.errors import ChainsUsageError
-from chains_stream.formats import Format
+from chains_stream.formats import Format, keying, named
 from chains_stream.formats.keys import Key
 from chains_stream.signature import MISSING
 
@@ -22,14 +22,16 @@ T = TypeVar("T")
 
 Delivery = Literal["at_least_once", "exactly_once", "at_most_once"]
 
-_FAULT_TOPIC = "a topic is named by 1 to 249 letters, digits, dots, underscores and hyphens"
+LONGEST = 249  # characters of a topic's name: Kafka's
+LONGEST_SOURCE = LONGEST - len(".dlq")  # of one that has a dead-letter topic
 
 
 class Event(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
     """A record, for a ``run_remote`` that asks for it: ``event: Event[Ticket]`` in the place of ``ticket: Ticket``.
 
     Attributes:
-        value: what the record holds, as the type says.
+        value: what the record holds, as the type says; None for a record without a value, which a compacted topic has
+            in the place of what was deleted, if the type is optional.
         key: as it is in the record; None if it has none.
         headers: the last one of each name; a header without a value counts as empty.
         timestamp_ms: Unix time.
@@ -86,7 +88,15 @@ class Source(msgspec.Struct, frozen=True):
     retries: int = 3
 
     def __post_init__(self) -> None:
-        _check_topic("Source", self.topic)
+        _check_topic("Source", self.topic, LONGEST_SOURCE)
+        kinds = get_args(Delivery)
+        if self.delivery not in kinds:  # else a slip of the pen would promise less than is meant
+            allowed = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+            raise ChainsUsageError(f"Source({self.topic!r}, delivery={self.delivery!r}): use {allowed}")
+        if self.start not in ("earliest", "latest") and not isinstance(self.start, datetime):
+            raise ChainsUsageError(
+                f"Source({self.topic!r}, start={self.start!r}): use 'earliest', 'latest' or a datetime"
+            )
         if self.retries < 1:
             raise ChainsUsageError(f"Source({self.topic!r}, retries={self.retries}): there is at least one attempt")
 
@@ -105,7 +115,7 @@ class Sink(msgspec.Struct, frozen=True):
     key: Key | None = None
 
     def __post_init__(self) -> None:
-        _check_topic("Sink", self.topic)
+        _check_topic("Sink", self.topic, LONGEST)
 
 
 class Feed(NamedTuple):
@@ -149,6 +159,14 @@ def feed_of(cls: type[ChainletBase]) -> Feed | None:
         raise ChainsUsageError(f"{name}.run_remote gives what goes nowhere: name a topic with `sink = Sink(…)`")
     whole = get_origin(kind) is Event or kind is Event
     inner = (get_args(kind) or (Any,))[0] if whole else kind
+    fed: list[tuple[Source | Sink, Any]] = [(source, inner), *((sink, gives) for sink in sinks)]
+    for declared, written in fed:
+        try:
+            named(declared.format)
+            if declared.key is not None:
+                keying(declared.key, written)
+        except ChainsUsageError as error:
+            raise ChainsUsageError(f"{name}, topic {declared.topic}: {error}") from None
     return Feed(source, sinks, required[0].name, inner, whole, cls.batch is not None, gives)
 
 
@@ -186,10 +204,16 @@ def _members(kind: Any) -> Iterator[Any]:
         yield kind
 
 
-def _check_topic(what: str, topic: Any) -> None:
-    legal = isinstance(topic, str) and 0 < len(topic) <= 249 and topic not in (".", "..")  # noqa: PLR2004 - Kafka's
+def takes_none(kind: Any) -> bool:
+    """Tell whether None is a value of a type."""
+    return any(member in (None, type(None)) for member in _members(kind))
+
+
+def _check_topic(what: str, topic: Any, longest: int) -> None:
+    legal = isinstance(topic, str) and 0 < len(topic) <= longest and topic not in (".", "..")
     if not legal or not all(character.isascii() and (character.isalnum() or character in "._-") for character in topic):
-        raise ChainsUsageError(f"{what}({topic!r}): {_FAULT_TOPIC}")
+        allowed = f"1 to {longest} letters, digits, dots, underscores and hyphens"
+        raise ChainsUsageError(f"{what}({topic!r}): a topic is named by {allowed}")
 
 
 def partition_of(key: bytes, count: int) -> int:

@@ -31,6 +31,7 @@ class Places:
     def __init__(self, size: int) -> None:
         self.size = size
         self.taken = 0
+        self.asking = 0  # requests that are taken, and wait for one that events have
         self.changed = asyncio.Event()  # some place was freed, or a worker has nothing more to take
 
     async def change(self, seconds: float | None = None) -> None:
@@ -107,8 +108,7 @@ class Taker(Generic[JobT]):
         """Stop taking, give what runs `grace` seconds, commit, and leave; the unfinished is left to others."""
         metrics.IN_HAND.workers.discard(self)
         await _end(*self._tasks[:1])
-        if self._jobs:
-            await asyncio.wait(self._jobs, timeout=grace)
+        await self._finish_up(grace)
         if self._jobs:
             log.warning("worker.unfinished", chainlet=self.name, requests=len(self._jobs))
             for task, job in self._jobs.items():
@@ -144,7 +144,7 @@ class Taker(Generic[JobT]):
     async def _take(self, consumer: GroupConsumer) -> None:
         while True:
             free = min(self._free(), MAX_TAKEN)
-            if free <= 0 or not self._may_begin():
+            if free <= 0 or not self._may_take():
                 await self._change()
                 continue
             self._waits_since = self._loop.time()
@@ -155,6 +155,11 @@ class Taker(Generic[JobT]):
             finally:
                 self._waits_since = None
             await self._start(await self._assignment.take(records))
+
+    async def _finish_up(self, grace: float) -> None:
+        """Wait for what runs, for so many seconds at most, once nothing is taken any more."""
+        if self._jobs:
+            await asyncio.wait(self._jobs, timeout=grace)
 
     def _free(self) -> int:
         """Give how many records there is room for."""
@@ -171,6 +176,10 @@ class Taker(Generic[JobT]):
     def _may_begin(self) -> bool:
         """Tell whether there is a place for one more record of ours."""
         return self.places.taken < self.places.size and (self._behind is None or self._behind.idle)
+
+    def _may_take(self) -> bool:
+        """Tell whether there is, or will be, a place for what is taken."""
+        return self._may_begin()
 
     async def _change(self) -> None:
         """Wait for something that `_may_begin` depends on."""

@@ -5,7 +5,7 @@ earlier holder can come in between (Kafka's KIP-98, and KIP-447 for what could b
 """
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from chains_stream.broker import Broker, Committed, Transactor
@@ -13,6 +13,8 @@ from chains_stream.errors import BrokerError
 from chains_stream.log import get_logger
 from chains_stream.messages import Headers
 from chains_stream.offsets import Note
+
+MOST_UNSENT, MOST_BYTES = 10_000, 64 << 20  # records, and their values, that wait for a commit: no more events then
 
 log = get_logger(__name__)
 
@@ -37,9 +39,15 @@ class _Partition:
         self.turn = asyncio.Lock()  # a transactor has one transaction at a time
         self._unsent: list[Unsent] = []
         self._written = 0  # records before those
+        self.bytes = 0  # of the values of those that are not written
 
     def add(self, records: Collection[Unsent]) -> None:
         self._unsent += records
+        self.bytes += sum(len(record.value) for record in records)
+
+    def __len__(self) -> int:
+        """How many records are not written yet."""
+        return len(self._unsent)
 
     @property
     def given(self) -> int:
@@ -52,13 +60,16 @@ class _Partition:
 
     def wrote(self, count: int) -> None:
         self._written += count
+        self.bytes -= sum(len(record.value) for record in self._unsent[:count])
         del self._unsent[:count]
 
 
 class Transactions:
     """The transactors of the partitions of one topic, and what was given for events of them and is not stored yet."""
 
-    def __init__(self, broker: Broker, topic: str, group: str) -> None:
+    def __init__(self, broker: Broker, topic: str, group: str, emptied: Callable[[], None]) -> None:
+        """Store what is given for `topic`, and for `group`; `emptied` is called when it becomes less."""
+        self._emptied = emptied
         self._broker = broker
         self._topic = topic
         self._group = group
@@ -69,11 +80,21 @@ class Transactions:
         if number in self._partitions:
             self._partitions[number].add(records)
 
+    @property
+    def full(self) -> bool:
+        """Whether so much is not stored yet, as commits are slow or fail, that no more should be given."""
+        held = self._partitions.values()
+        return sum(map(len, held)) >= MOST_UNSENT or sum(each.bytes for each in held) >= MOST_BYTES
+
     async def take_over(self, partitions: Collection[int]) -> None:
         await self.lose(partitions)
         new = {number: _Partition() for number in partitions}
-        await asyncio.gather(*(self._start(number, partition) for number, partition in new.items()))
-        self._partitions |= new
+        started = [self._start(number, partition) for number, partition in new.items()]
+        results = await asyncio.gather(*started, return_exceptions=True)
+        self._partitions |= new  # those that were started have somebody to close them, whatever became of the others
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     async def commit(self, positions: Mapping[int, Committed]) -> frozenset[int]:
         """Write what is finished of partitions, and how far they are done. Raises BrokerError if one of them failed."""
@@ -83,6 +104,7 @@ class Transactions:
             *(self._commit(n, partition, given, positions[n]) for n, (partition, given) in due.items()),
             return_exceptions=True,
         )
+        self._emptied()
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -90,6 +112,7 @@ class Transactions:
 
     async def lose(self, partitions: Collection[int]) -> None:
         lost = [partition for n in partitions if (partition := self._partitions.pop(n, None)) is not None]
+        self._emptied()
         await asyncio.gather(*(each.transactor.close() for each in lost if each.transactor is not None))
 
     async def _start(self, number: int, partition: _Partition) -> None:
@@ -117,6 +140,8 @@ class Transactions:
             try:
                 await self._write(partition.transactor, records, number, committed)
             except BrokerError as error:
+                if self._partitions.get(number) is not partition:
+                    return False  # it was lost meanwhile: to settle it would fence whoever has it now
                 log.warning("transaction.failed", topic=self._topic, partition=number, reason=str(error))
                 if not await self._settle(number, partition) and not partition.overtaken:
                     raise
@@ -140,6 +165,9 @@ class Transactions:
     async def _settle(self, number: int, partition: _Partition) -> bool:
         """Find out whether a transaction counts of which that is not known, once nothing can become of it any more."""
         await self._start(number, partition)
+        if self._partitions.get(number) is not partition and partition.transactor is not None:
+            await partition.transactor.close()  # it was lost meanwhile, and nobody else will
+            return False
         if partition.doubt is None:
             return False
         found = (await self._broker.committed(self._topic, self._group, [number])).get(number, Committed(0))

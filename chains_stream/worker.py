@@ -52,9 +52,14 @@ class Worker(Taker[Job]):
         self.topic = service.topic
         self.callee = callee
         self._service = service
+        self._fed = False  # whether events have places of it
         self._by_id: dict[bytes, Job] = {}  # a stranger's requests may have no id, or repeat one
         self._cancellations = service.async_requests.cancellations
         self._metrics = metrics.OfWorker(self.name)
+
+    def share(self) -> None:
+        """Leave places to events too, each of the two in its turn while both have work."""
+        self._fed = self._shared = True
 
     async def start(self) -> None:
         """Join the group and begin to take requests.
@@ -94,7 +99,21 @@ class Worker(Taker[Job]):
 
     def _free(self) -> int:
         unstored = len(self._jobs) - self.in_flight
-        return min(self.places.size - self.places.taken, MAX_UNSTORED_ANSWERS - unstored)
+        # One is taken to wait for its turn while all places are: else no place would ever be seen to be free.
+        free = max(int(self._fed), self.places.size - self.places.taken)
+        return min(free, MAX_UNSTORED_ANSWERS - unstored)
+
+    def _may_take(self) -> bool:
+        return self._fed or self._may_begin()
+
+    async def _room(self, record: Record) -> None:
+        if not self._fed or self._may_begin():
+            return await super()._room(record)
+        self.places.asking += 1
+        try:
+            await super()._room(record)
+        finally:
+            self.places.asking -= 1
 
     def _id(self, record: Record) -> str:
         return request_id_of(record)
@@ -210,6 +229,7 @@ class Host:
             worker = Worker(self._service(callee, topic), quarantine)
             self.workers.append(worker)
             if (fed := feed_of(cls)) is not None:
+                worker.share()
                 group = group_of(fed.source, settings.namespace, self._chain.name, chainlet_name(cls))
                 events = EventService(callee, fed, group, self._broker, settings, read=sources)
                 self.feeds.append(EventWorker(events, quarantine, worker.places))

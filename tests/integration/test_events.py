@@ -15,11 +15,15 @@ import pytest
 import chains_stream as chains
 from chains_stream import events
 from chains_stream.broker import Broker, Record, TopicSpec
+from chains_stream.calls import remote_target
 from chains_stream.chain import Chain
-from chains_stream.client import Connection, open_caller, open_connected
+from chains_stream.chainlet import signature
+from chains_stream.checks import check_chainlet
+from chains_stream.client import open_caller, open_connected
 from chains_stream.errors import ChainsUsageError, OverloadedError
 from chains_stream.letters import EXCEPTION_MESSAGE, ORIGINAL_CONSUMER_GROUP, dead_letter_topic
 from chains_stream.settings import Settings
+from chains_stream.stub import Stub
 from chains_stream.worker import Host
 from tests.sample import Seen
 
@@ -323,6 +327,139 @@ async def test_one_that_alone_fails_so_is_put_aside(stream: Stream) -> None:
     assert dict(letter.headers)[EXCEPTION_MESSAGE] == b"always too much"
 
 
+class Fragile(chains.ChainletBase):
+    """Runs one at a time; needs what is away until a test says so, but for tickets that say otherwise."""
+
+    running: ClassVar[int] = 0
+
+    async def run_remote(self, ticket: Ticket) -> Scored:
+        Seen.note(ticket.id)
+        assert Fragile.running == 0, "one at a time"
+        Fragile.running += 1
+        try:
+            await asyncio.sleep(0)
+            await self._act(ticket)
+        finally:
+            Fragile.running -= 1
+        return Scored(ticket.id, ticket.number)
+
+    async def _act(self, ticket: Ticket) -> None:
+        match ticket.act:
+            case "away":
+                raise ConnectionError("nobody there")
+            case "away, then bad" if Seen.counts[ticket.id] < 4:
+                raise ConnectionError("nobody there")
+            case "away, then bad":
+                raise ValueError("it was the ticket")
+            case "away, then back" if not Seen.counts["back"]:
+                await Seen.until("beside")
+                raise ConnectionError("nobody there")
+            case "once" if Seen.counts[ticket.id] == 1:
+                raise ValueError("once")
+            case "cancelled" if Seen.counts[ticket.id] == 1:
+                raise asyncio.CancelledError
+
+
+async def test_one_that_fails_while_there_are_no_others_holds_up_nobody_who_comes_later(stream: Stream) -> None:
+    await stream.host(stream.chainlet(Fragile, retries=2))
+    await stream.send(Ticket("alone", act="away"))
+    await Seen.until("alone", times=3)
+    await stream.send(*(Ticket(f"{number}") for number in range(20)))
+    assert len(await stream.read(stream.scored, 20)) == 20
+    (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
+    assert letter.key == b"alone"
+
+
+async def test_after_the_last_one_that_waited_was_put_aside_others_are_taken(stream: Stream) -> None:
+    await stream.host(stream.chainlet(Fragile, retries=2))
+    for number in range(2):
+        await stream.send(Ticket(f"alone {number}", act="away, then bad"))
+        await stream.read(dead_letter_topic(stream.tickets), number + 1)
+    await stream.send(Ticket("next"))
+    assert len(await stream.read(stream.scored, 1)) == 1
+
+
+class Wide(Fragile):
+    """Runs as many at once as there are places."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, ticket: Ticket) -> Scored:
+        Seen.note(ticket.id)
+        await self._act(ticket)
+        return Scored(ticket.id, ticket.number)
+
+
+async def test_what_succeeded_before_the_first_failure_blames_nobody(stream: Stream) -> None:
+    await stream.host(stream.chainlet(Wide, retries=2))
+    await stream.send(Ticket("held", act="away, then back"))
+    await Seen.until("held")
+    await stream.send(Ticket("beside"))
+    await Seen.until("held", times=3)
+    Seen.note("back")
+    assert len(await stream.read(stream.scored, 2)) == 2
+    assert await stream.broker.end_offset(dead_letter_topic(stream.tickets), 0) == 0
+
+
+async def test_those_that_were_put_off_come_back_to_places_of_their_own(stream: Stream) -> None:
+    await stream.send(*(Ticket(f"{number}", act="once") for number in range(40)))
+    await stream.host(stream.chainlet(Fragile))
+    assert len(await stream.read(stream.scored, 40)) == 40
+    assert {Seen.counts[f"{number}"] for number in range(40)} == {2}
+
+
+async def test_one_that_ends_in_a_cancellation_of_its_own_has_failed(stream: Stream) -> None:
+    await stream.send(Ticket("a", act="cancelled"), Ticket("b"), key=b"k")
+    await stream.host(stream.chainlet(Fragile))
+    assert [said["id"] for said in values(await stream.read(stream.scored, 2))] == ["a", "b"]
+
+
+async def test_those_behind_one_that_is_left_to_others_are_left_too(stream: Stream) -> None:
+    stream.settings = stream.settings.model_copy(update={"grace_period": 0.1})
+    await stream.send(Ticket("held", act="hold"), Ticket("behind"), Ticket("last"), key=b"k")
+    chainlet = stream.chainlet(Score)
+    first = await stream.host(chainlet)
+    await Seen.until("held")
+    await first.drain()
+    Seen.note("go")
+    await stream.host(chainlet)
+    assert [said["id"] for said in values(await stream.read(stream.scored, 3))] == ["held", "behind", "last"]
+
+
+class Deleted(chains.ChainletBase):
+    """Passes on which keys were deleted."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, event: chains.Event[Ticket | None]) -> Scored | None:
+        return Scored((event.key or b"").decode(), 0) if event.value is None else None
+
+
+async def test_a_record_without_a_value_is_none_where_the_type_allows_it(stream: Stream) -> None:
+    await stream.send(Ticket("kept"), partition=0)
+    await stream.send(b"", key=b"deleted")
+    await stream.host(stream.chainlet(Deleted))
+    assert [said["id"] for said in values(await stream.read(stream.scored, 1))] == ["deleted"]
+    assert await stream.broker.end_offset(dead_letter_topic(stream.tickets), 0) == 0
+
+
+class Large(chains.ChainletBase):
+    """Gives as many characters as the number says."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, ticket: Ticket) -> Scored:
+        return Scored(ticket.id + "x" * ticket.number, 0)
+
+
+async def test_what_is_too_large_to_be_written_is_put_aside(stream: Stream) -> None:
+    await stream.host(stream.chainlet(Large))
+    await stream.send(Ticket("large", stream.settings.max_record_bytes), Ticket("a"), partition=0)
+    assert len(await stream.read(stream.scored, 1)) == 1
+    (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
+    assert letter.key == b"large"
+
+
 class Together(chains.ChainletBase):
     """Scores many tickets at once; notes how many."""
 
@@ -352,9 +489,40 @@ async def test_the_same_chainlet_serves_requests(url: str) -> None:
     fed = type(
         "Score", (Score,), {"__module__": __name__, "source": chains.Source(name), "sink": chains.Sink(f"{name}-out")}
     )
-    chain: Connection[..., Any]
+    chain: Any
     async with chains.run_chain(fed, broker=url, namespace=f"t{uuid4().hex[:8]}", partitions=2) as chain:
         assert await chain.run_remote(Ticket("a", 4)) == Scored("a", 2)
+
+
+class Busy(chains.ChainletBase):
+    """Runs one at a time, and takes a while."""
+
+    running: ClassVar[int] = 0
+
+    async def run_remote(self, ticket: Ticket) -> Scored:
+        assert Busy.running == 0, "one at a time"
+        Busy.running += 1
+        await asyncio.sleep(0.01)
+        Busy.running -= 1
+        return Scored(ticket.id, ticket.number)
+
+
+async def test_requests_and_events_share_the_places_of_a_chainlet() -> None:
+    async with AsyncExitStack() as stack:
+        stream = Stream("memory://", stack, "at_least_once")
+        await stream.start()
+        fed: Any = stream.chainlet(Busy)
+        await stream.send(*(Ticket(f"{number}") for number in range(200)))
+        host = await stream.host(fed)
+        caller = host._caller
+        target = await remote_target(host._chain, fed, caller, stream.settings)
+        stub = Stub(signature(fed), target, chains.RPCOptions(), 60)
+        for number in range(8):
+            await stub.run_remote(Ticket(f"asked {number}"))
+        ends = [await stream.broker.end_offset(stream.scored, number) for number in range(PARTITIONS)]
+        assert sum(ends) < 100, "it was not their end that was waited for"
+        assert len(await stream.read(stream.scored, 200)) == 200
+        assert await stream.broker.end_offset(dead_letter_topic(stream.tickets), 0) == 0
 
 
 @pytest.mark.parametrize(
@@ -367,6 +535,14 @@ async def test_the_same_chainlet_serves_requests(url: str) -> None:
             {"source": chains.Source("t"), "sink": [chains.Sink("u"), chains.Sink("u")]},
             r"Score\.sink names a topic twice",
         ),
+        (
+            {"source": chains.Source("t", format="xml"), "sink": chains.Sink("u")},
+            r"Score, topic t: there is no format `xml`",
+        ),
+        (
+            {"source": chains.Source("t"), "sink": chains.Sink("u", key="nmae")},
+            r"Score, topic u: the key `nmae` is no field of",
+        ),
     ],
 )
 async def test_wrong_declarations_are_told(more: dict[str, Any], line: str) -> None:
@@ -374,10 +550,25 @@ async def test_wrong_declarations_are_told(more: dict[str, Any], line: str) -> N
     with pytest.raises(ChainsUsageError, match=line):
         async with chains.run_chain(fed):
             pass
+    assert [problem.kind for problem in check_chainlet(fed)] == ["EVENTS"]
 
 
 @pytest.mark.parametrize("topic", ["", "a b", "ä", "x" * 250, ".."])
 def test_wrong_names_of_topics_are_told(topic: str) -> None:
-    for make in (chains.Source, chains.Sink):
-        with pytest.raises(ChainsUsageError, match="1 to 249 letters"):
-            make(topic)
+    with pytest.raises(ChainsUsageError, match="1 to 245 letters"):
+        chains.Source(topic)
+    with pytest.raises(ChainsUsageError, match="1 to 249 letters"):
+        chains.Sink(topic)
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ({"delivery": "exactly-once"}, "delivery='exactly-once'.*: use at_least_once, exactly_once or at_most_once"),
+        ({"start": "lates"}, "start='lates'.*: use 'earliest', 'latest' or a datetime"),
+        ({"retries": 0}, "there is at least one attempt"),
+    ],
+)
+def test_wrong_options_of_a_source_are_told(option: dict[str, Any], line: str) -> None:
+    with pytest.raises(ChainsUsageError, match=line):
+        chains.Source("t", **option)

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 import chains_stream as chains
+from chains_stream import policy
 from chains_stream.batches import Batcher
 from chains_stream.checks import check_chainlet
 from chains_stream.errors import InvalidResultError
 from chains_stream.options import Batch
+from chains_stream.policy import Scope
 from tests.sample import Seen
 
 
@@ -88,6 +90,77 @@ async def test_who_leaves_is_left_out_and_others_stay() -> None:
     Seen.note("go")
     assert await running[1] == [6]
     assert model.batches == [[-2, 3]]
+
+
+async def test_a_batch_ends_once_all_have_left() -> None:
+    ended = asyncio.Event()
+
+    async def run(items: list[int]) -> list[int]:
+        try:
+            Seen.note("begun")
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        return items
+
+    batcher = Batcher(run, Batch(max_size=2, max_wait_ms=10_000))
+    callers = [asyncio.ensure_future(batcher.call([number])) for number in range(2)]
+    await Seen.until("begun")
+    callers[0].cancel()
+    await asyncio.wait(callers[:1])
+    assert not ended.is_set()
+    callers[1].cancel()
+    async with asyncio.timeout(5):
+        await ended.wait()
+
+
+async def test_a_batch_that_ends_in_a_cancellation_leaves_nobody_waiting() -> None:
+    async def run(_: list[int]) -> list[int]:
+        raise asyncio.CancelledError
+
+    batcher = Batcher(run, Batch(max_size=2, max_wait_ms=10_000))
+    async with asyncio.timeout(5):
+        found = await asyncio.gather(batcher.call([1]), batcher.call([2]), return_exceptions=True)
+    assert [type(each) for each in found] == [asyncio.CancelledError] * 2
+
+
+class Open:
+    """A call that is open."""
+
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+async def test_the_calls_of_a_batch_do_not_end_with_the_request_of_one_who_leaves() -> None:
+    call = Open()
+
+    async def run(items: list[int]) -> list[int]:
+        scope = policy.current.get()
+        assert scope is not None
+        scope.calls.add(call)
+        Seen.note("begun")
+        await Seen.until("go")
+        assert not call.closed
+        return items
+
+    async def ask(number: int) -> list[int]:
+        scope = Scope.new(60 + number)
+        policy.current.set(scope)
+        try:
+            return await batcher.call([number])
+        finally:
+            scope.close()
+
+    batcher = Batcher(run, Batch(max_size=2, max_wait_ms=10_000))
+    callers = [asyncio.ensure_future(ask(number)) for number in range(2)]
+    await Seen.until("begun")
+    callers[1].cancel()
+    await asyncio.wait(callers[1:])
+    Seen.note("go")
+    assert await callers[0] == [0]
+    assert (call.closed, Seen.counts["begun"]) == (True, 1)
 
 
 class Embed(chains.ChainletBase):

@@ -65,6 +65,7 @@ ORDER = [
     "async_requests",
     "serving",
     "transactions",
+    "breaker",
     "event_worker",
     "worker",
     "http_target",
