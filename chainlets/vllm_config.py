@@ -30,7 +30,7 @@ class VLLMConfig(pydantic.BaseModel):
 
     Attributes:
         model: a folder, or an id on the Hugging Face Hub.
-        served_model_name: what clients may call the model, beside the name of the Chainlet.
+        served_model_name: what clients of the gateway call the model; without it and adapters, whatever they like.
         max_num_seqs: how many sequences run at once; as many requests as that are taken by one worker.
         gpu_memory_utilization: part of a GPU's memory, above 0 and up to 1.
         kv_cache_memory_bytes: room for the KV cache; on a CPU it should be given.

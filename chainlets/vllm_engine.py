@@ -40,8 +40,9 @@ class VLLMChainlet(chains.ChainletBase):
                 f"{cls.__name__}.config is no VLLMConfig; write `config = VLLMConfig(model=…)`"
             )
         cls.remote_config = _with_defaults(_own(cls, "remote_config"), config)
-        if "openai_models" not in cls.__dict__ and (config.served_model_name or config.lora_modules):
-            cls.openai_models = (config.base_names[0], *config.lora_modules)
+        named = config.served_model_name or config.lora_modules
+        offered = (config.base_names[0], *config.lora_modules) if named else ()
+        cls.openai_models = _own(cls, "openai_models") or offered
 
     async def __aenter__(self) -> Self:
         if getattr(self, "config", None) is None:

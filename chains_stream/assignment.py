@@ -78,14 +78,16 @@ class Assignment:
         self._changed: set[int] = set()  # partitions with something to commit
         self._due = asyncio.Event()
         self._settled = asyncio.Event()  # cleared while the group moves partitions
+        self._clean = True
 
     async def join(self) -> GroupConsumer:
         """Join the group. Raises BrokerError."""
         self._consumer = await self._join()
         return self._consumer
 
-    async def leave(self) -> None:
-        """Leave the group, after a commit that says that all is in order."""
+    async def leave(self, *, clean: bool = True) -> None:
+        """Leave the group, after a commit that says that all is in order, unless it isn't: `clean` is False."""
+        self._clean = clean
         if self._consumer is not None:
             await self._consumer.close()
         if self._through is not None:
@@ -285,4 +287,4 @@ class Assignment:
         self._settled.clear()
         if self._consumer is not None:
             self._change(self.ledgers.keys())
-            await self._commit(clean=True)
+            await self._commit(clean=self._clean)

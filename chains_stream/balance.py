@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from hashlib import blake2b
 from itertools import count
 from typing import NamedTuple, Protocol
 
@@ -100,7 +101,8 @@ class Balancer:
         if not others:
             return partition
         # The same one each time, whoever comes and goes beside it (rendezvous hashing): what it caches is met again.
-        other = max(others, key=lambda each: zlib.crc32(key, zlib.crc32(each.worker)))
+        # Not by a CRC, which is linear: of three workers one would come first for half of the keys.
+        other = max(others, key=lambda each: blake2b(key, digest_size=8, key=each.worker[:64]).digest())
         return other.partitions[partition % len(other.partitions)]
 
     def running(self) -> int:

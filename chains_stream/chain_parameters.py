@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import pydantic
 
@@ -60,13 +60,13 @@ def parameters(kind: type[ModelT]) -> ModelT:
     given.known.update(kind.model_fields)
     values = {name: value for name, value in given.values.items() if name in kind.model_fields}
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(values, by_name=True)
     except pydantic.ValidationError as error:
-        wrong = {problem["loc"][0] for problem in error.errors() if problem["loc"]}
+        wrong = {_field_of(kind, problem["loc"][0]) for problem in error.errors() if problem["loc"]}
     # What is no text may have been written as JSON.
     values |= {name: _from_json(values[name]) for name in wrong if isinstance(name, str) and name in values}
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(values, by_name=True)
     except pydantic.ValidationError as error:
         raise ChainsUsageError("; ".join(_explain(problem, kind) for problem in error.errors())) from None
 
@@ -96,13 +96,36 @@ def _from_json(value: Any) -> Any:
 
 
 def _explain(problem: Any, kind: type[pydantic.BaseModel]) -> str:
-    name = ".".join(map(str, problem["loc"]))
+    field = _field_of(kind, problem["loc"][0]) if problem["loc"] else ""
+    name = ".".join(map(str, (field, *problem["loc"][1:])))
     if problem["type"] == "missing":
-        return f"parameter `{name}` is missing: give it with --set {name}=…"
+        mend = f": give it with --set {name}=…" if len(problem["loc"]) == 1 else ""  # else it is within one
+        return f"parameter `{name}` is missing{mend}"
     said = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]
     if not problem["loc"]:  # what several of them are together: all would be shown, secrets too
         return f"the parameters of {kind.__name__}: {said}"
+    if _is_secret(kind, field):
+        return f"parameter `{name}` {said}"
     return f"parameter `{name}` {said} (got {problem['input']!r})"
+
+
+def _field_of(kind: type[pydantic.BaseModel], place: Any) -> Any:
+    """Give the name of a field, which errors call by its alias."""
+    fields = kind.model_fields.items()
+    return next((name for name, field in fields if place in (name, field.alias, field.validation_alias)), place)
+
+
+def _is_secret(kind: type[pydantic.BaseModel], name: Any) -> bool:
+    """Tell whether a value must not be shown: its field says so, or its model does of all."""
+    field = kind.model_fields.get(name)
+    return bool(kind.model_config.get("hide_input_in_errors")) or (
+        field is not None and _holds_secret(field.annotation)
+    )
+
+
+def _holds_secret(annotation: Any) -> bool:
+    kinds = (pydantic.SecretStr, pydantic.SecretBytes, pydantic.Secret)
+    return annotation in kinds or get_origin(annotation) in kinds or any(map(_holds_secret, get_args(annotation)))
 
 
 def _hint(name: str, known: set[str]) -> str:

@@ -36,7 +36,8 @@ class ChainletBase:
     worker's health check. A Chainlet that is an asynchronous context manager (``__aenter__``, ``__aexit__``) is entered
     before its first request, and exited after its last: what takes long to load, and needs an end, goes there. And
     ``async def failed(self) -> None`` waits until the Chainlet can't serve any more, and raises why: its process then
-    ends in order, and the requests that fail meanwhile are left to other processes.
+    ends in order, and the requests that fail meanwhile are left to other processes. It may be awaited several times at
+    once, and be cancelled.
     """
 
     remote_config: ClassVar[RemoteConfig] = RemoteConfig()

@@ -26,6 +26,7 @@ from chains_stream.options import Batch, DeploymentContext, RemoteConfig
 from chains_stream.signature import name_fault, read, resolve, takes_websocket, topic_part
 
 _HEALTH = "is_healthy"
+_DEATH = "failed"
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
 
 
@@ -39,7 +40,7 @@ def check_chain_file(classes: Sequence[type[ChainletBase]]) -> list[Problem]:
 
 
 def check_chainlet(cls: type[ChainletBase]) -> list[Problem]:
-    """Check one Chainlet: its method, constructor, health check, options, body and feed. Empty if all is well."""
+    """Check one Chainlet: its method, constructor, optional methods, options, body and feed. Empty if all is well."""
     problems = [
         *_remote_config(cls),
         *_name(cls),
@@ -47,6 +48,8 @@ def check_chainlet(cls: type[ChainletBase]) -> list[Problem]:
         *_constructor(cls),
         *_health_check(cls),
         *_batch(cls),
+        *_life(cls),
+        *_death_watch(cls),
         *_instantiations(cls),
     ]
     # What is wrong with a method would be told again.
@@ -245,6 +248,34 @@ def _feed(cls: type[ChainletBase]) -> Iterator[Problem]:
         feed_of(cls)
     except ChainsUsageError as error:
         yield _at_class(cls, "source", "EVENTS", str(error))
+
+
+def _life(cls: type[ChainletBase]) -> Iterator[Problem]:
+    begin, end = "__aenter__", "__aexit__"
+    for name, other in ((begin, end), (end, begin)):
+        if hasattr(cls, name) and not hasattr(cls, other):
+            message = f"`{name}` is not called without `{other}`; write `async def {other}` too"
+            yield _at_class(cls, name, "LIFE", message)
+
+
+def _death_watch(cls: type[ChainletBase]) -> Iterator[Problem]:
+    found = inspect.getattr_static(cls, _DEATH, None)
+    if found is None:
+        return
+    mend = f"; write `async def {_DEATH}(self) -> None`, which waits until the Chainlet can't serve, and raises why"
+    if not isinstance(found, FunctionType):
+        yield _at_class(cls, _DEATH, "FAILED", f"`{_DEATH}` is not a method{mend}")
+        return
+    inner = inspect.unwrap(found)
+    place = source.of_function(inner)
+    names = list(inspect.signature(inner).parameters)
+    faults = []
+    if names != ["self"]:
+        faults.append(f"`{_DEATH}` takes `self` alone, and has ({', '.join(names)})")
+    if not inspect.iscoroutinefunction(inner):
+        faults.append(f"`{_DEATH}` is not a coroutine")
+    for fault in faults:
+        yield Problem(place.file, place.line, f"{cls.__name__}.{_DEATH}", "FAILED", f"{fault}{mend}")
 
 
 def _remote_config(cls: type[ChainletBase]) -> Iterator[Problem]:

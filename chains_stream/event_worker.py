@@ -271,6 +271,9 @@ class EventWorker(Taker[EventJob]):
 
     # --- Taker's
 
+    async def _orderly(self) -> bool:
+        return not await self.callee.dead()  # else an event may have killed it
+
     async def _finish_up(self, grace: float) -> None:
         end = self._loop.time() + grace
         if self._service.feed.source.delivery == "at_most_once":

@@ -6,7 +6,7 @@ A local call passes through the same codec and the same policy as a remote one: 
 import asyncio
 import contextvars
 import types
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, contextmanager, suppress
 from pathlib import Path
@@ -24,7 +24,7 @@ from chains_stream.chainlet import (
     signature,
 )
 from chains_stream.codec import Buffer, Codec, codec_of
-from chains_stream.errors import WebSocketClosedError
+from chains_stream.errors import ChainsRuntimeError, WebSocketClosedError, message_of
 from chains_stream.options import DeployedServiceDescriptor, DeploymentContext, RPCOptions
 from chains_stream.policy import Limit, Scope, current, scope_or_new
 from chains_stream.stub import Stub
@@ -47,6 +47,7 @@ class Callee:
         self.resumable = cls.remote_config.options.resumable
         self.slots = Limit(self.concurrency)
         self.colocated = False  # called in this process too, and not by its worker alone
+        self.beneath: Sequence[Callee] = ()  # those that it calls in this process, and can't do without
         # Of its own: the event loop's has a handful, whatever `predict_concurrency` says. Threads start as needed.
         self._threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix=f"{THREADS}-{self.name}")
         self.instance = instance
@@ -58,7 +59,15 @@ class Callee:
     async def enter(self, stack: AsyncExitStack) -> None:
         """Enter an instance that is an async context manager; `stack` exits it. Raises what it raises."""
         if isinstance(self.instance, AbstractAsyncContextManager):
-            await stack.enter_async_context(self.instance)
+            await self.instance.__aenter__()
+            stack.push_async_callback(self._exit, self.instance)
+
+    async def _exit(self, instance: AbstractAsyncContextManager[Any]) -> None:
+        try:
+            await instance.__aexit__(None, None, None)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {message_of(error)}"
+            raise ChainsRuntimeError(f"{self.name}.__aexit__ failed: {reason}") from error
 
     async def enter_for_the_loop(self) -> None:
         """Enter it once, as the first call of an event loop needs it; it is exited when that loop ends."""
@@ -72,9 +81,11 @@ class Callee:
         await asyncio.shield(self._lives[1])
 
     async def dead(self) -> bool:
-        """Tell whether the Chainlet says, by its `failed`, that it can't serve any more."""
+        """Tell whether the Chainlet, or one beneath it, says by its `failed` that it can't serve any more."""
         failed = getattr(self.instance, FAILED, None)
-        return failed is not None and await fault_of(failed) is not None
+        if failed is not None and await fault_of(failed) is not None:
+            return True
+        return any([await callee.dead() for callee in self.beneath])
 
     async def call(self, arguments: Mapping[str, Any]) -> bytes:
         """Run a unary `run_remote`, a sync one in a thread, and encode its result.

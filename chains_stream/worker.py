@@ -74,6 +74,10 @@ class Worker(Taker[Job]):
         await super().drain(grace)
         await self._service.read_back.close()
 
+    async def _orderly(self) -> bool:
+        # Where its Chainlet died, a request may have killed it, and is to be found as if the process had been killed.
+        return not await self.callee.dead()
+
     def handle(self, message: Message) -> None:
         """Take a control message about a request on this worker's topic, which may be another worker's."""
         match message:
@@ -261,30 +265,41 @@ class Host:
         )
 
     async def drain(self) -> None:
-        """Stop, callers before those they call: what still runs may need an answer from below."""
+        """Stop, callers before those they call: what still runs may need an answer from below.
+
+        Before them come those that are dead: what needs an answer of theirs has it from other processes.
+        """
+        try:
+            await self._stop()
+        finally:  # an engine may have processes, which nobody else ends
+            try:
+                await self._entered.aclose()
+            finally:
+                for callee in self._callees.values():
+                    callee.close()
+
+    async def _stop(self) -> None:
         loop = asyncio.get_running_loop()
         end = loop.time() + self._settings.grace_period
         # Nobody waits for events: what does not end soon is run again by whoever takes their partitions over.
         grace = self._settings.grace_period * (CALLERS_SHARE if self.workers else 1)
         await asyncio.gather(*(feed.drain(grace) for feed in self.feeds))
-        for left, worker in reversed(list(enumerate(self.workers))):
+        workers = self.workers[::-1]
+        dead = [worker for worker in workers if await worker.callee.dead()]
+        order = [*dead, *(worker for worker in workers if worker not in dead)]
+        for left, worker in zip(reversed(range(len(order))), order, strict=True):
             remaining = max(0.0, end - loop.time())
             # What is called by other processes too goes on meanwhile, and needs some of it for itself.
-            workers = [worker]
+            both = [worker]
             if self.background is not None and self.background.callee is worker.callee:
-                workers.append(self.background)
+                both.append(self.background)
             async with AsyncExitStack() as stack:
-                for one in workers:
+                for one in both:
                     await stack.enter_async_context(self._reporter.leaving(one))
                 grace = remaining * CALLERS_SHARE if left else remaining
-                await asyncio.gather(*(one.drain(grace) for one in workers))
+                await asyncio.gather(*(one.drain(grace) for one in both))
         await self._frames.close()
         await self._reporter.close()
-        try:
-            await self._entered.aclose()
-        finally:
-            for callee in self._callees.values():
-                callee.close()
 
     async def _ensure(self, topics: Mapping[type[ChainletBase], str]) -> None:
         """Create the topics that are taken from, and those that workers publish to."""
@@ -329,6 +344,8 @@ class Host:
             frames = user_frames(error.__traceback__)
             place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
             raise ChainsUsageError(f"{place}{name}.{doing} failed: {type(error).__name__}: {error}") from error
+        here = [each.chainlet for each in dependencies(cls).values() if each.options.colocated]
+        callee.beneath = [self._callees[other] for other in here if other in self._callees]
         return callee
 
     async def _stub(self, cls: type[ChainletBase], options: RPCOptions) -> Stub:

@@ -44,7 +44,7 @@ def _keep_parameters(context: click.Context, _option: click.Parameter, pairs: tu
     for pair in pairs:
         name, equals, _ = pair.partition("=")
         if not equals or not name.isidentifier():
-            raise click.BadParameter(f"should be NAME=VALUE, such as model=small (got {pair!r})")
+            raise click.BadParameter(f"should be NAME=VALUE, such as model=small (got {name!r})")
     context.meta[_PARAMETERS] = dict(pair.split("=", 1) for pair in pairs)
 
 

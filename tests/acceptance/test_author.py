@@ -139,6 +139,7 @@ def test_a_file_is_told_by_set(start: Commands, tmp_path: Path) -> None:
             "chain.py: it takes no parameter `greting`: did you mean `greeting`?",
         ),
         (("check", "chain.py", "--set", "greeting"), "Invalid value for '--set': should be NAME=VALUE"),
+        (("check", "chain.py", "--set", "api-key=s3cret"), "such as model=small (got 'api-key')"),
         (("call", "http://127.0.0.1:9", "--set", "greeting=a"), "--set is for a file"),
     ],
 )

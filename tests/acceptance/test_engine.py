@@ -9,6 +9,7 @@ import pytest
 from tests.acceptance.command import HERE, Commands
 
 ENGINE = str(HERE / "chains" / "engine.py")
+BELOW = str(HERE / "chains" / "engine_below.py")
 WHOLE = [f"{number}" for number in range(6)]
 
 
@@ -38,6 +39,25 @@ def test_another_worker_goes_on_with_what_the_dead_one_has_begun(
     assert not any("Traceback" in line for line in errors)
     printed = [line for line in first.stdout.text().splitlines() if "engine has" in line]
     assert printed == ["the engine has begun", "the engine has ended"]
+
+
+@pytest.mark.kafka
+def test_what_waits_above_a_dead_one_is_answered_before_the_process_ends(
+    start: Commands, kafka_url: str, namespace: str, tmp_path: Path
+) -> None:
+    common = ("--broker", kafka_url, "--namespace", namespace)
+    variables = {"CHAINS_PARTITIONS": "1", "CHAINS_GRACE_PERIOD": "300"}
+    gateway = start("gateway", BELOW, "--port", "0", *common, variables=variables)
+    first = start("worker", BELOW, *common, variables=variables)
+    url = gateway.ready()
+    first.ready()
+    (tmp_path / "die").touch()
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(httpx.post, f"{url}/run_remote", json={"folder": str(tmp_path)}, timeout=60)
+        first.logged("request.left")
+        start("worker", BELOW, *common, variables=variables).ready()
+        assert answer.result(60).json() == "answered"
+    assert first.wait() == 1
 
 
 def test_the_one_process_of_a_chain_ends_and_says_so(start: Commands, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import chains_stream as chains
 from chains_stream.client import Connection
-from chains_stream.errors import ChainsRuntimeError, ChainsUsageError
+from chains_stream.errors import ChainsRuntimeError, ChainsUsageError, DeadLetteredError
 from tests.sample import Seen
 
 WIDE = chains.RemoteConfig(compute=chains.Compute(predict_concurrency=8))
@@ -79,8 +79,8 @@ class Front(chains.ChainletBase):
     def __init__(self, engine: Engine = chains.depends(Engine, colocated=True)) -> None:
         self._engine = engine
 
-    async def run_remote(self, command: str = "") -> int:
-        return await self._engine.run_remote(command)
+    async def run_remote(self, command: str = "", *, first: int = 0) -> int:
+        return await self._engine.run_remote(command, first=first)
 
 
 @pytest.mark.parametrize("entrypoint", [Engine, Front])
@@ -141,6 +141,31 @@ async def test_one_that_cannot_be_entered_says_why_and_the_others_are_exited(set
     assert (Seen.counts["entered"], Seen.counts["exited"]) == (2, 2)
 
 
+class Clinging(Engine):
+    """Can't be exited."""
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await super().__aexit__(kind, error, trace)
+        raise ValueError("still in use")
+
+
+class Over(chains.ChainletBase):
+    """Stands over two that are exited, one of which fails at it."""
+
+    def __init__(self, engine: Engine = chains.depends(Engine), last: Clinging = chains.depends(Clinging)) -> None: ...
+
+    async def run_remote(self) -> None: ...
+
+
+async def test_one_that_cannot_be_exited_is_named_and_the_others_are_exited(settings: dict[str, Any]) -> None:
+    with pytest.raises(ChainsRuntimeError, match=r"^Clinging\.__aexit__ failed: ValueError: still in use$"):
+        async with chains.run_chain(Over, **settings) as chain:
+            await chain.run_remote()
+    assert (Seen.counts["entered"], Seen.counts["exited"]) == (2, 2)
+
+
 async def test_a_local_call_of_one_that_cannot_be_entered_says_why() -> None:
     with chains.run_local():
         broken = Broken()
@@ -163,16 +188,33 @@ async def test_a_dead_one_ends_its_host(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.kafka
-async def test_what_fails_with_a_dead_one_is_run_by_another(kafka_url: str) -> None:
+@pytest.mark.parametrize("entrypoint", [Engine, Front])
+async def test_what_fails_with_a_dead_one_is_run_by_another(kafka_url: str, entrypoint: type[Any]) -> None:
     settings: dict[str, Any] = {"broker": kafka_url, "namespace": f"t{uuid4().hex[:10]}", "partitions": 2}
     first = Engine.made + 1
+    client: Connection[..., Any]
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(
-            chains.connect(kafka_url, Engine, namespace=settings["namespace"], partitions=2)
+            chains.connect(kafka_url, entrypoint, namespace=settings["namespace"], partitions=2)
         )
-        async with chains.run_chain(Engine, **settings):
+        async with chains.run_chain(entrypoint, **settings):
             handles = [await client.submit("die", first=first) for _ in range(6)]
             await Seen.until("died", times=6)
-        await stack.enter_async_context(chains.run_chain(Engine, **settings))
+        await stack.enter_async_context(chains.run_chain(entrypoint, **settings))
         async with asyncio.timeout(60):
             assert {await handle.result() for handle in handles} == {first + 1}
+
+
+@pytest.mark.kafka
+async def test_a_request_that_kills_every_engine_is_put_aside(kafka_url: str) -> None:
+    settings: dict[str, Any] = {"broker": kafka_url, "namespace": f"t{uuid4().hex[:10]}", "partitions": 1}
+    async with chains.connect(kafka_url, Engine, namespace=settings["namespace"], partitions=1) as client:
+        deadly = asyncio.create_task((await client.submit("die")).result())
+        for killed in range(1, 6):  # two until it is suspected, and as many as `max_deliveries` by default alone
+            async with chains.run_chain(Engine, **settings), asyncio.timeout(30):
+                await Seen.until("died", times=killed)
+        async with chains.run_chain(Engine, **settings), asyncio.timeout(30):
+            with pytest.raises(DeadLetteredError, match="3 workers died"):
+                await deadly
+            assert await client.run_remote() == Engine.made
+    assert Seen.counts["died"] == 5

@@ -168,6 +168,15 @@ def test_keys_of_an_overloaded_worker_go_to_another_one_each_and_come_back(worke
     assert {key: workers.balancer.choose(key) for key in keys} == home
 
 
+def test_keys_of_an_overloaded_worker_are_shared_out_evenly(workers: Workers) -> None:
+    workers.report(b"a" * 16, range(2), 8, waiting=8)
+    for number, worker in enumerate((b"b", b"c", b"d"), 1):
+        workers.report(worker * 16, range(2 * number, 2 * number + 2), 0)
+    keys = [b"session-%04d" % number for number in range(4000)]
+    moved = Counter(workers.balancer.choose(key) // 2 for key in keys if zlib.crc32(key) % PARTITIONS < 2)
+    assert all(0.28 < moved[worker] / moved.total() < 0.39 for worker in (1, 2, 3))
+
+
 def test_an_overload_that_was_reported_long_ago_moves_no_key(workers: Workers) -> None:
     workers.report(b"a", LEFT, 8, waiting=8)
     workers.clock.now += REPORT_VALID / 2

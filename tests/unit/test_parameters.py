@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import pytest
@@ -96,6 +96,42 @@ def test_what_is_wrong_with_several_together_shows_none_of_them() -> None:
     with pytest.raises(ChainsUsageError) as caught, chains.parameter_values(token="s3cret", user="ada"):
         chains.parameters(Access)
     assert str(caught.value) == "the parameters of Access: give a token or a user, not both"
+
+
+def test_a_secret_that_does_not_fit_is_not_shown() -> None:
+    class Access(pydantic.BaseModel):
+        token: Annotated[pydantic.SecretStr, pydantic.Field(min_length=20)] | None = None
+
+    with (
+        pytest.raises(ChainsUsageError, match=r"parameter `token` .*20 ") as caught,
+        chains.parameter_values(token="s3cret"),
+    ):
+        chains.parameters(Access)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_what_is_missing_in_a_field_is_not_asked_for_as_a_field() -> None:
+    class Place(pydantic.BaseModel):
+        host: str
+
+    class Access(pydantic.BaseModel):
+        place: Place
+
+    with pytest.raises(ChainsUsageError) as caught, chains.parameter_values(place="{}"):
+        chains.parameters(Access)
+    assert str(caught.value) == "parameter `place.host` is missing"
+
+
+def test_a_field_with_an_alias_is_told_by_its_name() -> None:
+    class Served(pydantic.BaseModel):
+        model_name: str = pydantic.Field("small", alias="model")
+        places: list[int] = pydantic.Field([], validation_alias="seats")
+
+    with chains.parameter_values(model_name="large", places="[1, 2]"):
+        served = chains.parameters(Served)
+    assert (served.model_name, served.places) == ("large", [1, 2])
+    with pytest.raises(ChainsUsageError, match=r"^parameter `places` "), chains.parameter_values(places="many"):
+        chains.parameters(Served)
 
 
 def test_several_models_take_each_its_own() -> None:

@@ -66,7 +66,12 @@ def test_a_worker_takes_what_its_engine_runs_unless_it_is_said_otherwise() -> No
     assert (Plain.remote_config.compute.concurrency, Plain.remote_config.options.resumable) == (24, True)
     assert (Own.remote_config.compute.concurrency, Own.remote_config.options.resumable) == (8, False)
     assert (Own.remote_config.name, Own.remote_config.compute.gpu) == ("own", "H100")
+
+    class Other(Own):
+        config = VLLMConfig(model="m", served_model_name="other")
+
     assert Larger.remote_config.compute.concurrency == 48
+    assert (tuple(Larger.openai_models), tuple(Other.openai_models)) == ((), ("mine",))
     assert (tuple(Plain.openai_models), tuple(Own.openai_models)) == (("base", "fine"), ("mine",))
 
 
