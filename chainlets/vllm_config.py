@@ -21,6 +21,7 @@ _OURS = {
     "trust_request_chat_template",
 }
 _TRANSLATED = {"extra", "lora_modules", "model", "structured_outputs_backend"}  # are not given to it as they are
+_NO_DOMAIN = "none.invalid"  # there never is one of this name (RFC 6761)
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 _MOST_LORAS = 8  # in one batch, if the user does not say
 
@@ -35,6 +36,8 @@ class VLLMConfig(pydantic.BaseModel):
         gpu_memory_utilization: part of a GPU's memory, above 0 and up to 1.
         kv_cache_memory_bytes: room for the KV cache; on a CPU it should be given.
         generation_config: ``auto`` takes defaults of sampling from the model's folder, ``vllm`` those of vLLM.
+        allowed_media_domains: hosts that the images and sounds of requests may be fetched from; if none is named, they
+            have to be in the request itself (``data:``).
         lora_modules: LoRA adapters, by the name that requests ask for one with: a folder each.
         chat_template: a Jinja template or the path of one, in place of the tokenizer's own.
         chat_template_kwargs: defaults of the values that templates are given.
@@ -71,6 +74,7 @@ class VLLMConfig(pydantic.BaseModel):
     generation_config: str = "auto"
     limit_mm_per_prompt: dict[str, NonNegativeInt] | None = None
     speculative_config: dict[str, Any] | None = None
+    allowed_media_domains: list[str] = Field(default_factory=list)
     lora_modules: dict[str, str] = Field(default_factory=dict)
     max_lora_rank: PositiveInt | None = None
     max_loras: PositiveInt | None = None
@@ -100,6 +104,8 @@ class VLLMConfig(pydantic.BaseModel):
         names = set(VLLMConfig.model_fields) - _OURS - _TRANSLATED
         found = {name: value for name in names if (value := getattr(self, name)) is not None}
         found["model"] = str(Path(self.model).expanduser()) if _is_a_path(self.model) else self.model
+        # vLLM takes an empty list for all there are; a client could have this machine ask any other.
+        found["allowed_media_domains"] = self.allowed_media_domains or [_NO_DOMAIN]
         if self.lora_modules:
             found |= {"enable_lora": True, "max_lora_rank": self.max_lora_rank or self._lora_rank()}
             found["max_loras"] = self.max_loras or min(len(self.lora_modules), _MOST_LORAS)

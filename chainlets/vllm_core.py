@@ -139,15 +139,17 @@ class Engine(OpenEngine):
 
         Raises what `explained` does.
         """
-        outputs = self.llm.generate(
-            job.prompt, job.params, str(uuid.uuid4()), lora_request=lora, priority=priority, **job.options
-        )
-        try:
-            with self.explained():
-                async for output in outputs:
-                    yield output
-        finally:
-            await outputs.aclose()
+        # A request may be of many sequences, of which the engine runs no more than it has places for.
+        async with self._core.places:
+            outputs = self.llm.generate(
+                job.prompt, job.params, str(uuid.uuid4()), lora_request=lora, priority=priority, **job.options
+            )
+            try:
+                with self.explained():
+                    async for output in outputs:
+                        yield output
+            finally:
+                await outputs.aclose()
 
 
 class Sampler:
@@ -164,6 +166,7 @@ class _Core:
 
     def __init__(self, config: VLLMConfig) -> None:
         self.loras: dict[str, Any] = {}
+        self.places = asyncio.Semaphore(config.max_num_seqs)
         self._config = config
         self._users = 0
         self._metrics = CollectorRegistry()

@@ -6,6 +6,7 @@ import sys
 import traceback
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -53,7 +54,7 @@ class Chain:
         """
         path, _, wanted = target.rpartition(":") if re.search(r"\.py:\w*$", target) else (target, "", "")
         try:
-            with parameter_values(**(values or {})):
+            with parameter_values(**values) if values else nullcontext():  # else they are those of the caller's
                 module, defined = _import(Path(path))
         except UnknownParameterError as error:
             raise ChainsUsageError(f"{path}: {error}") from None

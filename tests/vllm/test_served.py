@@ -199,11 +199,12 @@ async def test_64_streams_say_what_the_engine_says_by_itself(
     fleet: Fleet, client: openai.AsyncOpenAI, expected: dict[Asked, Said]
 ) -> None:
     (worker,) = fleet.ready(1)
+    before = await worker.metric("vllm:generation_tokens_total")
     readings = [Reading(client, asked) for asked in SHORT]
     await asyncio.gather(*(reading.read() for reading in readings))
     assert [reading.said for reading in readings] == [expected[asked] for asked in SHORT]
     assert {reading.finish_reason for reading in readings} == {"length"}
-    assert await worker.metric("vllm:generation_tokens_total") == STREAMS * TOKENS
+    assert await worker.metric("vllm:generation_tokens_total") - before == STREAMS * TOKENS
     await worker.until("vllm:num_requests_running", 0)
 
 
@@ -220,7 +221,7 @@ async def test_a_disconnect_ends_the_generation(fleet: Fleet, client: openai.Asy
     made = await worker.metric("vllm:generation_tokens_total") - before
     assert made < LONG, f"broken off, {seconds:.2f} s after its reader had left"
     assert await worker.metric("vllm:kv_cache_usage_perc") == 0
-    assert seconds < 1 or made < LONG / 2
+    assert made < LONG / 2 or seconds < 1
 
 
 async def test_a_generation_goes_on_where_a_worker_was_killed(
