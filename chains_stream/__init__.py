@@ -21,8 +21,10 @@ if TYPE_CHECKING:
         ChainsUsageError,
         DeadLetteredError,
         DeadlineExceededError,
+        FencedError,
         GatewayError,
         GenericRemoteException,
+        IncompatibleSchemaError,
         InvalidArgumentError,
         InvalidChainError,
         InvalidResultError,
@@ -31,17 +33,23 @@ if TYPE_CHECKING:
         OverloadedError,
         RecordTooLargeError,
         RemoteErrorDetail,
+        SchemaRegistryAuthorizationError,
+        SchemaRegistryError,
         StackFrame,
         StoredValueMissingError,
         StoreError,
         StreamInterruptedError,
+        UnknownSchemaError,
         WebSocketClosedError,
         WorkerLostError,
     )
+    from chains_stream.events import Event, Output, Sink, Source
+    from chains_stream.formats import Avro, CloudEvents, Format, Json, JsonSchema, Msgpack
     from chains_stream.local import run_local
     from chains_stream.options import (
         Assets,
         BasetenImage,
+        Batch,
         ChainletOptions,
         Compute,
         CustomImage,
@@ -61,7 +69,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Assets",
+    "Avro",
     "BasetenImage",
+    "Batch",
     "BrokerAuthorizationError",
     "BrokerError",
     "CallCancelledError",
@@ -72,6 +82,7 @@ __all__ = [
     "ChainsError",
     "ChainsRuntimeError",
     "ChainsUsageError",
+    "CloudEvents",
     "Compute",
     "Connection",
     "CurrentRequest",
@@ -82,23 +93,36 @@ __all__ = [
     "DeploymentContext",
     "DockerImage",
     "Environment",
+    "Event",
+    "FencedError",
+    "Format",
     "GatewayError",
     "GenericRemoteException",
     "Handle",
+    "IncompatibleSchemaError",
     "InvalidArgumentError",
     "InvalidChainError",
     "InvalidResultError",
+    "Json",
+    "JsonSchema",
     "MissingDependencyError",
+    "Msgpack",
     "OffsetExpiredError",
+    "Output",
     "OverloadedError",
     "RPCOptions",
     "RecordTooLargeError",
     "RemoteConfig",
     "RemoteErrorDetail",
+    "SchemaRegistryAuthorizationError",
+    "SchemaRegistryError",
+    "Sink",
+    "Source",
     "StackFrame",
     "StoreError",
     "StoredValueMissingError",
     "StreamInterruptedError",
+    "UnknownSchemaError",
     "WebSocketClosedError",
     "WebSocketProtocol",
     "WeightsSource",
@@ -118,7 +142,18 @@ __all__ = [
 
 # Where the names above live: imported when first asked for, in this order. A Chain file gets by without `client`, which
 # brings HTTP and the brokers with it, and `chains --help` without any of them.
-_HOMES = ("errors", "options", "chain_parameters", "policy", "websocket", "chainlet", "local", "client")
+_HOMES = (
+    "errors",
+    "options",
+    "chain_parameters",
+    "policy",
+    "websocket",
+    "chainlet",
+    "local",
+    "formats",
+    "events",
+    "client",
+)
 
 
 def __getattr__(name: str) -> Any:

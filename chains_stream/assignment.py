@@ -1,9 +1,11 @@
 """The partitions that a worker holds: taken over, paused, committed, and given back."""
 
 import asyncio
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
 
-from chains_stream.broker import Broker, Committed, GroupConsumer, Record
+from chains_stream.broker import Broker, Committed, GroupConsumer, Isolation, Record, Start
 from chains_stream.errors import BrokerError
 from chains_stream.log import get_logger
 from chains_stream.offsets import Ledger, Note
@@ -15,6 +17,19 @@ COMMIT_INTERVAL = 0.1  # seconds between two commits: what a crash may repeat, a
 log = get_logger(__name__)
 
 
+class Commits(Protocol):
+    """Where it is stored how far the work is done, if not by the consumer alone."""
+
+    async def take_over(self, partitions: Collection[int]) -> None:
+        """Keep earlier holders of partitions from storing anything from now on. Raises BrokerError."""
+
+    async def commit(self, positions: Mapping[int, Committed]) -> frozenset[int]:
+        """Store how far the work on partitions is done; give those of which it was stored. Raises BrokerError."""
+
+    async def lose(self, partitions: Collection[int]) -> None:
+        """Let go of partitions."""
+
+
 class Assignment:
     """The ledgers of the partitions that are held, and what of them the broker has stored.
 
@@ -22,13 +37,37 @@ class Assignment:
     """
 
     def __init__(
-        self, chainlet: str, topic: str, broker: Broker, settings: Settings, lose: Callable[[Collection[int]], None]
+        self,
+        chainlet: str,
+        topic: str,
+        broker: Broker,
+        settings: Settings,
+        lose: Callable[[Collection[int]], None],
+        *,
+        group: str | None = None,
+        isolation: Isolation = "read_uncommitted",
+        start: Start = "earliest",
+        through: "Commits | None" = None,
     ) -> None:
+        """Hold partitions of `topic` for the group of that name, if no other `group` is named.
+
+        `through` commits in the consumer's place; `isolation` and `start` are those of `Broker.consume`.
+        """
         self.held: frozenset[int] = frozenset()
         self.ledgers: dict[int, Ledger] = {}
         self.paused: set[int] = set()
         self._chainlet = chainlet
         self._topic = topic
+        self._join = functools.partial(
+            broker.consume,
+            topic,
+            group or topic,
+            on_assigned=self._assigned,
+            on_revoked=self._revoked,
+            isolation=isolation,
+            start=start,
+        )
+        self._through = through
         self._broker = broker
         self._limit = settings.max_uncommitted
         self._lose = lose
@@ -42,10 +81,8 @@ class Assignment:
         self._clean = True
 
     async def join(self) -> GroupConsumer:
-        """Join the group of the topic. Raises BrokerError."""
-        self._consumer = await self._broker.consume(
-            self._topic, self._topic, on_assigned=self._assigned, on_revoked=self._revoked
-        )
+        """Join the group. Raises BrokerError."""
+        self._consumer = await self._join()
         return self._consumer
 
     async def leave(self, *, clean: bool = True) -> None:
@@ -53,6 +90,8 @@ class Assignment:
         self._clean = clean
         if self._consumer is not None:
             await self._consumer.close()
+        if self._through is not None:
+            await self._through.lose(tuple(self.ledgers))
 
     def of(self, record: Record) -> Ledger | None:
         """Give the ledger that a record belongs to, or None if its partition went to another worker."""
@@ -134,6 +173,8 @@ class Assignment:
 
     async def _next_ledgers(self, firsts: Mapping[int, int]) -> dict[int, Ledger]:
         assert self._consumer is not None, "records come from it"
+        if self._through is not None:
+            await self._through.take_over(firsts)
         committed = await self._consumer.committed(firsts)
         ledgers = {}
         for number, first in firsts.items():
@@ -193,7 +234,8 @@ class Assignment:
         states = {number: (ledgers[number].position, note.write()) for number, note in notes.items()}
         known = frozenset(number for number, state in states.items() if self._stored.get(number) == state)
         due = {number: Committed(*state) for number, state in states.items() if number not in known}
-        stored = await self._consumer.commit(due) if due else frozenset[int]()
+        commits = self._through or self._consumer
+        stored = await commits.commit(due) if due else frozenset[int]()
         self._stored |= {number: states[number] for number in stored}
         self._claims -= stored
         self._claims |= {number for number in stored if clean or notes[number].named or notes[number].alone is not None}
@@ -213,6 +255,8 @@ class Assignment:
         self._lose(lost)
         for number in lost:
             del self.ledgers[number]
+        if self._through is not None and lost:
+            await self._through.lose(lost)
         # It is stored that they were given back in order, with what was open then: nothing else may run until it isn't.
         self._claims = set(self.ledgers)
         self.held = partitions

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NoReturn, Protocol, Self, TypeVar, cast, overl
 from typing_extensions import TypeIs
 
 from chains_stream.errors import ChainsUsageError, MissingDependencyError
-from chains_stream.options import DeploymentContext, RemoteConfig, RPCOptions
+from chains_stream.options import Batch, DeploymentContext, RemoteConfig, RPCOptions
 from chains_stream.signature import Signature
 
 T = TypeVar("T")
@@ -41,6 +41,10 @@ class ChainletBase:
     """
 
     remote_config: ClassVar[RemoteConfig] = RemoteConfig()
+    batch: ClassVar[Batch | None] = None
+    """Joins calls: ``run_remote`` takes one list and returns one as long, and is given the lists of several callers as
+    one. Each caller gets the results of its own items. If a joined call fails, each caller's items are run by
+    themselves, so that nobody fails for others; and a result may be an exception, for the caller of its item."""
     openai_models: ClassVar[Sequence[str]] = ()
     """The models that clients of OpenAI's API may ask it for, and no others; none for whatever they call it."""
 

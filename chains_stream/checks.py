@@ -21,8 +21,8 @@ from chains_stream.chainlet import (
     init_parameters,
 )
 from chains_stream.descriptor import show
-from chains_stream.errors import Problem
-from chains_stream.options import DeploymentContext, RemoteConfig
+from chains_stream.errors import ChainsUsageError, Problem
+from chains_stream.options import Batch, DeploymentContext, RemoteConfig
 from chains_stream.signature import name_fault, read, resolve, takes_websocket, topic_part
 
 _HEALTH = "is_healthy"
@@ -40,18 +40,20 @@ def check_chain_file(classes: Sequence[type[ChainletBase]]) -> list[Problem]:
 
 
 def check_chainlet(cls: type[ChainletBase]) -> list[Problem]:
-    """Check one Chainlet: its method, constructor, optional methods, options and body. Empty if all is well."""
+    """Check one Chainlet: its method, constructor, optional methods, options, body and feed. Empty if all is well."""
     problems = [
         *_remote_config(cls),
         *_name(cls),
         *_method(cls),
         *_constructor(cls),
         *_health_check(cls),
+        *_batch(cls),
         *_life(cls),
         *_death_watch(cls),
         *_instantiations(cls),
     ]
-    return sorted(set(problems))
+    # What is wrong with a method would be told again.
+    return sorted(set(problems)) or [*_feed(cls)]
 
 
 def advice(cls: type[ChainletBase]) -> list[Problem]:
@@ -213,6 +215,39 @@ def _health_check(cls: type[ChainletBase]) -> Iterator[Problem]:
         faults.append(f"`{_HEALTH}` is not annotated to return bool")
     for fault in faults:
         yield Problem(place.file, place.line, f"{cls.__name__}.{_HEALTH}", "HEALTH_CHECK", f"{fault}{mend}")
+
+
+def _batch(cls: type[ChainletBase]) -> Iterator[Problem]:
+    """Check that a Chainlet whose calls are joined takes one list, and gives one."""
+    given: Any = cls.batch
+    if given is None:
+        return
+    if not isinstance(given, Batch):
+        message = f"`batch` is a `{type(given).__name__}`; write `batch = Batch(max_size=…, max_wait_ms=…)`"
+        yield _at_class(cls, "batch", "BATCH", message)
+        return
+    method = getattr(cls, METHOD, None)
+    if not isinstance(method, FunctionType):
+        return  # which is told already
+    found, faults = read(method, cls.__name__)
+    if faults or found is None:
+        return
+    lists = [parameter.annotation for parameter in found.parameters] + [found.result]
+    if found.streaming or len(found.parameters) != 1 or any(typing.get_origin(kind) is not list for kind in lists):
+        message = f"with a `batch`, `{METHOD}` takes one `list[…]` and returns a `list[…]` that is as long"
+        yield _at_class(cls, METHOD, "BATCH", message)
+
+
+def _feed(cls: type[ChainletBase]) -> Iterator[Problem]:
+    """Check what a Chainlet is fed from, and writes to."""
+    if getattr(cls, "source", None) is None:
+        return
+    from chains_stream.events import feed_of  # few Chains need it, and it takes a while
+
+    try:
+        feed_of(cls)
+    except ChainsUsageError as error:
+        yield _at_class(cls, "source", "EVENTS", str(error))
 
 
 def _life(cls: type[ChainletBase]) -> Iterator[Problem]:

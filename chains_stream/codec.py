@@ -68,6 +68,11 @@ class Codec:
         self._argument_decoder = msgspec.msgpack.Decoder(self._arguments, dec_hook=foreign.decode_hook)
         self._result_decoder = msgspec.msgpack.Decoder(signature.result, dec_hook=foreign.decode_hook)
 
+    @property
+    def arguments(self) -> Any:
+        """The Struct of a call's arguments."""
+        return self._arguments
+
     def encode_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
         """Bind the arguments of a call as Python would, and encode them. Their types are checked by the receiver."""
         try:
@@ -186,6 +191,21 @@ class Codec:
             except Exception as error:  # noqa: BLE001 - a hook may run code of the user's
                 return self._bad_argument(error, f"$.{name}")
         return None
+
+
+def to_msgpack(value: Any) -> bytes:
+    """Encode a value as msgpack. What it raises is for `explain`."""
+    return _to_msgpack.encode(value)
+
+
+def to_json(value: Any) -> bytes:
+    """Encode a value as JSON, unless a float in it has no form there. What it raises is for `explain`."""
+    data = _to_json.encode(value)
+    # msgspec writes such a float as null, as it does None.
+    if b"null" in data and _NOT_FINITE.search(_to_msgpack.encode(value)):
+        plain = msgspec.to_builtins(value, builtin_types=_NO_FLOATS, enc_hook=foreign.encode_json_hook)
+        _refuse_not_finite(plain, "$")
+    return data
 
 
 def explain(error: Exception) -> tuple[str, str | None]:

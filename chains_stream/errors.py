@@ -134,6 +134,18 @@ class OffsetExpiredError(BrokerError):
     retryable = False
 
 
+class FencedError(BrokerError):
+    """Another process holds this transactional id now, or the broker gave up a transaction that was open for too long.
+
+    What this process has of the partition is void: drop it, go on with the others, and begin this one anew from what is
+    committed if the group still says that it is ours.
+    """
+
+    code = "fenced"
+    status = 409
+    retryable = False
+
+
 class InvalidArgumentError(ChainsRuntimeError):
     """The arguments don't fit the signature of `run_remote`. `path` names the field, for example ``$.names[1]``."""
 
@@ -220,6 +232,40 @@ class StoredValueMissingError(StoreError):
 
     code = "stored-value-missing"
     status = 410
+    retryable = False
+
+
+class SchemaRegistryError(ChainsRuntimeError):
+    """The schema registry can't be reached, or failed. The message names its address and what it said."""
+
+    code = "schema-registry"
+    status = 503
+    retryable = True
+
+
+class SchemaRegistryAuthorizationError(SchemaRegistryError):
+    """The schema registry won't let us in, or not that far. Mend the credentials, or give their owner the right."""
+
+    code = "schema-registry-authorization"
+    retryable = False
+
+
+class UnknownSchemaError(SchemaRegistryError):
+    """The registry has no such schema, or one that can't be used. Register it, or look who wrote the record."""
+
+    code = "unknown-schema"
+    status = 404
+    retryable = False
+
+
+class IncompatibleSchemaError(SchemaRegistryError):
+    """The registry won't take the schema of what we write, for the reason in the message. Change the type as it allows.
+
+    A field that is new mostly needs a default.
+    """
+
+    code = "incompatible-schema"
+    status = 409
     retryable = False
 
 

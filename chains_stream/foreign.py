@@ -111,6 +111,16 @@ def encode_json_hook(value: Any) -> Any:
     return _encode_scalar(value)
 
 
+def encode_plain_hook(value: Any) -> Any:
+    """Turn a value that msgspec does not know into plain ones, which another library is to write; see `decode_hook`."""
+    if isinstance(value, pydantic.BaseModel):
+        return value.model_dump(mode="python", round_trip=True, by_alias=False, warnings=False)
+    plain = _encode_inside_model(value)
+    if isinstance(plain, dict) and is_numpy(value):
+        plain["data"] = bytes(plain["data"])
+    return plain
+
+
 def decode_hook(kind: Any, value: Any) -> Any:
     """Build a model or an array from what msgpack held; raise ValueError if it does not fit."""
     if is_model(kind):

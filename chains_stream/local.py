@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, co
 from pathlib import Path
 from typing import Any
 
+from chains_stream.batches import Batcher
 from chains_stream.chain import Chain
 from chains_stream.chainlet import (
     METHOD,
@@ -50,6 +51,7 @@ class Callee:
         # Of its own: the event loop's has a handful, whatever `predict_concurrency` says. Threads start as needed.
         self._threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix=f"{THREADS}-{self.name}")
         self.instance = instance
+        self._batcher = Batcher(self._run_batch, cls.batch) if cls.batch is not None else None
         # The class's own: `run_local` puts a stub in its place on the instance.
         self._method = types.MethodType(getattr(type(instance), METHOD), instance)
         self._lives: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None  # where, and its entering
@@ -90,11 +92,22 @@ class Callee:
 
         Raises what it raises, and InvalidResultError.
         """
+        return self.codec.encode_result(await self.invoke(arguments))
+
+    async def invoke(self, arguments: Mapping[str, Any]) -> Any:
+        """Run a unary `run_remote`, a sync one in a thread, and give its result as it is. Raises what it raises."""
+        if self._batcher is not None:
+            (items,) = arguments.values()
+            return await self._batcher.call(list(items))
+        return await self._invoke(arguments)
+
+    async def _run_batch(self, items: list[Any]) -> Any:
+        return await self._invoke({self.signature.parameters[0].name: items})
+
+    async def _invoke(self, arguments: Mapping[str, Any]) -> Any:
         if self.signature.is_async:
-            result = await self._method(**arguments)
-        else:
-            result = await self._in_thread(arguments)
-        return self.codec.encode_result(result)
+            return await self._method(**arguments)
+        return await self._in_thread(arguments)
 
     async def _in_thread(self, arguments: Mapping[str, Any]) -> Any:
         """Run a sync `run_remote`. A thread can't be cancelled: it takes one of the places until it has ended."""

@@ -39,6 +39,16 @@ class Compute(_Options):
         return self.cpu_count if self.predict_concurrency == "cpu_count" else self.predict_concurrency
 
 
+class Batch(_Options):
+    """How calls of one Chainlet are joined: see `ChainletBase.batch`.
+
+    `max_size` bounds the items of a batch, `max_wait_ms` how many milliseconds the first of them waits for others.
+    """
+
+    max_size: PositiveInt = 32
+    max_wait_ms: Annotated[float, Field(ge=0)] = 5.0
+
+
 class CustomImage(_Options):
     """A base image of the user's own, with the Python interpreter in it to use."""
 

@@ -1,6 +1,7 @@
 """How a request ended, for its worker, and how its frames tell it."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
@@ -8,6 +9,9 @@ from chains_stream.deliveries import Status
 from chains_stream.errors import DeadLetteredError, DeadlineExceededError, QueueExpiredError
 from chains_stream.fold import Fold, Step
 from chains_stream.messages import Cancelled, Done, Failed, Frame
+
+Stop = Literal["cancelled", "lost", "drained"]
+"""Why work is stopped before its end: somebody cancelled it, its partition went to another worker, or this one ends."""
 
 
 class Outcome(msgspec.Struct, frozen=True, eq=False):

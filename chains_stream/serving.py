@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from structlog.contextvars import bind_contextvars
@@ -35,7 +35,7 @@ from chains_stream.local import Callee
 from chains_stream.log import get_logger
 from chains_stream.messages import JSON, MSGPACK, REQUEST_ID, Request, now_ms
 from chains_stream.offsets import Ledger
-from chains_stream.outcome import Outcome
+from chains_stream.outcome import Outcome, Stop
 from chains_stream.patience import persist, place_of
 from chains_stream.policy import Scope
 from chains_stream.readback import ReadBack
@@ -49,8 +49,6 @@ from chains_stream.timeouts import Timeout
 ANSWER_GRACE = 60.0  # seconds after a request's deadline in which its answer is still tried to be stored
 TRY_BITS = 20  # of the attempt of a frame, for workers that die; above them is which try of the request it is of
 CHUNKS_A_TURN = 32  # of a generator that never waits, until others have their turn of the event loop
-
-Stop = Literal["cancelled", "lost", "drained"]
 
 log = get_logger(__name__)
 

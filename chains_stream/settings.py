@@ -40,6 +40,31 @@ class KafkaSettings(pydantic.BaseModel):
     session_timeout_ms: _Millis = 10_000
 
 
+class RegistrySettings(pydantic.BaseModel):
+    """How to reach a schema registry with Confluent's API. Files are PEM; a `url` may be several, with commas."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    url: Annotated[str, Field(pattern=r"^https?://[^@]+$")] | None = None  # credentials have fields of their own
+    username: str | None = None
+    password: pydantic.SecretStr | None = None
+    token: pydantic.SecretStr | None = None  # a bearer token, instead of a name and password
+    cluster: str | None = None  # the logical cluster that Confluent Cloud wants named beside a token
+    cafile: str | None = None
+    certfile: str | None = None
+    keyfile: str | None = None
+    key_password: pydantic.SecretStr | None = None
+    timeout: PositiveFloat = 10.0  # seconds, of one try
+
+    @pydantic.model_validator(mode="after")
+    def _one_way_in(self) -> Self:
+        if self.token is not None and self.username is not None:
+            raise ValueError("should have a token or a username, not both")
+        if (self.username is None) != (self.password is None):
+            raise ValueError("should have a username and a password, or neither")
+        return self
+
+
 class Settings(pydantic.BaseModel):
     """The settings of a process; each is a keyword of `connect` and, in capitals, a variable ``CHAINS_…``.
 
@@ -96,6 +121,7 @@ class Settings(pydantic.BaseModel):
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     kafka: KafkaSettings = KafkaSettings()
+    registry: RegistrySettings = RegistrySettings()
 
     @pydantic.field_validator("webhook_secrets")
     @classmethod
@@ -204,9 +230,12 @@ def _variable(name: str) -> str:
 
 
 def _nested_names() -> list[str]:
-    return [f"kafka_{name}" for name in KafkaSettings.model_fields]
+    return [
+        *(f"kafka_{name}" for name in KafkaSettings.model_fields),
+        *(f"registry_{name}" for name in RegistrySettings.model_fields),
+    ]
 
 
 _PLAIN = frozenset(
-    name for name in (*Settings.model_fields, *_nested_names()) if not re.search("password|secret|api_key", name)
+    name for name in (*Settings.model_fields, *_nested_names()) if not re.search("password|secret|api_key|token", name)
 )

@@ -5,14 +5,14 @@ stored its whole answer, and only when all requests before it on its partition a
 """
 
 import asyncio
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 
 from chains_stream import metrics
 from chains_stream.assignment import Assignment
 from chains_stream.balance import Busy, Reporter
 from chains_stream.batching import FrameBatcher
-from chains_stream.broker import Broker, GroupConsumer, Record, TopicSpec
+from chains_stream.broker import Broker, Record, TopicSpec
 from chains_stream.calls import Caller, remote_target
 from chains_stream.chain import Chain
 from chains_stream.chainlet import ChainletBase, chainlet_name, dependencies, instantiate, signature
@@ -20,6 +20,8 @@ from chains_stream.control import Cancel, CancelRequest, Credit, Message
 from chains_stream.delays import Delays
 from chains_stream.deliveries import webhooks_spec
 from chains_stream.errors import ChainsError, ChainsRuntimeError, ChainsUsageError, message_of, user_frames
+from chains_stream.event_worker import EventService, EventWorker
+from chains_stream.events import feed_of, group_of
 from chains_stream.letters import dead_letter_spec
 from chains_stream.local import FAILED, Callee, LocalTarget
 from chains_stream.log import get_logger
@@ -31,129 +33,50 @@ from chains_stream.serving import Job, Service, request_id_of
 from chains_stream.settings import Settings
 from chains_stream.signature import background_topic
 from chains_stream.stub import Stub
+from chains_stream.taking import Places, Taker
 
-MAX_TAKEN = 256  # records at once: see `offsets.MOST_OPEN`
 MAX_UNSTORED_ANSWERS = 1024  # a worker: answers that the broker has not acknowledged yet
-IDLE_SECONDS = 0.5  # without a record, after which a worker is idle though the broker seems to hold more for it
-LOOK_SECONDS = 0.1  # from one look at that to the next
 CALLERS_SHARE = 0.75  # of the grace period that is left, for a Chainlet that calls others of the process
-CANCEL_PATIENCE = 5.0  # seconds for cancelled work to end, when the process does
 
 log = get_logger(__name__)
 
 
-class Places:
-    """The places of one Chainlet in this process, as many as its `predict_concurrency`: its workers share them."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.taken = 0
-        self.changed = asyncio.Event()  # some place was freed, or a worker has nothing more to take
-
-    async def change(self, seconds: float | None = None) -> None:
-        """Wait until something has changed; for so long at most."""
-        self.changed.clear()
-        if seconds is None:
-            await self.changed.wait()
-            return
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.changed.wait()
-
-
-class Worker:
-    """Serves one Chainlet from its topic, up to its `predict_concurrency` requests at once.
-
-    `quarantine` is that of its process. One that stands `behind` another takes only while that one is idle, and shares
-    its places: the Chainlet is the same.
-    """
+class Worker(Taker[Job]):
+    """Serves one Chainlet from its topic, up to its `predict_concurrency` requests at once."""
 
     def __init__(self, service: Service, quarantine: Quarantine, behind: "Worker | None" = None) -> None:
         callee, settings = service.callee, service.settings
+        assignment = Assignment(callee.name, service.topic, service.broker, settings, self._lose)
+        places = Places(callee.concurrency) if behind is None else behind.places
+        super().__init__(service.name, assignment, settings, quarantine, places=places, behind=behind)
         self.topic = service.topic
         self.callee = callee
-        self.in_flight = 0  # requests that run
-        self._behind = behind
-        self._places: Places = Places(callee.concurrency) if behind is None else behind._places  # noqa: SLF001 - of its kind
-        self._shared = False  # places
-        self._waits_since: float | None = None  # in `fetch`
-        self._settings = settings
         self._service = service
-        self._assignment = Assignment(callee.name, service.topic, service.broker, settings, self._lose)
-        self._consumer: GroupConsumer | None = None
-        self._jobs: dict[asyncio.Task[None], Job] = {}
+        self._fed = False  # whether events have places of it
         self._by_id: dict[bytes, Job] = {}  # a stranger's requests may have no id, or repeat one
         self._cancellations = service.async_requests.cancellations
-        self._quarantine = quarantine
-        quarantine.join(self._running)
-        self._tasks: list[asyncio.Task[None]] = []
         self._metrics = metrics.OfWorker(self.name)
-        if behind is not None:
-            behind._shared = self._shared = True  # noqa: SLF001 - as above
+
+    def share(self) -> None:
+        """Leave places to events too, each of the two in its turn while both have work."""
+        self._fed = self._shared = True
 
     async def start(self) -> None:
         """Join the group and begin to take requests.
 
         The control topic must have been read back by now, for as long as `settings.deadline`.
         """
-        self._loop = asyncio.get_running_loop()
         self._cancellations.heard_back(min(self._settings.deadline, self._settings.reply_retention_ms / 1000))
-        self._consumer = await self._assignment.join()
-        name = self.name
-        self._tasks = [
-            asyncio.create_task(self._take(self._consumer), name=f"take {name}"),
-            asyncio.create_task(self._assignment.commit_regularly(), name=f"commit {name}"),
-        ]
-        metrics.IN_HAND.workers.add(self)
-        log.info("worker.started", chainlet=name, topic=self.topic)
-
-    async def failed(self) -> None:
-        """Wait until the worker can't go on. Raises what stopped it."""
-        await asyncio.gather(*map(asyncio.shield, self._tasks))
+        await super().start()
+        log.info("worker.started", chainlet=self.name, topic=self.topic)
 
     async def drain(self, grace: float) -> None:
-        """Stop taking, give running requests `grace` seconds, commit, and leave; the unfinished are left to others."""
-        metrics.IN_HAND.workers.discard(self)
-        await _end(*self._tasks[:1])
-        if self._jobs:
-            await asyncio.wait(self._jobs, timeout=grace)
-        if self._jobs:
-            log.warning("worker.unfinished", chainlet=self.name, requests=len(self._jobs))
-            for task, job in self._jobs.items():
-                job.cancel("drained")
-                task.cancel()
-            _, ignoring = await asyncio.wait(self._jobs, timeout=CANCEL_PATIENCE)
-            if ignoring:
-                log.warning("worker.abandoned", chainlet=self.name, requests=len(ignoring))
-        await _end(*self._tasks[1:])
+        await super().drain(grace)
         await self._service.read_back.close()
+
+    async def _orderly(self) -> bool:
         # Where its Chainlet died, a request may have killed it, and is to be found as if the process had been killed.
-        await self._assignment.leave(clean=not await self.callee.dead())
-        log.info("worker.stopped", chainlet=self.name)
-
-    @property
-    def name(self) -> str:
-        return self._service.name
-
-    @property
-    def idle(self) -> bool:
-        """Whether it has room, waits for something to take, and there is nothing, as far as is known."""
-        if self._waits_since is None:
-            return False
-        paused = self.paused
-        if not any(records for partition, records in self.lag().items() if partition not in paused):
-            return True
-        # What the broker holds is given in no time, or is nothing to give: the marker at a transaction's end.
-        return self._loop.time() - self._waits_since >= IDLE_SECONDS
-
-    @property
-    def paused(self) -> Collection[int]:
-        """The partitions of which nothing is taken until an open record of theirs is done."""
-        return self._assignment.paused
-
-    def lag(self) -> dict[int, int]:
-        """Give how many records of each partition wait to be taken, as far as is known."""
-        return self._consumer.lag() if self._consumer is not None else {}
+        return not await self.callee.dead()
 
     def handle(self, message: Message) -> None:
         """Take a control message about a request on this worker's topic, which may be another worker's."""
@@ -176,112 +99,34 @@ class Worker:
 
     def busy(self) -> Busy:
         """Say how busy it is, for callers to choose by: the places that are taken, by whomever, are no longer free."""
-        return Busy(sorted(self._assignment.held), self._places.taken, sum(self.lag().values()), self._places.size)
+        return Busy(sorted(self._assignment.held), self.places.taken, sum(self.lag().values()), self.places.size)
 
-    # --- taking
+    def _free(self) -> int:
+        unstored = len(self._jobs) - self.in_flight
+        # One is taken to wait for its turn while all places are: else no place would ever be seen to be free.
+        free = max(int(self._fed), self.places.size - self.places.taken)
+        return min(free, MAX_UNSTORED_ANSWERS - unstored)
 
-    async def _take(self, consumer: GroupConsumer) -> None:
-        while True:
-            unstored = len(self._jobs) - self.in_flight
-            free = min(self._places.size - self._places.taken, MAX_UNSTORED_ANSWERS - unstored, MAX_TAKEN)
-            if free <= 0 or not self._may_begin():
-                await self._change()
-                continue
-            self._waits_since = self._loop.time()
-            if self._shared:
-                self._places.changed.set()  # the one behind it may go on, if nothing is there
-            try:
-                records = await consumer.fetch(free)
-            finally:
-                self._waits_since = None
-            await self._start(await self._assignment.take(records))
-
-    def _may_begin(self) -> bool:
-        """Tell whether there is a place for one more request of ours."""
-        return self._places.taken < self._places.size and (self._behind is None or self._behind.idle)
-
-    async def _change(self) -> None:
-        """Wait for something that `_may_begin` depends on."""
-        # That the one before it has waited for long enough is not told, and must be looked at.
-        look = self._behind is not None and self._behind._waits_since is not None  # noqa: SLF001 - of its kind
-        await self._places.change(LOOK_SECONDS if look and self._places.taken < self._places.size else None)
+    def _may_take(self) -> bool:
+        return self._fed or self._may_begin()
 
     async def _room(self, record: Record) -> None:
-        """Wait for a place that others have taken since there was one, and for a suspect that needs to be alone."""
-        while not self._may_begin():
-            await self._change()
-            if self._quarantine.busy:
-                await self._quarantine.stand_aside([request_id_of(record)])
+        if not self._fed or self._may_begin():
+            return await super()._room(record)
+        self.places.asking += 1
+        try:
+            await super()._room(record)
+        finally:
+            self.places.asking -= 1
 
-    async def _start(self, taken: Sequence[tuple[Record, Ledger]]) -> None:
-        """Begin what was taken; what may have killed a worker goes first, and alone."""
-        if not self._quarantine.busy and all(self._assignment.ordinary(record, ledger) for record, ledger in taken):
-            if self._behind is None and self._places.taken + len(taken) <= self._places.size:
-                for record, ledger in taken:
-                    self._begin(record, ledger)
-            else:
-                await self._begin_all(taken)
-            return
-        suspects = [(record, ledger) for record, ledger in taken if self._is_suspect(record, ledger)]
-        for record, ledger in suspects:
-            await self._run_suspect(record, ledger)
-        others = [each for each in taken if each not in suspects] if suspects else taken
-        if self._quarantine.busy:
-            await self._quarantine.stand_aside([request_id_of(record) for record, _ in others])
-        named = {record.partition: ledger for record, ledger in others if self._assignment.to_be_named(record, ledger)}
-        if named:
-            await self._assignment.name(named)
-        await self._begin_all(others)
-
-    async def _begin_all(self, taken: Sequence[tuple[Record, Ledger]]) -> None:
-        for record, ledger in taken:
-            if self._shared:
-                await self._room(record)
-            if self._assignment.of(record) is ledger:  # else its partition went to another worker
-                self._begin(record, ledger)
-
-    def _is_suspect(self, record: Record, ledger: Ledger) -> bool:
-        return ledger.suspect(record.offset) and ledger.deaths(record.offset) < self._settings.max_deliveries
-
-    async def _run_suspect(self, record: Record, ledger: Ledger) -> None:
-        """Run a request with nothing beside it, if that can be had, and wait for its end: a death tells who it was."""
-
-        async def take_back() -> None:
-            ledger.alone = None
-            await self._assignment.name({record.partition: ledger})
-
-        await self._room(record)
-        async with self._quarantine.alone(request_id_of(record), take_back) as claim:
-            if self._assignment.of(record) is not ledger:
-                return
-            ledger.alone = record.offset if claim is not None else None
-            where = {"partition": record.partition, "offset": record.offset}
-            log.warning("suspect.begun", chainlet=self.name, **where, alone=claim is not None)
-            await self._assignment.name({record.partition: ledger})
-            if self._assignment.of(record) is not ledger:
-                return
-            task = self._begin(record, ledger)
-            if claim is not None:
-                over = asyncio.create_task(claim.over.wait())
-                try:
-                    await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    over.cancel()
-                    await asyncio.wait([over])
-
-    def _running(self) -> Iterator[tuple[str, "asyncio.Task[None]"]]:
-        return ((request_id_of(job.record), task) for task, job in self._jobs.items())
-
-    def _lose(self, partitions: Collection[int]) -> None:
-        for job in self._jobs.values():
-            if job.record.partition in partitions:
-                job.cancel("lost")
+    def _id(self, record: Record) -> str:
+        return request_id_of(record)
 
     # --- serving
 
     def _begin(self, record: Record, ledger: Ledger) -> "asyncio.Task[None]":
         self.in_flight += 1
-        self._places.taken += 1
+        self.places.taken += 1
         job = Job(record, ledger, self._service)
         task = job.task = self._loop.create_task(self._serve(job, ledger))
         self._jobs[task] = job
@@ -303,7 +148,7 @@ class Worker:
             await job.apologize(error)
         finally:
             del self._jobs[job.task]
-            self._places.changed.set()
+            self.places.changed.set()
         self._assignment.finish(job.record, ledger)
 
     async def _left_behind(self, outcome: Outcome | None) -> bool:
@@ -341,14 +186,8 @@ class Worker:
             return outcome
         finally:
             self.in_flight -= 1
-            self._places.taken -= 1
-            self._places.changed.set()
-
-
-async def _end(*tasks: "asyncio.Task[None]") -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)  # `failed` tells what they died of
+            self.places.taken -= 1
+            self.places.changed.set()
 
 
 class Host:
@@ -377,6 +216,7 @@ class Host:
         self.workers: list[Worker] = []
         self._all: list[Worker] = []
         self.background: Worker | None = None  # of the entrypoint
+        self.feeds: list[EventWorker] = []
         self._reporter = Reporter(caller.control, self._all)
 
     async def start(self) -> None:
@@ -387,10 +227,16 @@ class Host:
         called = {each.chainlet for cls in self._served for each in dependencies(cls).values()}
         await self._caller.use(*(self._chain.topic(cls, settings.namespace) for cls in called))
         quarantine = Quarantine()
+        sources = [found.source.topic for cls in self._served if (found := feed_of(cls)) is not None]
         for cls, topic in topics.items():
             callee = self._callees[cls] = await self._build(cls)
             worker = Worker(self._service(callee, topic), quarantine)
             self.workers.append(worker)
+            if (fed := feed_of(cls)) is not None:
+                worker.share()
+                group = group_of(fed.source, settings.namespace, self._chain.name, chainlet_name(cls))
+                events = EventService(callee, fed, group, self._broker, settings, read=sources)
+                self.feeds.append(EventWorker(events, quarantine, worker.places))
             if cls is entrypoint:
                 self.background = Worker(self._service(callee, background_topic(topic)), quarantine, behind=worker)
         self._all += self.workers if self.background is None else [*self.workers, self.background]
@@ -400,6 +246,8 @@ class Host:
             async with asyncio.TaskGroup() as joining:
                 for worker in self._all:
                     joining.create_task(worker.start())
+                for feed in self.feeds:
+                    joining.create_task(feed.start())
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None  # one is enough to know, and the others follow from it
         self._reporter.start()
@@ -409,6 +257,7 @@ class Host:
         control = self._caller.control
         await asyncio.gather(
             *(worker.failed() for worker in self._all),
+            *(feed.failed() for feed in self.feeds),
             control.failed(),
             self._caller.failed(),
             self._reporter.failed(),
@@ -432,6 +281,9 @@ class Host:
     async def _stop(self) -> None:
         loop = asyncio.get_running_loop()
         end = loop.time() + self._settings.grace_period
+        # Nobody waits for events: what does not end soon is run again by whoever takes their partitions over.
+        grace = self._settings.grace_period * (CALLERS_SHARE if self.workers else 1)
+        await asyncio.gather(*(feed.drain(grace) for feed in self.feeds))
         workers = self.workers[::-1]
         dead = [worker for worker in workers if await worker.callee.dead()]
         order = [*dead, *(worker for worker in workers if worker not in dead)]

@@ -3,10 +3,12 @@
 import os
 import subprocess
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests import registry as registries
 from tests.acceptance.command import STARTED
 
 KAFKA = Path(__file__).parents[1] / "deploy" / "kafka" / "kafka"
@@ -31,6 +33,20 @@ def kafka_url(pytestconfig: pytest.Config) -> Iterator[str]:
     pytestconfig.stash[REPORTED] = url
     yield url
     subprocess.run([KAFKA, "clean", "--port", url.rpartition(":")[2]], check=True)
+
+
+@pytest.fixture(scope="session")
+def registry() -> Iterator[registries.Registry]:
+    """A schema registry: the one that REGISTRY_URL names, else one of our own on a free port."""
+    with ExitStack() as stack:
+        try:
+            started = stack.enter_context(registries.running())
+        except registries.MissingRegistryError as error:
+            reason = f"no schema registry: {error}"
+            if os.environ.get("CI"):
+                pytest.fail(reason)
+            pytest.skip(reason)
+        yield started
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from chains_stream.broker import Broker, Committed, GroupConsumer, Record
+from chains_stream.broker import Broker, Committed, GroupConsumer, Isolation, Record, Start
 
 HOUR_MS = 3_600_000
 
@@ -24,9 +24,16 @@ class Member:
         self._topic = topic
         self._changed = asyncio.Event()
 
-    async def join(self, group: str = "") -> "Member":
+    async def join(
+        self, group: str = "", *, isolation: Isolation = "read_uncommitted", start: Start = "earliest"
+    ) -> "Member":
         self.consumer = await self._broker.consume(
-            self._topic, group or self._topic, on_assigned=self._assigned, on_revoked=self._revoked
+            self._topic,
+            group or self._topic,
+            on_assigned=self._assigned,
+            on_revoked=self._revoked,
+            isolation=isolation,
+            start=start,
         )
         return self
 

@@ -15,11 +15,13 @@ from aiokafka import errors as kafka
 from aiokafka.admin import NewTopic
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 
-from chains_stream.broker import PartitionsChanged, TopicSpec
-from chains_stream.brokers.kafka_cluster import BEGIN, END, Cluster
-from chains_stream.brokers.kafka_reading import KafkaGroupConsumer, KafkaReader
+from chains_stream.broker import TRANSACTION_MS, Committed, Isolation, PartitionsChanged, Start, TopicSpec
+from chains_stream.brokers.kafka_cluster import BEGIN, END, Cluster, check_size
+from chains_stream.brokers.kafka_group import KafkaGroupConsumer
+from chains_stream.brokers.kafka_reading import KafkaReader
 from chains_stream.brokers.kafka_sending import Sender
-from chains_stream.errors import BrokerError, RecordTooLargeError
+from chains_stream.brokers.kafka_transactions import KafkaTransactor
+from chains_stream.errors import BrokerError
 from chains_stream.log import get_logger
 from chains_stream.messages import Headers
 from chains_stream.settings import Settings
@@ -36,6 +38,7 @@ SEGMENTS = 4  # that a topic's retention is cut into: a log is trimmed by whole 
 HEARTBEAT_MS = 1000  # a member learns by it that another one came or went, which waits until then
 GROUP_METADATA_MS = 30_000  # until a group notices that its topic has other partitions than it dealt out
 GROUP_FETCH_WAIT_MS = 100  # a partition that was just drained waits out the running fetch
+TRANSACTION_RETRY_MS = 20  # leaders refuse records in passing while they ask whether the transaction is open
 NEVER_MS = 2**31 - 1
 
 log = get_logger(__name__)
@@ -51,6 +54,7 @@ class KafkaBroker:
         self._durable = Sender(self._cluster, self._producer, acks="all", enable_idempotence=True)
         self._fast = Sender(self._cluster, self._producer, acks=1)
         self._feeds: WeakSet[KafkaGroupConsumer | KafkaReader] = WeakSet()
+        self._transactors: set[KafkaTransactor] = set()  # that were not closed
         self._closing: set[asyncio.Task[None]] = set()  # of readers that nobody waits for any more
 
     @property
@@ -82,6 +86,7 @@ class KafkaBroker:
     async def close(self) -> None:
         if self._closing:
             await asyncio.wait(self._closing)
+        await asyncio.gather(*[transactor.close() for transactor in self._transactors])
         await asyncio.gather(self._durable.close(), self._fast.close())
         await self._cluster.close()
 
@@ -95,10 +100,7 @@ class KafkaBroker:
         headers: Headers = (),
         durable: bool = True,
     ) -> asyncio.Future[int]:
-        if len(value) > self._max_record_bytes:
-            raise RecordTooLargeError(
-                f"a record of {len(value)} bytes for {topic} is over the limit of {self._max_record_bytes}"
-            )
+        check_size(topic, value, self._max_record_bytes)
         if not 0 <= partition < self._cluster.counts.get(topic, 0):
             await self._cluster.require(topic, partition)
         sender = self._durable if durable else self._fast
@@ -114,10 +116,38 @@ class KafkaBroker:
         except kafka.KafkaError as error:
             raise self._cluster.translated(error, "write", right="WRITE", what=topic) from error
 
+    def transactor(self, transactional_id: str, *, timeout_ms: int = TRANSACTION_MS) -> KafkaTransactor:
+        make = functools.partial(
+            self._producer,
+            transactional_id=transactional_id,
+            transaction_timeout_ms=timeout_ms,
+            acks="all",
+            retry_backoff_ms=TRANSACTION_RETRY_MS,
+        )
+        made = KafkaTransactor(
+            self._cluster,
+            make,
+            transactional_id,
+            timeout_ms=timeout_ms,
+            max_record_bytes=self._max_record_bytes,
+            registry=self._transactors,
+        )
+        self._transactors.add(made)
+        return made
+
     async def consume(
-        self, topic: str, group: str, *, on_assigned: PartitionsChanged, on_revoked: PartitionsChanged
+        self,
+        topic: str,
+        group: str,
+        *,
+        on_assigned: PartitionsChanged,
+        on_revoked: PartitionsChanged,
+        isolation: Isolation = "read_uncommitted",
+        start: Start = "earliest",
     ) -> KafkaGroupConsumer:
         await self._cluster.partitions(topic)
+        if start != "earliest":
+            await self._begin(topic, group, start, isolation)
         session, instance_id = self._settings.kafka.session_timeout_ms, self._settings.instance_id
         make = functools.partial(
             self._consumer,
@@ -132,6 +162,7 @@ class KafkaBroker:
             fetch_max_bytes=GROUP_FETCH_BYTES,
             max_partition_fetch_bytes=GROUP_PARTITION_BYTES,
             group_instance_id=instance_id,
+            isolation_level=isolation,
             metadata_max_age_ms=GROUP_METADATA_MS,
             # Whoever stays keeps what it has: a partition that moves costs the requests that run on it. A class of its
             # own, as aiokafka's keeps what a member was assigned in the class, for all groups of a process.
@@ -141,20 +172,40 @@ class KafkaBroker:
         # A member that was killed holds its partitions until its session times out, and the group waits for it.
         patience = 3 * session / 1000 + self._cluster.patience
         consumer = KafkaGroupConsumer(
-            self._cluster, make, topic, group, callbacks, instance_id=instance_id, patience=patience
+            self._cluster,
+            make,
+            topic,
+            group,
+            callbacks,
+            isolation=isolation,
+            instance_id=instance_id,
+            patience=patience,
         )
         await consumer.join()
         self._feeds.add(consumer)
         return consumer
 
-    async def read(self, topic: str, positions: Mapping[int, int | None]) -> KafkaReader:
+    async def _begin(self, topic: str, group: str, start: Start, isolation: Isolation) -> None:
+        """Store where a group that has nothing stored of a topic begins.
+
+        Told to aiokafka alone, it would be lost with a member that dies before its first commit, and be taken for
+        partitions that are added later as well.
+        """
+        numbers = range(await self._cluster.partitions(topic))
+        if not await self._cluster.committed(group, topic, numbers):
+            at = END if start == "latest" else max(0, int(start))
+            await self._cluster.begin_group(group, topic, await self._cluster.offsets(topic, numbers, at, isolation))
+
+    async def read(
+        self, topic: str, positions: Mapping[int, int | None], *, isolation: Isolation = "read_uncommitted"
+    ) -> KafkaReader:
         for number in positions:
             await self._cluster.require(topic, number)
         at_end = [number for number, offset in positions.items() if offset is None]
-        ends = await self._cluster.offsets(topic, at_end, END)
+        ends = await self._cluster.offsets(topic, at_end, END, isolation)
         known = {number: ends[number] if offset is None else offset for number, offset in positions.items()}
-        make = functools.partial(self._consumer, group_id=None, auto_offset_reset="none")
-        reader = KafkaReader(self._cluster, make, topic, known)
+        make = functools.partial(self._consumer, group_id=None, auto_offset_reset="none", isolation_level=isolation)
+        reader = KafkaReader(self._cluster, make, topic, known, isolation)
         starting = asyncio.create_task(reader.start(), name=f"open {topic}")
         try:
             await asyncio.shield(starting)
@@ -177,14 +228,17 @@ class KafkaBroker:
     async def begin_offset(self, topic: str, partition: int) -> int:
         return (await self._cluster.offsets(topic, [partition], BEGIN))[partition]
 
-    async def end_offset(self, topic: str, partition: int) -> int:
-        return (await self._cluster.offsets(topic, [partition], END))[partition]
+    async def end_offset(self, topic: str, partition: int, *, isolation: Isolation = "read_uncommitted") -> int:
+        return (await self._cluster.offsets(topic, [partition], END, isolation))[partition]
 
     async def offsets_at(self, topic: str, partitions: Collection[int], timestamp_ms: int) -> dict[int, int]:
         return await self._cluster.offsets(topic, partitions, max(0, timestamp_ms))
 
     async def delete_before(self, topic: str, positions: Mapping[int, int]) -> None:
         await self._cluster.delete_before(topic, positions)
+
+    async def committed(self, topic: str, group: str, partitions: Collection[int]) -> dict[int, Committed]:
+        return await self._cluster.committed(group, topic, partitions)
 
     async def backlog(self, topic: str, group: str) -> int:
         numbers = range(await self._cluster.partitions(topic))

@@ -15,11 +15,11 @@ from aiokafka.client import AIOKafkaClient, CoordinationType
 from aiokafka.conn import create_conn
 from aiokafka.helpers import create_ssl_context
 from aiokafka.protocol.admin import CreateTopicsRequest, DeleteRecordsRequest, DescribeGroupsRequest
-from aiokafka.protocol.commit import OffsetFetchRequest
+from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.offset import OffsetRequest
 
-from chains_stream.broker import Committed
+from chains_stream.broker import Committed, Isolation
 from chains_stream.brokers.kafka_static import FencedInstanceIdError
 from chains_stream.errors import (
     BrokerAuthorizationError,
@@ -54,6 +54,11 @@ _REFUSED = (
     kafka.IllegalSaslStateError,
 )
 _OUT_OF_RANGE = (kafka.OffsetOutOfRangeError, kafka.NoOffsetForPartitionError)
+_HAS_MEMBERS = (
+    kafka.UnknownMemberIdError.errno,
+    kafka.IllegalGenerationError.errno,
+    kafka.RebalanceInProgressError.errno,
+)
 
 # What another connection, or more patience, won't mend.
 FINAL = (
@@ -253,30 +258,33 @@ class Cluster:
 
         return await self._ask(describe, "describe the group", group)
 
-    async def offsets(self, topic: str, partitions: Collection[int], at: int) -> dict[int, int]:
+    async def offsets(
+        self, topic: str, partitions: Collection[int], at: int, isolation: Isolation = "read_uncommitted"
+    ) -> dict[int, int]:
         """Say where partitions BEGIN, or END, or have the first record from a time stamp on, which may be the end."""
         if not partitions:
             return {}
         for number in partitions:
             await self.require(topic, number)
 
-        found = await self._ask(lambda: self._offsets(topic, partitions, at), "read offsets of", topic)
+        found = await self._ask(lambda: self._offsets(topic, partitions, at, isolation), "read offsets of", topic)
         late = [number for number, offset in found.items() if offset < 0]
-        return found | await self.offsets(topic, late, END)
+        return found | await self.offsets(topic, late, END, isolation)
 
-    async def ends(self, topic: str, partitions: Collection[int]) -> dict[int, int]:
+    async def ends(self, topic: str, partitions: Collection[int], isolation: Isolation) -> dict[int, int]:
         """Say where partitions end, asking once. Raises errors of Kafka's."""
         try:
-            return await self._offsets(topic, partitions, END)
+            return await self._offsets(topic, partitions, END, isolation)
         except (kafka.KafkaError, OSError):
             if self._client is not None:
                 self._client.force_metadata_update()
             raise
 
-    async def _offsets(self, topic: str, partitions: Collection[int], at: int) -> dict[int, int]:
+    async def _offsets(self, topic: str, partitions: Collection[int], at: int, isolation: Isolation) -> dict[int, int]:
         found = {}
         wanted = dict.fromkeys(partitions, at)
-        for response in await self._ask_leaders(topic, wanted, lambda topics: OffsetRequest(-1, 0, topics)):
+        level = int(isolation == "read_committed")
+        for response in await self._ask_leaders(topic, wanted, lambda topics: OffsetRequest(-1, level, topics)):
             for number, code, _, offset in (entry for _, entries in response.topics for entry in entries):
                 checked(code, topic, number)
                 found[number] = offset
@@ -331,6 +339,20 @@ class Cluster:
 
         return await self._ask(ask, "read what is committed by the group", group)
 
+    async def begin_group(self, group: str, topic: str, offsets: Mapping[int, int]) -> None:
+        """Store where a group begins on a topic, unless it has members: whoever joined before has settled it."""
+
+        async def ask() -> None:
+            places = [(number, offset, "") for number, offset in offsets.items()]
+            nobody = (OffsetCommitRequest.DEFAULT_GENERATION_ID, "", OffsetCommitRequest.DEFAULT_RETENTION_TIME)
+            request = OffsetCommitRequest(group, *nobody, [(topic, places)])
+            response = await self._send(await self._coordinator(group), request)
+            for number, code in (entry for _, entries in response.topics for entry in entries):
+                if code not in _HAS_MEMBERS:
+                    checked(code, topic, number)
+
+        await self._ask(ask, "commit for", group, right="READ")
+
     async def _coordinator(self, group: str) -> int:
         assert self._client is not None, "started"
         node: int = await self._client.coordinator_lookup(CoordinationType.GROUP, group)
@@ -368,6 +390,12 @@ def said(error: BaseException) -> str:
     """Give an error's own words on one line, or its name if it has none."""
     text = " ".join(str(error).split())
     return text or type(error).__name__
+
+
+def check_size(topic: str, value: bytes, limit: int) -> None:
+    """Raise RecordTooLargeError for a value of more bytes than a record may have."""
+    if len(value) > limit:
+        raise RecordTooLargeError(f"a record of {len(value)} bytes for {topic} is over the limit of {limit}")
 
 
 def checked(code: int, *details: object) -> None:

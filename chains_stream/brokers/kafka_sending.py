@@ -6,7 +6,7 @@
 import asyncio
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from aiokafka import AIOKafkaProducer, TopicPartition
@@ -34,7 +34,7 @@ _GAPS = (
 )
 
 
-class _Batch(MessageBatch):  # type: ignore[misc] # aiokafka has no types
+class Batch(MessageBatch):  # type: ignore[misc] # aiokafka has no types
     """Records of one partition that are sent together, and the futures of their offsets."""
 
     def __init__(
@@ -70,6 +70,57 @@ class _Batch(MessageBatch):  # type: ignore[misc] # aiokafka has no types
                 stored.exception()  # as above
 
 
+def last_batch(
+    producer: AIOKafkaProducer,
+    place: TopicPartition,
+    record: tuple[bytes | None, bytes, Headers],
+    failed: Callable[[str, BaseException], BrokerError],
+) -> Batch:
+    """Give the batch that waits to be sent to a place, or a new one that has room for a record. Raises KafkaError."""
+    accumulator = producer._message_accumulator  # noqa: SLF001 - it has no other way
+    if accumulator._exception is not None:  # noqa: SLF001 - as above
+        raise copy.copy(accumulator._exception)  # noqa: SLF001 - as above
+    waiting = accumulator._batches.get(place)  # noqa: SLF001 - as above
+    if waiting:
+        last: Batch = waiting[-1]
+        return last
+    # An empty batch takes a record of any size. One with records takes none of more than it has room for.
+    key, value, headers = record
+    size = DefaultRecordBatchBuilder.estimate_size_in_bytes(key, value, list(headers))
+    if size > producer._max_request_size:  # noqa: SLF001 - as above
+        raise kafka.MessageSizeTooLargeError(f"it has {size} bytes with its key and headers")
+    batch = Batch(place, accumulator, failed)
+    manager = producer._txn_manager  # noqa: SLF001 - as above
+    if manager is not None:
+        manager.maybe_add_partition_to_txn(place)
+    accumulator._batches[place].append(batch)  # noqa: SLF001 - as above
+    accumulator._wakeup(accumulator.waiter())  # noqa: SLF001 - as above
+    return batch
+
+
+async def heard_of(producer: AIOKafkaProducer, place: TopicPartition) -> None:
+    """Wait until a producer knows a partition, which may have been added. Raises KafkaError."""
+    if place.partition not in await producer.client._wait_on_metadata(place.topic):  # noqa: SLF001 - as above
+        await producer.client.force_metadata_update()
+        if place.partition not in await producer.client._wait_on_metadata(place.topic):  # noqa: SLF001 - as above
+            raise kafka.KafkaError(f"the producer has not heard of partition {place.partition} yet")
+
+
+async def drained(producer: AIOKafkaProducer, batch: Batch) -> None:
+    """Wait until a full batch is sent, and another one can be begun. Raises KafkaError."""
+    try:
+        async with asyncio.timeout(producer._request_timeout_ms / 1000):  # noqa: SLF001 - as `send` of aiokafka
+            await batch.wait_drain()
+    except TimeoutError:
+        raise kafka.KafkaTimeoutError from None
+
+
+def sends_itself(producer: AIOKafkaProducer) -> AIOKafkaProducer:
+    """Have a producer that was not started yet send as we do; see `_send_waiting`."""
+    producer._sender._sender_routine = functools.partial(_send_waiting, producer._sender)  # noqa: SLF001 - as above
+    return producer
+
+
 class Sender:
     """A producer of aiokafka, replaced by a new one when it can send no more."""
 
@@ -98,45 +149,18 @@ class Sender:
         """Add a record to what is sent next, or wait for room. Raises KafkaError."""
         while True:
             producer = self.producer or await self._ready()
-            known = await producer.client._wait_on_metadata(place.topic)  # noqa: SLF001 - as above
+            await heard_of(producer, place)
             replaced = producer is not self.producer
             if replaced:
                 continue
-            if place.partition not in known:
-                raise kafka.KafkaError(f"the producer has not heard of partition {place.partition} yet")
-            batch = self._last_batch(producer, place, key, value, headers)
+            batch = last_batch(producer, place, (key, value, headers), self._failed)
             stored = batch.put(key, value, headers)
             if stored is not None:
                 return stored
-            try:
-                async with asyncio.timeout(producer._request_timeout_ms / 1000):  # noqa: SLF001 - as `send` of aiokafka
-                    await batch.wait_drain()
-            except TimeoutError:
-                raise kafka.KafkaTimeoutError from None
-
-    def _last_batch(
-        self, producer: AIOKafkaProducer, place: TopicPartition, key: bytes | None, value: bytes, headers: Headers
-    ) -> _Batch:
-        accumulator = producer._message_accumulator  # noqa: SLF001 - as above
-        if accumulator._exception is not None:  # noqa: SLF001 - as above
-            raise copy.copy(accumulator._exception)  # noqa: SLF001 - as above
-        waiting = accumulator._batches.get(place)  # noqa: SLF001 - as above
-        if waiting:
-            last: _Batch = waiting[-1]
-            return last
-        # An empty batch takes a record of any size. One with records takes none of more than it has room for.
-        size = DefaultRecordBatchBuilder.estimate_size_in_bytes(key, value, list(headers))
-        if size > producer._max_request_size:  # noqa: SLF001 - as above
-            raise kafka.MessageSizeTooLargeError(f"it has {size} bytes with its key and headers")
-        batch = _Batch(place, accumulator, self._failed)
-        accumulator._batches[place].append(batch)  # noqa: SLF001 - as above
-        accumulator._wakeup(accumulator.waiter())  # noqa: SLF001 - as above
-        return batch
+            await drained(producer, batch)
 
     def _new(self) -> AIOKafkaProducer:
-        producer = self._make()
-        producer._sender._sender_routine = functools.partial(_send_waiting, producer._sender)  # noqa: SLF001 - as above
-        return producer
+        return sends_itself(self._make())
 
     async def _ready(self) -> AIOKafkaProducer:
         """Wait for a producer that can send. Raises ProducerClosed."""
@@ -202,8 +226,34 @@ class Sender:
             await stop(producer, producer.client)
 
 
+class _Coordination:
+    """What a producer with transactions asks of its coordinator, one thing after the other."""
+
+    def __init__(self, sender: Any, requests: set[asyncio.Task[None]], wake: Callable[[object], None]) -> None:
+        manager = sender._txn_manager  # noqa: SLF001 - as above
+        self._manager = manager if manager is not None and manager.transactional_id is not None else None
+        self._next = sender._maybe_do_transactional_request  # noqa: SLF001 - as above
+        self._requests = requests
+        self._wake = wake
+        self._asked: asyncio.Task[None] | None = None
+        if self._manager is not None:
+            self._manager.notify_task_waiter = functools.partial(wake, None)
+
+    def advance(self) -> Collection[TopicPartition]:
+        """Ask what is next, and give the partitions that the coordinator has to know of before they are written to."""
+        if self._manager is None:
+            return ()
+        if self._asked is None or self._asked.done():
+            self._asked = self._next()
+            if self._asked is not None:
+                self._asked.add_done_callback(self._wake)
+                self._requests.add(self._asked)
+        unknown: set[TopicPartition] = self._manager.partitions_to_add()
+        return unknown
+
+
 async def _send_waiting(sender: Any) -> None:
-    """Send what waits, one request to each broker at a time: what a `Sender` of aiokafka does without transactions.
+    """Send what waits, one request to each broker at a time, as a `Sender` of aiokafka does.
 
     It awaits one future alone, which new records and ended requests resolve. aiokafka has `asyncio.wait` do that, which
     costs a turn of the loop before a record is sent, and a good part of the CPU of a request.
@@ -215,13 +265,15 @@ async def _send_waiting(sender: Any) -> None:
     def wake(_: object) -> None:
         accumulator._wakeup(accumulator.waiter())  # noqa: SLF001 - as above
 
+    coordination = _Coordination(sender, requests, wake)
     try:
         while True:
             await sender._maybe_wait_for_pid()  # noqa: SLF001 - as above
             for request in [request for request in requests if request.done()]:
                 requests.discard(request)
                 request.result()
-            batches, leaderless = accumulator.drain_by_nodes(ignore_nodes=in_flight, muted_partitions=muted)
+            waiting = muted.union(coordination.advance())
+            batches, leaderless = accumulator.drain_by_nodes(ignore_nodes=in_flight, muted_partitions=waiting)
             for node, of_node in batches.items():
                 in_flight.add(node)
                 muted.update(of_node)
@@ -239,5 +291,13 @@ async def _send_waiting(sender: Any) -> None:
         log.exception("producer.defect")
         raise kafka.KafkaError(f"sending broke down: {error!r}") from error
     finally:
-        if requests:
-            await asyncio.wait(requests)
+        await _broken_off(requests)
+
+
+async def _broken_off(requests: Collection[asyncio.Task[None]]) -> None:
+    """Wait for what is under way, which nobody waits for any more."""
+    if requests:
+        await asyncio.wait(requests)
+    failed = [error for request in requests if not request.cancelled() and (error := request.exception())]
+    if failed:
+        log.info("producer.broken_off", reason="; ".join(map(said, failed)))

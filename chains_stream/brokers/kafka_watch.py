@@ -6,13 +6,13 @@ Its fetching can stop in silence (its issue 1155), and a broker that swallows wh
 
 import asyncio
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aiokafka import errors as kafka
 
-from chains_stream.brokers.kafka_cluster import Cluster, said
+from chains_stream.brokers.kafka_cluster import said
 from chains_stream.errors import BrokerError
 
 STALLED_SECONDS = 15.0  # without progress, or without an answer, are trouble
@@ -35,22 +35,22 @@ class Watch:
 
     def __init__(
         self,
-        cluster: Cluster,
-        topic: str,
-        partitions: Collection[int],
+        ask_ends: Callable[[], Coroutine[Any, Any, dict[int, int]]],
+        where: tuple[str, str],
         positions: Callable[[], Mapping[int, int] | str],
         stalled: Callable[[str], None],
         *,
         patience: float,
     ) -> None:
-        """Ask `positions` for those that should move on, or why that is open, and tell `stalled` of each stall.
+        """Compare what `ask_ends` gives for a topic with `positions`, which should move on, and tell of each stall.
+
+        `where` is the broker's URL and the topic. `positions` may say why they are open instead.
 
         That it stays open for longer than `patience`, in seconds, is trouble.
         """
         self.ends: dict[int, int] = {}
-        self._cluster = cluster
-        self._topic = topic
-        self._partitions = partitions
+        self._ask_ends = ask_ends
+        self._url, self._topic = where
         self._positions = positions
         self._stalled = stalled
         self._patience = patience
@@ -67,21 +67,21 @@ class Watch:
         """Say what does not move on, where, and since when."""
         limit = _looks(STALLED_SECONDS)
         if self._unanswered >= limit:
-            return f"{self._cluster.url} has not answered since {_time(self._answered)}: {self._reason}"
+            return f"{self._url} has not answered since {_time(self._answered)}: {self._reason}"
         if self._open > _looks(self._patience):
             what = f"a consumer has had no partitions of {self._topic} since {_time(self._open_since)}"
-            return f"{self._cluster.url}: {what}: {self._open_reason}"
+            return f"{self._url}: {what}: {self._open_reason}"
         stalled = {partition: still for partition, still in self._still.items() if still.looks >= limit}
         if not stalled:
             return None
         since = min(still.since for still in stalled.values())
         named = ", ".join(map(str, sorted(stalled)))
         what = f"nothing of {self._topic}[{named}] was fetched since {_time(since)}, and there is more"
-        return f"{self._cluster.url}: {what}"
+        return f"{self._url}: {what}"
 
     async def run(self) -> None:
         while True:
-            asking = asyncio.create_task(self._cluster.ends(self._topic, self._partitions), name="ask for ends")
+            asking = asyncio.create_task(self._ask_ends(), name="ask for ends")
             try:
                 await asyncio.sleep(WATCH_SECONDS)
                 while not asking.done():

@@ -6,200 +6,20 @@ reader that has fallen behind them gets OffsetExpiredError. Records past their t
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 
-from chains_stream.broker import Committed, PartitionsChanged, Record, TopicSpec
+from chains_stream.broker import TRANSACTION_MS, Committed, Isolation, PartitionsChanged, Record, Start, TopicSpec
+from chains_stream.brokers.memory_log import Partition
+from chains_stream.brokers.memory_reading import Following, MemoryReader
+from chains_stream.brokers.memory_transactions import MemoryTransactor, stored_at
 from chains_stream.errors import BrokerError, OffsetExpiredError, RecordTooLargeError, UnknownTopicError
 from chains_stream.log import get_logger
-from chains_stream.messages import Headers, now_ms
+from chains_stream.messages import Headers
 from chains_stream.settings import Settings
 
-MAX_RECORDS = 50_000  # in a partition
-MAX_BYTES = 32 << 20  # of values in a partition
-MAX_TURNS = 100  # of the event loop that a reader of a full ring is given
-FETCH_RECORDS = 500  # that a reader gets at once
 MAX_NOTE_BYTES = 4096  # with a committed offset, as Kafka's default
 
 log = get_logger(__name__)
-
-
-class Partition:
-    """One log: the records from `begin` to `end`, and who waits for more of them, or for room."""
-
-    def __init__(self, spec: TopicSpec, number: int) -> None:
-        self.topic = spec.name
-        self.number = number
-        self.ring = spec.ring
-        self.begin = 0
-        self.readers: set[_Follower] = set()
-        self._records: deque[Record] = deque()
-        self._size = 0
-        self._retention_ms = spec.retention_ms
-        self._line = asyncio.Lock()  # of publishers; the first one waits for `_room`
-        self._room: asyncio.Future[None] | None = None
-
-    @property
-    def end(self) -> int:
-        return self.begin + len(self._records)
-
-    def full(self, size: int) -> bool:
-        """Tell whether a value of `size` bytes has no place; an empty partition takes any."""
-        return len(self._records) >= MAX_RECORDS or (self._size + size > MAX_BYTES and bool(self._records))
-
-    def admits(self, size: int) -> bool:
-        """Tell whether a value of `size` bytes has its place at once."""
-        room = len(self._records) < MAX_RECORDS and self._size + size <= MAX_BYTES
-        return (room or not self.full(size)) and not self._line.locked()
-
-    async def wait_for_room(self, size: int) -> None:
-        """Wait, in line, until a value has its place."""
-        async with self._line:
-            while self.full(size):
-                self._room = asyncio.get_running_loop().create_future()
-                await self._room
-
-    def append(self, key: bytes | None, value: bytes, headers: Headers) -> int:
-        records, now = self._records, now_ms()
-        offset = self.begin + len(records)
-        oldest = now - self._retention_ms
-        while records and records[0].timestamp_ms < oldest:
-            self._drop_first()
-        records.append(Record(self.topic, self.number, offset, now, key, value, headers))
-        self._size += len(value)
-        for reader in self.readers:
-            reader.wake(self)
-        return offset
-
-    async def let_readers_catch_up(self) -> None:
-        """Let other tasks run while a reader is still in the older half of a ring, up to a bound.
-
-        Publishing never suspends otherwise: a burst could push the ring past a reader that had no chance to read.
-        """
-        for _ in range(MAX_TURNS):
-            middle = self.begin + len(self._records) // 2
-            if all(reader.position_in(self) > middle for reader in self.readers):
-                return
-            await asyncio.sleep(0)
-
-    def make_room(self, size: int) -> None:
-        while self.full(size):
-            self._drop_first()
-
-    def drop_before(self, offset: int) -> None:
-        """Forget the records before an offset: every group is done with them, or they are to go."""
-        while self._records and self.begin < offset:
-            self._drop_first()
-        if self._room is not None and not self._room.done():
-            self._room.set_result(None)
-
-    def slice(self, offset: int, limit: int) -> list[Record]:
-        if not self.begin <= offset <= self.end:
-            held = f"the oldest record is {self.begin}, the next one will be {self.end}"
-            raise OffsetExpiredError(f"{self.topic}[{self.number}] does not hold the offset {offset}: {held}")
-        # By index, which a deque finds from its nearer end: readers are near the end of a long ring.
-        records, start = self._records, offset - self.begin
-        if start == len(records) - 1:
-            return [records[-1]]
-        return [records[index] for index in range(start, min(start + limit, len(records)))]
-
-    def first_from(self, timestamp_ms: int) -> int:
-        """Give the offset of the first record that is not older; the end if there is none."""
-        return next((record.offset for record in self._records if record.timestamp_ms >= timestamp_ms), self.end)
-
-    def _drop_first(self) -> None:
-        self._size -= len(self._records.popleft().value)
-        self.begin += 1
-
-
-class _Follower:
-    """Reads partitions in turn, from positions of its own."""
-
-    skips_expired = False  # instead of raising OffsetExpiredError
-
-    def __init__(self) -> None:
-        self._positions: dict[Partition, int] = {}
-        self._ready: dict[Partition, None] = {}  # those with records to read, the longest waiting first
-        self._paused: set[int] = set()
-        self._waiter: asyncio.Future[None] | None = None
-        self.error: BrokerError | None = None
-
-    def wake(self, partition: Partition) -> None:
-        """Note that a partition has records."""
-        if partition.number not in self._paused:
-            self._ready[partition] = None
-            self._wake()
-
-    def position_in(self, partition: Partition) -> int:
-        return self._positions[partition]
-
-    def fail(self, error: BrokerError) -> None:
-        """Have `fetch` raise this from now on. The first one stays."""
-        self.error = self.error or error
-        self._wake()
-
-    def _follow(self, positions: Mapping[Partition, int]) -> None:
-        for partition in self._positions:
-            partition.readers.discard(self)
-        self._positions = dict(positions)
-        self._ready = {partition: None for partition in positions if partition.number not in self._paused}
-        for partition in positions:
-            partition.readers.add(self)
-        self._wake()
-
-    async def _fetch(self, limit: int) -> list[Record]:
-        while True:
-            if self.error is not None:
-                raise self.error
-            if self._ready and (taken := self._take(limit)):
-                return taken
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-
-    def _take(self, limit: int) -> list[Record]:
-        taken: list[Record] = []
-        while self._ready and len(taken) < limit:
-            partition = next(iter(self._ready))
-            position = self._positions[partition]
-            if self.skips_expired:
-                position = max(position, partition.begin)
-            try:
-                records = partition.slice(position, limit - len(taken))
-            except OffsetExpiredError:
-                if taken:
-                    break  # the next fetch meets it, and each one after
-                raise
-            del self._ready[partition]
-            taken += records
-            position = self._positions[partition] = position + len(records)
-            if position < partition.end:
-                self._ready[partition] = None  # at the end of the line
-        return taken
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-class MemoryReader(_Follower):
-    """Follows named partitions."""
-
-    def __init__(self, positions: Mapping[Partition, int]) -> None:
-        super().__init__()
-        self._follow(positions)
-
-    def position(self, partition: int) -> int:
-        return next(position for followed, position in self._positions.items() if followed.number == partition)
-
-    async def fetch(self) -> list[Record]:
-        return await self._fetch(FETCH_RECORDS)
-
-    async def close(self) -> None:
-        self._follow({})
-        self.fail(BrokerError("the reader was closed"))
 
 
 class Group:
@@ -228,6 +48,14 @@ class Group:
                 await self._become(others)
                 raise
 
+    def begin(self, start: Start, isolation: Isolation) -> None:
+        """Settle where a group goes on that nobody is in, and that has committed nothing."""
+        if start == "earliest" or self.members or self.committed:
+            return
+        for log in self._partitions:
+            offset = log.readable(isolation) if start == "latest" else log.first_from(start)
+            self.committed[log.number] = Committed(offset)
+
     def position(self, partition: Partition) -> int:
         """Where work on a partition goes on."""
         committed = self.committed.get(partition.number)
@@ -246,15 +74,20 @@ class Group:
             await member.assign(self._partitions[index :: len(members)])
 
 
-class MemoryConsumer(_Follower):
+class MemoryConsumer(Following):
     """A member of a group."""
 
     skips_expired = True
 
     def __init__(
-        self, topic: "Topic", group: Group, on_assigned: PartitionsChanged, on_revoked: PartitionsChanged
+        self,
+        topic: "Topic",
+        group: Group,
+        on_assigned: PartitionsChanged,
+        on_revoked: PartitionsChanged,
+        isolation: Isolation,
     ) -> None:
-        super().__init__()
+        super().__init__(isolation)
         self._topic = topic
         self._group = group
         self._on_assigned = on_assigned
@@ -266,13 +99,8 @@ class MemoryConsumer(_Follower):
         return await self._fetch(max_records)
 
     async def commit(self, positions: Mapping[int, Committed]) -> frozenset[int]:
-        for partition, committed in positions.items():
-            if len(committed.metadata.encode()) > MAX_NOTE_BYTES:
-                raise BrokerError(f"{self._topic.name}[{partition}]: a note is over {MAX_NOTE_BYTES} bytes long")
         stored = self._held & positions.keys()
-        for partition in stored:
-            self._group.committed[partition] = positions[partition]
-            self._topic.committed(partition)
+        self._topic.commit(self._group, positions, stored)
         return stored
 
     async def committed(self, partitions: Collection[int]) -> dict[int, Committed]:
@@ -291,9 +119,13 @@ class MemoryConsumer(_Follower):
 
     def lag(self) -> dict[int, int]:
         return {
-            partition.number: partition.end - max(position, partition.begin)
+            partition.number: max(0, partition.readable(self._isolation) - max(position, partition.begin))
             for partition, position in self._positions.items()
         }
+
+    def position(self, partition: int) -> int:
+        log = self._topic.partitions[partition]
+        return max(self._positions[log], log.begin)
 
     async def close(self) -> None:
         await self._group.leave(self)
@@ -335,10 +167,15 @@ class Topic:
             self.groups[name] = Group(self.partitions)
         return self.groups[name]
 
-    def committed(self, number: int) -> None:
-        """Drop what all groups that have joined so far are done with."""
-        partition = self.partitions[number]
-        partition.drop_before(min(group.position(partition) for group in self.groups.values()))
+    def commit(self, group: Group, positions: Mapping[int, Committed], numbers: Collection[int]) -> None:
+        """Store positions of these partitions, and drop what all groups that have joined so far are done with."""
+        for number, committed in positions.items():
+            if len(committed.metadata.encode()) > MAX_NOTE_BYTES:
+                raise BrokerError(f"{self.name}[{number}]: a note is over {MAX_NOTE_BYTES} bytes long")
+        for number in numbers:
+            partition = self.partitions[number]
+            group.committed[number] = positions[number]
+            partition.drop_before(min(group.position(partition) for group in self.groups.values()))
 
 
 class MemoryBroker:
@@ -347,6 +184,7 @@ class MemoryBroker:
     def __init__(self, settings: Settings) -> None:
         self._topics: dict[str, Topic] = {}
         self._logs: dict[tuple[str, int], Partition] = {}  # of all topics
+        self._holders: dict[str, MemoryTransactor] = {}  # of transactional ids
         self._max_record_bytes = settings.max_record_bytes
 
     @property
@@ -382,44 +220,66 @@ class MemoryBroker:
         headers: Headers = (),
         durable: bool = True,  # noqa: ARG002 - nothing here outlives the process
     ) -> asyncio.Future[int]:
-        if len(value) > self._max_record_bytes:
+        log = await self.place(topic, partition, len(value))
+        return stored_at(log.append(key, value, headers))
+
+    async def place(self, topic: str, partition: int, size: int) -> Partition:
+        """Wait until a partition has room for a value of so many bytes; a record is to be appended at once."""
+        if size > self._max_record_bytes:
             raise RecordTooLargeError(
-                f"a record of {len(value)} bytes for {topic} is over the limit of {self._max_record_bytes}"
+                f"a record of {size} bytes for {topic} is over the limit of {self._max_record_bytes}"
             )
         log = self._logs.get((topic, partition)) or self._partition(topic, partition)
-        if not log.admits(len(value)):
+        if not log.admits(size):
             if log.ring:
                 await log.let_readers_catch_up()
-                log.make_room(len(value))
+                log.make_room(size)
             else:
-                await log.wait_for_room(len(value))
-        stored: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        stored.set_result(log.append(key, value, headers))
-        return stored
+                await log.wait_for_room(size)
+        return log
+
+    def transactor(self, transactional_id: str, *, timeout_ms: int = TRANSACTION_MS) -> MemoryTransactor:
+        return MemoryTransactor(self, self._holders, transactional_id, timeout_ms)
+
+    def store_offsets(self, topic: str, group: str, positions: Mapping[int, Committed]) -> None:
+        """Store how far a group's work is done, whoever holds the partitions. Raises BrokerError."""
+        found = self._topic(topic)
+        for number in positions:
+            self._partition(topic, number)
+        found.commit(found.group(group), positions, positions)
 
     async def consume(
-        self, topic: str, group: str, *, on_assigned: PartitionsChanged, on_revoked: PartitionsChanged
+        self,
+        topic: str,
+        group: str,
+        *,
+        on_assigned: PartitionsChanged,
+        on_revoked: PartitionsChanged,
+        isolation: Isolation = "read_uncommitted",
+        start: Start = "earliest",
     ) -> MemoryConsumer:
         found = self._topic(topic)
         joined = found.group(group)
-        consumer = MemoryConsumer(found, joined, on_assigned, on_revoked)
+        joined.begin(start, isolation)
+        consumer = MemoryConsumer(found, joined, on_assigned, on_revoked, isolation)
         await joined.join(consumer)
         if consumer.error is not None:
             await consumer.close()
             raise consumer.error
         return consumer
 
-    async def read(self, topic: str, positions: Mapping[int, int | None]) -> MemoryReader:
-        partitions = {self._partition(topic, number): offset for number, offset in positions.items()}
-        return MemoryReader(
-            {partition: partition.end if offset is None else offset for partition, offset in partitions.items()}
-        )
+    async def read(
+        self, topic: str, positions: Mapping[int, int | None], *, isolation: Isolation = "read_uncommitted"
+    ) -> MemoryReader:
+        logs = {self._partition(topic, number): offset for number, offset in positions.items()}
+        known = {log: log.readable(isolation) if offset is None else offset for log, offset in logs.items()}
+        return MemoryReader(known, isolation)
 
     async def begin_offset(self, topic: str, partition: int) -> int:
         return self._partition(topic, partition).begin
 
-    async def end_offset(self, topic: str, partition: int) -> int:
-        return self._partition(topic, partition).end
+    async def end_offset(self, topic: str, partition: int, *, isolation: Isolation = "read_uncommitted") -> int:
+        return self._partition(topic, partition).readable(isolation)
 
     async def offsets_at(self, topic: str, partitions: Collection[int], timestamp_ms: int) -> dict[int, int]:
         return {number: self._partition(topic, number).first_from(timestamp_ms) for number in partitions}
@@ -431,6 +291,11 @@ class MemoryBroker:
                 raise OffsetExpiredError(f"{topic}[{partition.number}] ends at {partition.end}, before {offset}")
         for partition, offset in wanted.items():
             partition.drop_before(offset)
+
+    async def committed(self, topic: str, group: str, partitions: Collection[int]) -> dict[int, Committed]:
+        joined = self._topic(topic).groups.get(group)
+        stored = {} if joined is None else joined.committed
+        return {number: stored[number] for number in partitions if number in stored}
 
     async def backlog(self, topic: str, group: str) -> int:
         found = self._topic(topic)

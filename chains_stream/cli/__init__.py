@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import click
 
 from chains_stream import __version__
-from chains_stream.cli.author import check, graph, init, openapi_document, topics
+from chains_stream.cli.author import asyncapi_document, check, graph, init, openapi_document, topics
 from chains_stream.cli.bench import bench
 from chains_stream.cli.call import call
 from chains_stream.cli.cancel import cancel
@@ -53,7 +53,22 @@ def chains() -> None:
     """
 
 
-for command in (init, check, run, call, gateway, worker, key, graph, topics, openapi_document, dlq, cancel, bench):
+for command in (
+    init,
+    check,
+    run,
+    call,
+    gateway,
+    worker,
+    key,
+    graph,
+    topics,
+    openapi_document,
+    asyncapi_document,
+    dlq,
+    cancel,
+    bench,
+):
     chains.add_command(command)
 
 

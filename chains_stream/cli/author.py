@@ -131,3 +131,20 @@ def openapi_document(file: str) -> None:
     chain = load_chain(file)
     described = openapi.document(chain, codec_of(signature(chain.entrypoint)), settings)
     click.echo(msgspec.json.format(msgspec.json.encode(described), indent=2))
+
+
+@click.command("asyncapi", short_help="Print the AsyncAPI document of a Chain's topics.")
+@file_argument
+@options("broker", "namespace", quiet=True)
+def asyncapi_document(file: str, **flags: str | None) -> None:
+    """Print the AsyncAPI 3 document of a Chain: the topics that it takes from and writes to, and what lies on them.
+
+    With --broker kafka://… it names the server too.
+    """
+    settings = read_settings(flags, quiet=True)
+    import msgspec
+
+    from chains_stream import asyncapi
+
+    described = asyncapi.document(load_chain(file), settings)
+    click.echo(msgspec.json.format(msgspec.json.encode(described), indent=2))

@@ -61,15 +61,33 @@ Examples:
 )
 @file_argument
 @click.option("--chainlet", "names", metavar="NAME", multiple=True, help="Run this one; may be repeated. Default: all.")
+@click.option(
+    "--source", metavar="TOPIC", help="Feed the Chainlet, which is the entrypoint unless one is named, from it."
+)
+@click.option("--sink", "sinks", metavar="TOPIC", multiple=True, help="Write what it gives there; may be repeated.")
+@click.option("--format", "style", metavar="NAME", help="Of the values in these topics; default json.")
+@click.option("--delivery", metavar="at_least_once|exactly_once|at_most_once", help="Of their events.")
 @options("cluster", "namespace", "host", "health_port")
-def worker(file: str, names: tuple[str, ...], **flags: str | None) -> None:
+def worker(
+    file: str,
+    *,
+    names: tuple[str, ...],
+    source: str | None,
+    sinks: tuple[str, ...],
+    style: str | None,
+    delivery: str | None,
+    **flags: str | None,
+) -> None:
     """Run Chainlets of a Chain, taking their requests from the broker. Any number of workers may run.
+
+    With --source a Chainlet is fed from that topic, as if its class said so.
 
     SIGTERM or Ctrl-C ends it once the requests under way are answered, a second one at once.
     """
     settings = read_settings(flags)
     chain = load_chain(file)
-    from chains_stream.cli import hosting
+    from chains_stream.cli import feeding, hosting
 
     served = [chain.find(name) for name in names] or chain.chainlets
+    feeding.declare(chain, names, feeding.Declared(source, sinks, style, delivery))
     hosting.run_worker(chain, tuple(dict.fromkeys(served)), settings)

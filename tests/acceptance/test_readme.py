@@ -1,20 +1,24 @@
 """The README is true: its commands and its code run as they stand there, but for ports."""
 
+import asyncio
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from chains_stream.brokers import open_broker
+from chains_stream.settings import Settings
 from tests.acceptance.command import Commands, chains, environment
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 SHELL = re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-CHAIN, MODEL, CLIENT, TEST, RESUMABLE = CODE
+CHAIN, MODEL, EVENTS, CLIENT, TEST, RESUMABLE = CODE
 
 
 @pytest.fixture
@@ -112,3 +116,31 @@ def test_a_model_is_a_chain_where_its_engine_is_not_installed_too(tmp_path: Path
     (tmp_path / "chat.py").write_text(MODEL, encoding="utf-8")
     checked = chains("check", "chat.py", cwd=tmp_path)
     assert (checked.returncode, checked.stdout) == (0, "OK: 1 Chainlet\n"), checked.stderr
+
+
+@pytest.mark.kafka
+def test_events_are_processed(start: Commands, kafka_url: str, namespace: str, tmp_path: Path) -> None:
+    (tmp_path / "shorten.py").write_text(EVENTS, encoding="utf-8")
+    worker = start("worker", "shorten.py", "--broker", kafka_url, "--namespace", namespace, cwd=tmp_path)
+    worker.ready()
+    found = asyncio.run(exchange(kafka_url))
+    assert found == (b"ada", msgspec.json.encode({"customer": "ada", "text": "x" * 80}))
+    assert worker.stop() == 0
+
+
+async def exchange(url: str) -> tuple[bytes | None, bytes]:
+    """Send a ticket, and give the first record that comes of one."""
+    broker = open_broker(Settings.of(broker=url))
+    try:
+        await broker.start()
+        ends = dict.fromkeys(range(await broker.partitions("tickets.short")))
+        reader = await broker.read("tickets.short", ends, isolation="read_committed")
+        ticket = msgspec.json.encode({"customer": "ada", "text": "x" * 100})
+        await (await broker.publish("tickets", ticket, partition=0))
+        async with asyncio.timeout(30):
+            while not (records := await reader.fetch()):
+                pass
+        await reader.close()
+    finally:
+        await broker.close()
+    return records[0].key, records[0].value

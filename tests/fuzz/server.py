@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from chains_stream.brokers import memory
+from chains_stream.brokers import memory_log
 from chains_stream.chain import Chain
 from chains_stream.cli.process import _event_loop
 from chains_stream.gateway import claims, connection, exchange, results, websocket_session
@@ -67,7 +67,7 @@ def impatient() -> None:
     exchange.BODY_SECONDS = 2.0
     exchange.BODY_IDLE_SECONDS = 1.0
     vars(websocket_session).update(BEAT=0.5, SILENCE=1.0)
-    memory.MAX_RECORDS = 1_000
+    memory_log.MAX_RECORDS = 1_000
     results.MOST_KNOWN = 1_000
     claims.MOST_CLAIMS = 1_000
 

@@ -15,7 +15,7 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 import chains_stream as chains
-from chains_stream.brokers.memory import MemoryReader
+from chains_stream.brokers.memory_reading import MemoryReader
 from chains_stream.errors import BrokerError, InvalidArgumentError, remote_detail
 from chains_stream.gateway import app as gateway_app
 from tests.sample import Counting, Item, Leaf, Relay, Sample, SampleError, Seen

@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 import chains_stream as chains
-from chains_stream.brokers.memory import MemoryBroker, MemoryReader
+from chains_stream.brokers.memory import MemoryBroker
+from chains_stream.brokers.memory_reading import MemoryReader
 from chains_stream.cli.health import Health
 from chains_stream.errors import BrokerError
 from chains_stream.gateway import probes

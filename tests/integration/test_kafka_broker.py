@@ -12,16 +12,16 @@ from uuid import uuid4
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.protocol.api import Request, RequestStruct, Response
-from aiokafka.protocol.types import Array, Int8, Int16, Int32, Schema, String
 from aiokafka.structs import TopicPartition
 
 from chains_stream.broker import Broker, Committed, TopicSpec
-from chains_stream.brokers import kafka_reading, kafka_sending, open_broker
+from chains_stream.brokers import kafka_group, kafka_reading, kafka_sending, open_broker
 from chains_stream.brokers.kafka import BATCH_BYTES, GROUP_FETCH_BYTES, KafkaBroker
-from chains_stream.brokers.kafka_reading import BUFFER_BYTES, BUFFER_RECORDS, KafkaGroupConsumer
+from chains_stream.brokers.kafka_group import KafkaGroupConsumer
+from chains_stream.brokers.kafka_reading import BUFFER_BYTES, BUFFER_RECORDS
 from chains_stream.errors import BrokerAuthorizationError, BrokerError, ChainsUsageError, RecordTooLargeError
 from chains_stream.settings import Settings
+from tests.guarded import DESCRIBE, GROUP, READ, SASL, TOPIC, WRITE, as_user, grant
 from tests.kafka import Node, node
 
 pytestmark = pytest.mark.kafka
@@ -114,7 +114,7 @@ async def test_a_restart_loses_nothing_that_was_stored(own: Node) -> None:
 async def test_closing_ends_while_the_broker_is_away(own: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """A record that could not be sent, a commit that could not be stored, a fetch under way: none holds up the end."""
     monkeypatch.setattr(kafka_sending, "FLUSH_SECONDS", 0.5)
-    monkeypatch.setattr(kafka_reading, "COMMIT_SECONDS", 1)
+    monkeypatch.setattr(kafka_group, "COMMIT_SECONDS", 1)
     topic = f"away.{uuid4().hex}"
     broker = open_broker(Settings.of(broker=own.url, kafka={"connect_timeout": 5}))
     await broker.start()
@@ -256,93 +256,11 @@ async def values(fetch: Any, count: int) -> list[bytes]:
     return got
 
 
-LOGIN = (
-    "org.apache.kafka.common.security.plain.PlainLoginModule required "
-    'username="admin" password="admin-secret" '
-    'user_admin="admin-secret" user_alice="alice-secret" user_bob="bob-secret";'
-)
-SASL = (
-    "listeners=SASL_PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}",
-    "advertised.listeners=SASL_PLAINTEXT://127.0.0.1:{port}",
-    "inter.broker.listener.name=SASL_PLAINTEXT",
-    "sasl.mechanism.inter.broker.protocol=PLAIN",
-    "listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT",
-    "sasl.enabled.mechanisms=PLAIN",
-    f"listener.name.sasl_plaintext.plain.sasl.jaas.config={LOGIN}",
-    "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-    "super.users=User:admin;User:ANONYMOUS",
-)
-
-
 @pytest.fixture(scope="module")
 def guarded(kafka_url: str) -> Iterator[Node]:
     """A broker with SASL/PLAIN: `admin` may do everything, `alice` nothing, `bob` what he is granted."""
     with node(*SASL) as started:
         yield started
-
-
-def as_user(name: str, password: str | None = None) -> dict[str, Any]:
-    return {
-        "security_protocol": "SASL_PLAINTEXT",
-        "sasl_username": name,
-        "sasl_password": password or f"{name}-secret",
-        "connect_timeout": 10,
-    }
-
-
-TOPIC, GROUP = 2, 3
-READ, WRITE, DESCRIBE = 3, 4, 8
-
-
-class CreateAclsResponse(Response):  # type: ignore[misc] # aiokafka has no types
-    """Of the API 30, which aiokafka lacks, in the one version of it that has no tagged fields."""
-
-    API_KEY = 30
-    API_VERSION = 1
-    SCHEMA = Schema(("throttle_time_ms", Int32), ("results", Array(("error_code", Int16), ("error", String("utf-8")))))
-
-
-class CreateAclsRequestStruct(RequestStruct):  # type: ignore[misc] # as above
-    API_KEY = 30
-    API_VERSION = 1
-    RESPONSE_TYPE = CreateAclsResponse
-    SCHEMA = Schema(
-        (
-            "creations",
-            Array(
-                ("resource_type", Int8),
-                ("resource_name", String("utf-8")),
-                ("pattern_type", Int8),
-                ("principal", String("utf-8")),
-                ("host", String("utf-8")),
-                ("operation", Int8),
-                ("permission", Int8),
-            ),
-        )
-    )
-
-
-class CreateAclsRequest(Request[CreateAclsRequestStruct]):  # type: ignore[misc] # as above
-    API_KEY = 30
-
-    def __init__(self, creations: list[tuple[Any, ...]]) -> None:
-        self._creations = creations
-
-    def build(self, request_struct_class: type[CreateAclsRequestStruct]) -> CreateAclsRequestStruct:
-        return request_struct_class(self._creations)
-
-
-async def grant(server: Node, user: str, kind: int, name: str, *rights: int, **login: Any) -> None:
-    """Give a user rights on the topic or group of that name; `login` is that of an administrator."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=server.url.removeprefix("kafka://"), **login)
-    await admin.start()
-    try:
-        literal = allow = 3
-        acls = [(kind, name, literal, f"User:{user}", "*", right, allow) for right in rights]
-        response = await admin._send_to_controller(CreateAclsRequest(acls))
-        assert all(code == 0 for code, _ in response.results), response
-    finally:
-        await admin.close()
 
 
 async def test_the_right_credentials_are_let_in(guarded: Node) -> None:
@@ -367,17 +285,12 @@ async def test_a_missing_right_is_named(guarded: Node) -> None:
 
 
 async def test_each_right_that_is_missing_is_named_with_what_it_is_missing_on(guarded: Node) -> None:
-    login = {
-        "security_protocol": "SASL_PLAINTEXT",
-        "sasl_plain_username": "admin",
-        "sasl_plain_password": "admin-secret",
-    }
     mine, other = f"mine.{uuid4().hex}", f"other.{uuid4().hex}"
     async with opened(guarded.url, **as_user("admin")) as broker:
         await broker.ensure_topics([TopicSpec(name, 1, HOUR_MS) for name in (mine, other)])
-    await grant(guarded, "bob", TOPIC, mine, WRITE, READ, DESCRIBE, **login)
-    await grant(guarded, "bob", TOPIC, other, DESCRIBE, **login)
-    await grant(guarded, "bob", GROUP, mine, READ, **login)
+    await grant(guarded, "bob", TOPIC, mine, WRITE, READ, DESCRIBE)
+    await grant(guarded, "bob", TOPIC, other, DESCRIBE)
+    await grant(guarded, "bob", GROUP, mine, READ)
     async with opened(guarded.url, **as_user("bob")) as broker:
         await broker.ensure_topics([TopicSpec(mine, 1, HOUR_MS)])  # it exists: no right to create is needed
         assert await (await broker.publish(mine, b"x", partition=0)) == 0

@@ -12,7 +12,8 @@ from aiokafka.errors import LeaderNotAvailableError
 
 from chains_stream.broker import Broker, TopicSpec
 from chains_stream.brokers import kafka_watch, open_broker
-from chains_stream.brokers.kafka_reading import KafkaGroupConsumer, KafkaReader
+from chains_stream.brokers.kafka_group import KafkaGroupConsumer
+from chains_stream.brokers.kafka_reading import KafkaReader
 from chains_stream.errors import BrokerError
 from chains_stream.settings import Settings
 from tests.kafka import Node, node
@@ -217,7 +218,7 @@ async def test_a_topic_that_lost_partitions_is_trouble_until_it_has_them_again(
     await until(lambda: broker.trouble() is not None)
     assert "LeaderNotAvailable" in (broker.trouble() or "")
     with pytest.raises(LeaderNotAvailableError):
-        await reader._cluster.ends(topic, [0, 3])
+        await reader._cluster.ends(topic, [0, 3], "read_uncommitted")
     await admin.create_partitions({topic: NewPartitions(4)})
     await until(lambda: broker.trouble() is None)
     await admin.close()

@@ -62,9 +62,9 @@ class CountingBroker(MemoryBroker):
 
     reads = 0
 
-    async def read(self, *arguments: Any) -> Any:
+    async def read(self, *arguments: Any, **options: Any) -> Any:
         self.reads += 1
-        return await super().read(*arguments)
+        return await super().read(*arguments, **options)
 
 
 @pytest.fixture

@@ -31,12 +31,16 @@ ORDER = [
     "answers",
     "store",
     "codec",
+    "formats",
     "timeouts",
     "policy",
     "stub",
     "chainlet",
+    "formats",
+    "events",
     "checks",
     "chain",
+    "batches",
     "local",
     "broker",
     "brokers",
@@ -56,9 +60,13 @@ ORDER = [
     "quarantine",
     "cancellations",
     "outcome",
+    "taking",
     "patience",
     "async_requests",
     "serving",
+    "transactions",
+    "breaker",
+    "event_worker",
     "worker",
     "http_target",
     "posting",
@@ -66,6 +74,7 @@ ORDER = [
     "webhooks",
     "client",
     "gateway",
+    "asyncapi",
     "telemetry",
     "cli",
 ]
@@ -125,7 +134,7 @@ def test_only_the_kafka_broker_imports_aiokafka() -> None:
     assert all(user.startswith("brokers/kafka") for user in users), users
 
 
-@pytest.mark.parametrize("package", ["vllm", "torch", "tritonclient", "numpy", "fsspec"])
+@pytest.mark.parametrize("package", ["vllm", "torch", "tritonclient", "numpy", "fsspec", "fastavro", "confluent_kafka"])
 def test_the_core_imports_no_engine(package: str) -> None:
     """Nor what only some use: numpy, which is an extra, and fsspec. The others should not pay for it."""
     code = f"import sys, chains_stream, chains_stream.worker, chains_stream.client; print({package!r} in sys.modules)"

@@ -5,9 +5,9 @@ import asyncio
 import pytest
 
 from chains_stream.broker import Committed, TopicSpec
-from chains_stream.brokers import memory
+from chains_stream.brokers import memory_log as memory
 from chains_stream.brokers.memory import MemoryBroker
-from chains_stream.errors import OffsetExpiredError
+from chains_stream.errors import FencedError, OffsetExpiredError
 from chains_stream.messages import now_ms
 from chains_stream.settings import Settings
 
@@ -207,3 +207,35 @@ async def test_leaving_that_is_cancelled_has_left_all_the_same(broker: MemoryBro
     assert held == {0, 1}
     assert await broker.members("g") == 1
     await stays.close()
+
+
+async def test_a_record_that_waits_for_room_does_not_outlive_its_transaction(broker: MemoryBroker) -> None:
+    """Whoever is fenced while it waits appends nothing afterwards."""
+    await broker.ensure_topics([TopicSpec("queue", 1, HOUR_MS)])
+    await fill_up(broker, "queue")
+    zombie, holder = broker.transactor("id"), broker.transactor("id")
+    await zombie.start()
+    zombie.begin()
+    waiting = asyncio.ensure_future(zombie.publish("queue", b"zombie", partition=0))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await holder.start()
+    await broker.delete_before("queue", {0: 10})
+    with pytest.raises(FencedError):
+        await waiting
+    assert await broker.end_offset("queue", 0) == memory.MAX_RECORDS
+    assert await broker.end_offset("queue", 0, isolation="read_committed") == memory.MAX_RECORDS
+
+
+async def test_aborted_records_are_forgotten_with_their_partitions_oldest(broker: MemoryBroker) -> None:
+    await broker.ensure_topics([TopicSpec("queue", 1, HOUR_MS)])
+    transactor = broker.transactor("id")
+    await transactor.start()
+    for _ in range(3):
+        transactor.begin()
+        await transactor.publish("queue", b"x", partition=0)
+        await transactor.abort()
+    log = broker._partition("queue", 0)
+    assert len(log._aborted) == 3
+    await broker.delete_before("queue", {0: 2})
+    assert log._aborted == {2}
