@@ -9,7 +9,7 @@ VLLM_READY := .venv-vllm/.ready
 TRITON_READY := .venv-triton/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test engines chaos fuzz bench bench-quick bench-engines check format kafka kafka-stop lock clean
+.PHONY: help run test test-long engines chaos fuzz bench bench-quick bench-engines check format kafka kafka-stop lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -21,21 +21,27 @@ test: $(READY) ## Run the whole suite, against real Apache Kafkas of its own on 
 ifdef ARGS
 	@$(BIN)/pytest $(ARGS)
 else
-	@$(MAKE) --no-print-directory --jobs=3 test-commands test-parts test-engines
+	@$(MAKE) --no-print-directory --jobs=2 test-commands test-parts
+	@$(MAKE) --no-print-directory test-triton test-vllm
 endif
 
-# Halves that take about as long: both mostly wait, for groups to form and processes to start. The engines compute, with
-# what the others leave them.
-.PHONY: test-commands test-parts test-engines test-vllm test-triton
+test-long: $(READY) ## Run what takes minutes: all tests of a real vLLM, and workers of events that are killed
+	@$(MAKE) --no-print-directory test-vllm VLLM_TESTS=tests/vllm
+	@$(BIN)/pytest $(CRASHES)
+
+# Halves that take about as long: both mostly wait, for groups to form and processes to start. Engines compute, and come
+# after them. Each start of a vLLM takes half a minute: the tests that share one are run always.
+VLLM_TESTS := tests/vllm/test_generation.py tests/vllm/test_resume.py
+CRASHES := tests/acceptance/test_event_crashes.py
+.PHONY: test-commands test-parts test-vllm test-triton
 test-commands:
-	@$(BIN)/pytest tests/acceptance
+	@$(BIN)/pytest tests/acceptance --ignore=$(CRASHES)
 test-parts:
 	@$(BIN)/pytest tests/contract tests/integration tests/typing tests/unit
-test-engines: test-vllm test-triton
 test-vllm:
-	@if [ -e $(VLLM_READY) ]; then nice -n 15 .venv-vllm/bin/pytest tests/vllm; else $(call not-run,tests/vllm,vLLM); fi
+	@if [ -e $(VLLM_READY) ]; then .venv-vllm/bin/pytest $(VLLM_TESTS); else $(call not-run,tests/vllm,vLLM); fi
 test-triton:
-	@if [ -e $(TRITON_READY) ]; then nice -n 15 $(BIN)/pytest tests/triton; else $(call not-run,tests/triton,Triton); fi
+	@if [ -e $(TRITON_READY) ]; then $(BIN)/pytest tests/triton; else $(call not-run,tests/triton,Triton); fi
 
 # In CI what is not run is a failure.
 not-run = echo "NOT RUN: $(1), for want of a real $(2): make engines sets one up" >&2; test -z "$$CI"
