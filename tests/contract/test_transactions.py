@@ -1,7 +1,9 @@
 """What every broker does with transactions."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import gc
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 
@@ -16,6 +18,15 @@ from chains_stream.errors import (
 from tests.members import HOUR_MS, Member, fill, take
 
 Open = Callable[[str], Awaitable[Transactor]]
+
+
+@pytest.fixture(autouse=True)
+def dropped() -> Iterator[None]:
+    """Collect the connections of what a test has dropped, as if its process had been killed: not in a later test."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture

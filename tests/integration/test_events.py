@@ -107,7 +107,7 @@ class Stream:
         reader = await self.broker.read(topic, dict.fromkeys(numbers, 0), isolation="read_committed")
         found: list[Record] = []
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(90):  # an event may wait for half a minute between two tries
                 while len(found) < count:
                     found += await reader.fetch()
         finally:

@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 
 import chains_stream as chains
-from chains_stream import worker as worker_module
+from chains_stream import taking
 from chains_stream.batching import FrameBatcher
 from chains_stream.broker import TopicSpec
 from chains_stream.brokers.memory import MemoryBroker
@@ -255,7 +255,7 @@ async def test_a_reader_that_dies_fails_the_calls_and_is_told() -> None:
 
 
 async def test_work_that_ignores_its_cancellation_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "CANCEL_PATIENCE", 0.2)
+    monkeypatch.setattr(taking, "CANCEL_PATIENCE", 0.2)
     async with asyncio.timeout(60):  # it would be for ever
         async with chains.run_chain(Stubborn, grace_period=0.1) as stubborn:
             handle = await stubborn.submit("ignores")
