@@ -1,9 +1,11 @@
 """Transactions on Kafka, while processes and brokers die."""
 
 import asyncio
+import gc
 import random
 import signal
 import sys
+import warnings
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -25,6 +27,15 @@ pytestmark = pytest.mark.kafka
 PARTITIONS = 4
 RECORDS = 5_000
 KILLS = 5
+
+
+@pytest.fixture(autouse=True)
+def dropped() -> Iterator[None]:
+    """Collect the connections of what a test has dropped, as if its process had been killed: not in a later test."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture
