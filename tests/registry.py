@@ -187,7 +187,7 @@ async def fronted(
         pem = folder / "server.pem"
         certificate.private_key_and_cert_chain_pem.write_to_path(str(pem))
         files["ssl_certfile"] = str(pem)
-    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="error", lifespan="off", **files))
+    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_config=None, lifespan="off", **files))
     serving = asyncio.create_task(server.serve())
     try:
         async with asyncio.timeout(20):

@@ -53,7 +53,7 @@ def main(model: str) -> None:
 
     asked = [Asked(*each) for each in json.load(sys.stdin)]
     more: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
-    engine = LLM(model, max_model_len=2048, max_num_seqs=64, **more)
+    engine = LLM(model, max_num_seqs=64, **more)
     settings = [
         SamplingParams(max_tokens=a.max_tokens, seed=a.seed, temperature=a.temperature, ignore_eos=True) for a in asked
     ]

@@ -21,11 +21,12 @@ LLM = str(Path(__file__).parents[2] / "chainlets" / "llm.py")
 LOADING = 240.0  # seconds that an engine may take to start on a machine that starts several
 STREAMS = 64
 TOKENS = 100
-LONG = 1_500  # tokens of a generation that something happens to
+LONG = 6_000  # tokens of a generation that something happens to: a tiny model says hundreds a second
+MANY = 4  # of those at once
 ENGINE = {
     "dtype": "float32",
     "enforce_eager": "true",
-    "max_model_len": "2048",
+    "max_model_len": str(tiny.MAX_POSITIONS),
     "max_num_seqs": str(STREAMS),
     "kv_cache_memory_bytes": str(256 << 20),
 }
@@ -34,8 +35,8 @@ pytestmark = [pytest.mark.kafka, pytest.mark.timeout(600)]
 
 PROMPTS = [f"Tell me of the number {number}." for number in range(STREAMS)]
 SHORT = [Asked(prompt, TOKENS) for prompt in PROMPTS]
-LONGER = [Asked(prompt, LONG) for prompt in PROMPTS[:4]]
-SEEDED = [Asked(prompt, LONG, seed=number, temperature=0.9) for number, prompt in enumerate(PROMPTS[:4])]
+LONGER = [Asked(prompt, LONG) for prompt in PROMPTS[:MANY]]
+SEEDED = [Asked(prompt, LONG, seed=number, temperature=0.9) for number, prompt in enumerate(PROMPTS[:MANY])]
 
 
 class Worker:
@@ -53,7 +54,7 @@ class Worker:
 
     async def metric(self, name: str) -> float:
         """Read the sum of what a metric says."""
-        async with httpx.AsyncClient(trust_env=False) as http:
+        async with httpx.AsyncClient(trust_env=False, verify=False, timeout=30) as http:
             text = (await http.get(f"{self.url}/metrics")).text
         lines = [line for line in text.splitlines() if re.match(rf"{name}[{{ ]", line)]
         assert lines, f"{name} is among the metrics"
@@ -211,17 +212,18 @@ async def test_64_streams_say_what_the_engine_says_by_itself(
 async def test_a_disconnect_ends_the_generation(fleet: Fleet, client: openai.AsyncOpenAI) -> None:
     (worker,) = fleet.ready(1)
     before = await worker.metric("vllm:generation_tokens_total")
-    ((_, task),) = (await begin(client, LONGER[:1])).items()
-    assert await worker.metric("vllm:num_requests_running") == 1
+    readings = await begin(client, LONGER)
+    assert await worker.metric("vllm:num_requests_running") == MANY
     left = asyncio.get_running_loop().time()
-    task.cancel()
-    await asyncio.wait([task])
+    for task in readings.values():
+        task.cancel()
+    await asyncio.wait(readings.values())
     await worker.until("vllm:num_requests_running", 0)
     seconds = asyncio.get_running_loop().time() - left
     made = await worker.metric("vllm:generation_tokens_total") - before
-    assert made < LONG, f"broken off, {seconds:.2f} s after its reader had left"
+    assert made < MANY * LONG / 2, f"broken off, {seconds:.2f} s after their readers had left"
     assert await worker.metric("vllm:kv_cache_usage_perc") == 0
-    assert made < LONG / 2 or seconds < 1
+    print(f"the engine had stopped {seconds:.2f} s after its readers had left")  # noqa: T201 - a figure to report
 
 
 async def test_a_generation_goes_on_where_a_worker_was_killed(

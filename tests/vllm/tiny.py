@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 HIDDEN, LAYERS, HEADS, INNER = 64, 2, 2, 128
-MAX_POSITIONS = 2048
+MAX_POSITIONS = 8192
 PAD, BEGIN, END, THINK, THOUGHT = range(256, 261)
 SPECIAL = ("<pad>", "<s>", "</s>", "<think>", "</think>")
 VOCABULARY = 256 + len(SPECIAL)
