@@ -5,8 +5,8 @@
       kcat -P -b 127.0.0.1:9092 -t tickets -k ada -X topic.partitioner=murmur2_random
     kcat -C -b 127.0.0.1:9092 -t tickets.urgent -e
 
-kcat, as all clients on librdkafka, hashes keys in another way than Kafka's own clients and we do, if it is not told. One
-key is in one partition either way, and in order; but topics that are to be joined need one way for all who write.
+kcat, as all clients on librdkafka, chooses the partition of a key in another way than Kafka's own clients and we do, if
+it is not told. All who write to a topic must do it in one way, or a key has no order.
 
 Tickets of one customer keep their order; those of others are worked on meanwhile. `Score` is a Chainlet of its own, so
 that it may run elsewhere, on a GPU say, on as many machines as it takes. Here it is plain Python: it counts the words
