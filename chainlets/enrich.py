@@ -2,8 +2,11 @@
 
     chains worker chainlets/enrich.py --broker kafka://127.0.0.1:9092
     echo '{"id": "t1", "customer": "ada", "text": "The invoice is wrong, and nobody answers. Terrible!"}' |
-      kcat -P -b 127.0.0.1:9092 -t tickets -k ada
+      kcat -P -b 127.0.0.1:9092 -t tickets -k ada -X topic.partitioner=murmur2_random
     kcat -C -b 127.0.0.1:9092 -t tickets.urgent -e
+
+kcat, as all clients on librdkafka, chooses the partition of a key in another way than Kafka's own clients and we do, if
+it is not told. All who write to a topic must do it in one way, or a key has no order.
 
 Tickets of one customer keep their order; those of others are worked on meanwhile. `Score` is a Chainlet of its own, so
 that it may run elsewhere, on a GPU say, on as many machines as it takes. Here it is plain Python: it counts the words

@@ -1,7 +1,9 @@
 """Holding all events of a Chainlet back while none succeeds, and telling whose fault a failure is."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import asyncio
+import time
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager, suppress
 
 from chains_stream.errors import message_of
 from chains_stream.log import get_logger
@@ -29,6 +31,9 @@ class Breaker:
         self._succeeded = 0  # the last run to begin of those that succeeded
         self._opened = 0  # what had begun by then
         self._tries = 0
+        self._aside = 0  # events that were put aside in a row
+        self._next_aside = 0.0  # by `time.monotonic`: when another one may be
+        self._closed = asyncio.Event()
 
     def begin(self) -> int:
         """Count a run; give its number."""
@@ -39,8 +44,9 @@ class Breaker:
         self._succeeded = max(self._succeeded, run)
         if self.open:
             self.open = False
+            self._closed.set()
             log.info("events.go_on", chainlet=self._name)
-        self._tries = 0
+        self._tries = self._aside = 0
 
     def blames(self, failed: int) -> bool:
         """Tell whether an event is itself to blame for its failures, the first of them when `failed` runs had begun.
@@ -48,6 +54,19 @@ class Breaker:
         What had begun before may have had what they all depend on when it was still there, and tells nothing.
         """
         return self._succeeded > max(failed, self._opened)
+
+    def may_put_aside(self) -> bool:
+        """Tell whether one more event may be put aside whose error does not tell whose fault it is; it counts as such.
+
+        Once many in a row were, and none succeeded, what they depend on may be away, or their code be wrong: from then
+        on one may be after a pause. So few are put aside in vain, and bad ones in a row hold nobody up for ever.
+        """
+        beyond = self._aside + 1 - MOST_FAILING
+        if beyond > 0 and time.monotonic() < self._next_aside:
+            return False
+        self._aside += 1
+        self._next_aside = time.monotonic() + _pause(beyond)
+        return True
 
     def may_try(self, running: int) -> bool:
         """While it is open: tell whether one more event may begin, as a trial, of which there is one at a time.
@@ -57,15 +76,29 @@ class Breaker:
         return running <= self.waiting < MOST_FAILING
 
     @contextmanager
-    def pause(self, error: Exception) -> Iterator[float]:
-        """Count an event that failed for no fault of its own as waiting; give for how long, in seconds."""
+    def pause(self, error: Exception) -> Iterator[Awaitable[None]]:
+        """Count an event that failed for no fault of its own as waiting; give what it has to wait for."""
         if not self.open:
             self.open = True
+            self._closed.clear()
             self._opened = self.begun
-            log.warning("events.paused", chainlet=self._name, reason=message_of(error))
+            then = {}
+            if self._aside >= MOST_FAILING:
+                then = {"aside": self._aside, "then": f"one is put aside every {LONGEST_PAUSE:g} s until one succeeds"}
+            log.warning("events.paused", chainlet=self._name, reason=message_of(error), **then)
         self._tries += 1
         self.waiting += 1
         try:
-            yield min(LONGEST_PAUSE, SHORTEST_PAUSE * 2 ** min(self._tries, 10))
+            yield self._goes_on(_pause(self._tries))
         finally:
             self.waiting -= 1
+
+    async def _goes_on(self, seconds: float) -> None:
+        """Wait until one succeeds, for so long at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._closed.wait()
+
+
+def _pause(number: int) -> float:
+    return min(LONGEST_PAUSE, SHORTEST_PAUSE * 2.0 ** max(0, min(number, 10)))

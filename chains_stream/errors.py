@@ -381,12 +381,27 @@ def http_status(error: BaseException) -> int:
     return 500
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Give an error, and what it came of: what it was raised from or while handling, and the members of groups."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        current = left.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        left.append(current.__cause__ or (None if current.__suppress_context__ else current.__context__))
+        if isinstance(current, BaseExceptionGroup):
+            left += reversed(current.exceptions)
+
+
 def to_detail(error: BaseException, chainlet: str | None = None) -> RemoteErrorDetail:
     """Describe `error` for the wire, as raised in the Chainlet named `chainlet`."""
     remote = remote_detail(error)
     frames = user_frames(error.__traceback__)
     hops = [] if chainlet is None else [Hop(chainlet, frames)]
-    for cause in _causes(error):
+    for cause in causes(error):
         below = remote_detail(cause)
         if below is not None:
             hops += below.hops
@@ -464,15 +479,6 @@ def user_frames(trace: TracebackType | None) -> list[StackFrame]:
         for frame in traceback.extract_tb(trace)
         if not frame.filename.startswith((*_FOREIGN_ROOTS, "<"))
     ]
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
 
 
 def _plain_args(error: BaseException) -> list[str | int | float | bool | None] | None:

@@ -8,7 +8,7 @@ no other succeeds either, all wait until something does.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Awaitable, Collection, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -27,6 +27,7 @@ from chains_stream.errors import (
     RecordTooLargeError,
     SchemaRegistryError,
     UnknownSchemaError,
+    causes,
     is_retryable,
     message_of,
     user_frames,
@@ -188,6 +189,7 @@ class EventJob:
         self.lane = lane
         self.task: asyncio.Task[None] | None = None
         self.stop: Stop | None = None
+        self.put_off = False  # to be tried again later
         self.unsent: list[Unsent] = []  # that the transaction of its offset is to hold
 
     def cancel(self, stop: Stop) -> None:
@@ -255,6 +257,7 @@ class EventWorker(Taker[EventJob]):
         self._keys: dict[tuple[int, int], bytes | None] = {}  # of what is about to begin, where values have them
         self._taken = 0
         self._gave_way = False  # to a request, with the last place
+        self._leaving = False  # what it has not done to others
         self._breaker = Breaker(service.name)
         self._metrics = metrics.OfWorker(service.name)
 
@@ -280,9 +283,12 @@ class EventWorker(Taker[EventJob]):
             # All that is taken is committed, and runs now or never.
             while (self._jobs or self._ready) and (left := end - self._loop.time()) > 0:
                 await self.places.change(left)
+        else:
+            self._leaving = True
         for job in self._waiting():
-            if job.task is None:
-                job.cancel("drained")  # or it would begin as the one before it is cancelled, and overtake it
+            # What has not begun would begin as the one before it is cancelled, and overtake it.
+            if job.task is None or (job.put_off and self._leaving):
+                job.cancel("drained")
         await super()._finish_up(max(0.0, end - self._loop.time()))
 
     def _free(self) -> int:
@@ -465,7 +471,7 @@ class EventWorker(Taker[EventJob]):
                     return False
                 self._log(error, attempt)
                 failed = failed or self._breaker.begun
-                if not await self._again(error, attempt, failed):
+                if not await self._again(job, error, attempt, failed):
                     return await self._bury(job, error, "failed")
                 attempt += 1
             else:
@@ -473,30 +479,36 @@ class EventWorker(Taker[EventJob]):
                 self._metrics.finished["done"].inc()
                 return True
 
-    async def _again(self, error: Exception, attempt: int, failed: int) -> bool:
+    async def _again(self, job: EventJob, error: Exception, attempt: int, failed: int) -> bool:
         """Wait until an event that failed is to be tried again; False if it is not."""
         if not is_retryable(error) and not _of_the_topics(error):
             return False
         if attempt < self._service.feed.source.retries:
-            await self._put_off(policy.backoff(attempt))
+            await self._put_off(job, asyncio.sleep(policy.backoff(attempt)))
             return True
         # Had it been the event's own fault, others would have succeeded meanwhile.
-        if not _of_others(error) or self._breaker.blames(failed):
+        if self._breaker.blames(failed):
             return False
-        with self._breaker.pause(error) as seconds:
-            await self._put_off(seconds)
+        if not _of_others(error) and self._breaker.may_put_aside():
+            return False
+        with self._breaker.pause(error) as over:
+            await self._put_off(job, over)
         return True
 
-    async def _put_off(self, seconds: float) -> None:
-        """Wait without a place, which others may use, and then for one."""
+    async def _put_off(self, job: EventJob, over: Awaitable[None]) -> None:
+        """Wait without a place, which others may use, until something is over, and then for a place."""
         turn: asyncio.Future[None] = self._loop.create_future()
         self.places.taken -= 1
         self.places.changed.set()
+        job.put_off = True
+        if self._leaving:
+            job.cancel("drained")
         try:
-            await asyncio.sleep(seconds)
+            await over
             self._returning.append(turn)
             self._run_ready()
             await turn
+            job.put_off = False
         finally:
             if turn.cancelled() or not turn.done():
                 turn.cancel()
@@ -561,9 +573,14 @@ class EventWorker(Taker[EventJob]):
 
 
 def _of_others(error: Exception) -> bool:
-    """Tell whether an error may be that of something that the Chainlet depends on, and not of the event."""
-    return isinstance(error, OSError | TimeoutError | ChainsRuntimeError) and not isinstance(
-        error, InvalidArgumentError | InvalidResultError | RecordTooLargeError
+    """Tell whether an error is, or came of, one of something that the Chainlet depends on, and not of the event.
+
+    A library's own class of errors mostly came of an OSError, that of a connection say.
+    """
+    return any(
+        isinstance(each, OSError | TimeoutError | ChainsRuntimeError)
+        and not isinstance(each, InvalidArgumentError | InvalidResultError | RecordTooLargeError)
+        for each in causes(error)
     )
 
 

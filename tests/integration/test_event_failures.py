@@ -1,0 +1,117 @@
+"""Events that fail: whose fault it is, what is put aside, and what a worker that ends does with them."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+
+import pytest
+
+import chains_stream as chains
+from chains_stream.breaker import MOST_FAILING
+from chains_stream.letters import dead_letter_topic
+from tests.sample import Seen
+from tests.streams import Scored, Stream, Ticket, values
+
+WIDE = chains.RemoteConfig(compute=chains.Compute(predict_concurrency=8))
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen() -> Iterator[None]:
+    Seen.reset()
+    yield
+    Seen.reset()
+
+
+@pytest.fixture(params=["at_least_once", "exactly_once"])
+async def stream(request: pytest.FixtureRequest) -> AsyncIterator[Stream]:
+    async with AsyncExitStack() as stack:
+        made = Stream("memory://", stack, request.param)
+        await made.start()
+        yield made
+
+
+async def letters(stream: Stream) -> int:
+    return await stream.broker.end_offset(dead_letter_topic(stream.tickets), 0)
+
+
+class DriverError(Exception):
+    """What a client library makes of whatever keeps it from its server."""
+
+
+class Needy(chains.ChainletBase):
+    """Needs a server that is away until a test says so; the ticket says what its client makes of that."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, ticket: Ticket) -> Scored:
+        Seen.note(ticket.id)
+        if not Seen.counts["back"] and ticket.act:
+            Seen.note("away")
+            self._fail(ticket.act)
+        if ticket.number < 0:
+            raise ValueError("it is the ticket")
+        return Scored(ticket.id, ticket.number)
+
+    def _fail(self, how: str) -> None:
+        match how:
+            case "cause":
+                try:
+                    raise ConnectionRefusedError("nobody there")
+                except OSError as error:
+                    raise DriverError("can't connect") from error
+            case "group":
+                raise ExceptionGroup("several", [ValueError("of no use"), ConnectionRefusedError("nobody there")])
+            case "alone":
+                raise DriverError("can't connect")
+
+
+@pytest.mark.parametrize("how", ["cause", "group"])
+async def test_what_came_of_a_lost_connection_puts_nothing_aside(stream: Stream, how: str) -> None:
+    await stream.send(*(Ticket(f"{number}", number, how) for number in range(50)))
+    await stream.host(stream.chainlet(Needy, retries=1))
+    await Seen.until("away", times=20)
+    Seen.note("back")
+    assert len(await stream.read(stream.scored, 50)) == 50
+    assert await letters(stream) == 0
+
+
+async def test_few_are_put_aside_while_all_fail_whatever_the_error_is(stream: Stream) -> None:
+    await stream.send(*(Ticket(f"{number}", number, "alone") for number in range(300)))
+    await stream.host(stream.chainlet(Needy, retries=1))
+    await Seen.until("away", times=MOST_FAILING + 16)  # tried, and tried again
+    Seen.note("back")
+    found = await stream.read(stream.scored, 300 - await letters(stream))
+    assert len(found) >= 300 - MOST_FAILING - 8
+    assert len(found) + await letters(stream) == 300
+
+
+async def test_bad_ones_in_a_row_hold_up_nobody_for_ever(stream: Stream) -> None:
+    bad = MOST_FAILING + 3
+    await stream.send(*(Ticket(f"{number}", -1) for number in range(bad)), Ticket("good"), key=b"k")
+    await stream.host(stream.chainlet(Needy, retries=1))
+    assert [said["id"] for said in values(await stream.read(stream.scored, 1))] == ["good"]
+    assert await letters(stream) == bad
+
+
+async def test_those_that_waited_for_one_that_succeeds_go_on_at_once(stream: Stream) -> None:
+    await stream.send(*(Ticket(f"{number}", number, "cause") for number in range(200)))
+    await stream.host(stream.chainlet(Needy, retries=1))
+    await Seen.until("away", times=MOST_FAILING + 4)
+    Seen.note("back")
+    async with asyncio.timeout(20):  # while each of them, by itself, would wait for half a minute
+        await stream.read(stream.scored, 200)
+
+
+async def test_a_worker_that_ends_does_not_wait_for_those_that_wait(stream: Stream) -> None:
+    stream.settings = stream.settings.model_copy(update={"grace_period": 60})
+    await stream.send(*(Ticket(f"{number}", number, "cause") for number in range(10)), key=b"k")
+    chainlet = stream.chainlet(Needy, retries=1)
+    host = await stream.host(chainlet)
+    await Seen.until("away", times=5)
+    async with asyncio.timeout(20):
+        await host.drain()
+    Seen.note("back")
+    await stream.host(chainlet)
+    found = values(await stream.read(stream.scored, 10))
+    assert [said["id"] for said in found] == [f"{number}" for number in range(10)]
+    assert await letters(stream) == 0
