@@ -3,10 +3,10 @@
     python -m benchmarks.events                                   # all three guarantees, 6 rounds each: some minutes
     python -m benchmarks.events --guarantees exactly_once --rounds 10 --count 200000
 
-JSON of some 300 bytes is written to a topic first. Then `chains worker` and the bare loop (`benchmarks.rivals.events`) read
-it all in turn, each in a process and a group of its own, run the same function on it, and write what it gives to a topic of
-their own: ours first in one round, the bare loop in the next. The rate is that between the first outputs that are
-seen and the last: of what is committed, or stored, where the commit comes first. Then all outputs are read and checked.
+JSON of some 300 bytes is written to a topic first. Then `chains worker` and the bare loop (`benchmarks.rivals.events`)
+read it all in turn, each in a process and a group of its own, run the same function on it, and write what it gives to a
+topic of their own: ours first in one round, the bare loop in the next. The rate is that between the first outputs
+that are seen and the last: of what is committed, or stored, where the commit comes first. Then all outputs are checked.
 """
 
 import argparse
@@ -38,9 +38,9 @@ LOOK_SECONDS = 0.02
 STALLED = 60.0  # seconds without progress
 RESULTS = Path(__file__).with_name("results")
 CAVEATS = (
-    "Worker, bare loop, Kafka and whoever looks at them share the processors of one machine; the two are never at work together.",
+    "Worker or bare loop, never both at once, share one machine with Kafka and with whoever looks at them.",
     "The function waits for nothing, so all that is measured is what lies around it.",
-    "The bare loop has no retries, dead letters, deadlines, concurrency or metrics, and does not read back what it writes.",
+    "The bare loop has no retries, dead letters, deadlines, concurrency or metrics, and does not check what it writes.",
     "CPU is that of the worker, or the bare loop; Kafka's is not counted.",
 )
 
@@ -123,7 +123,7 @@ class Bench:
 
     async def measure(self, guarantee: str, system: str, of_round: int) -> Sample:
         """Have all events read once."""
-        group = sink = f"{system}.{uuid4().hex[:8]}"
+        group = sink = f"{system}-{uuid4().hex[:8]}"
         await self._broker.ensure_topics([TopicSpec(sink, PARTITIONS, HOUR_MS)])
         with self._started(system, guarantee, sink, group) as process:
             first, began = await self._seen(guarantee, sink, group, 1)

@@ -17,7 +17,7 @@ from structlog.contextvars import bind_contextvars
 from chains_stream import metrics, policy
 from chains_stream.assignment import Assignment
 from chains_stream.breaker import Breaker
-from chains_stream.broker import Broker, Record, TopicSpec
+from chains_stream.broker import Record
 from chains_stream.errors import (
     BrokerError,
     ChainsRuntimeError,
@@ -32,18 +32,18 @@ from chains_stream.errors import (
     message_of,
     user_frames,
 )
-from chains_stream.events import Event, Feed, Output, Sink, partition_of, takes_none
-from chains_stream.formats import Registry, keying, named
-from chains_stream.letters import dead_letter_spec, send_letter
-from chains_stream.local import Callee
+from chains_stream.event_service import EventService, Given, Unreadable
+from chains_stream.events import Event
+from chains_stream.letters import send_letter
 from chains_stream.log import get_logger
+from chains_stream.messages import now_ms
 from chains_stream.offsets import Ledger
 from chains_stream.outcome import Stop
 from chains_stream.patience import persist, place_of
 from chains_stream.policy import Scope
 from chains_stream.quarantine import Quarantine
-from chains_stream.settings import Settings
 from chains_stream.taking import Places, Taker
+from chains_stream.timeouts import Timeout
 from chains_stream.transactions import Transactions, Unsent
 
 WAITING = 1_000  # events that are taken, running or in the line of their key: as many as a ledger can tell of
@@ -51,133 +51,6 @@ WAITING = 1_000  # events that are taken, running or in the line of their key: a
 Lane = tuple[int, bytes]  # a partition, and a key in it
 
 log = get_logger(__name__)
-
-
-class Written:
-    """Where what a Chainlet gives goes: its sinks, by their topics."""
-
-    def __init__(self, broker: Broker, feed: Feed, registry: Registry) -> None:
-        self._broker = broker
-        self._sinks: dict[str, _SinkWriter] = {
-            sink.topic: _SinkWriter(sink, feed.gives, registry) for sink in feed.sinks
-        }
-        self._first = feed.sinks[0].topic if feed.sinks else ""
-
-    async def start(self) -> None:
-        """Find out how many partitions the topics have. Raises BrokerError."""
-        for topic, sink in self._sinks.items():
-            sink.partitions = await self._broker.partitions(topic)
-
-    async def record(self, given: Any, event: Event[Any]) -> Unsent:
-        """Make a record of what was given. Raises InvalidResultError for what can't be written, SchemaRegistryError."""
-        output: Output[Any] = given if isinstance(given, Output) else Output(given)
-        topic = output.topic or self._first
-        if topic not in self._sinks:
-            known = ", ".join(self._sinks) or "none"
-            raise InvalidResultError(f"an Output names the topic `{topic}`, which is no sink: there are {known}")
-        return await self._sinks[topic].record(output, event)
-
-    def check(self, record: Unsent) -> None:
-        """Raise RecordTooLargeError for a record that no transaction could hold: it would never be committed."""
-        size, most = len(record.value), self._broker.max_record_bytes
-        if size > most:
-            raise RecordTooLargeError(f"a record of {size} bytes for {record.topic} is over the limit of {most}")
-
-    async def store(self, record: Unsent) -> asyncio.Future[int]:
-        """Write a record, in the order of these calls; the future is done once it is stored. Raises BrokerError."""
-        return await self._broker.publish(
-            record.topic, record.value, partition=record.partition, key=record.key, headers=record.headers
-        )
-
-
-class _SinkWriter:
-    """One sink, and how its records are made."""
-
-    def __init__(self, sink: Sink, kind: Any, registry: Registry) -> None:
-        self.partitions = 1
-        self._topic = sink.topic
-        self._writer = named(sink.format).writer(kind, registry)
-        self._key = None if sink.key is None else keying(sink.key, kind)
-        self._rotation = 0
-
-    async def record(self, output: Output[Any], event: Event[Any]) -> Unsent:
-        if (missing := self._writer.missing(self._topic)) is not None:
-            await missing
-        value, headers = self._writer.write(output.value, self._topic, output.headers)
-        key = output.key
-        if key is None:
-            key = event.key if self._key is None else self._key(output.value)
-        return Unsent(self._topic, self._partition(key), key, value, headers)
-
-    def _partition(self, key: bytes | None) -> int:
-        if key is not None:
-            return partition_of(key, self.partitions)
-        self._rotation += 1
-        return self._rotation % self.partitions
-
-
-class _Unreadable(Exception):  # noqa: N818 - it says of its cause what it is of
-    """A record can't be read, as its cause says, and never will be."""
-
-
-class EventService:
-    """What all events of a Chainlet have in common."""
-
-    def __init__(
-        self, callee: Callee, feed: Feed, group: str, broker: Broker, settings: Settings, *, read: Collection[str] = ()
-    ) -> None:
-        """Feed `callee`; `read` are topics that are read in this process, by other Chainlets."""
-        self.callee = callee
-        self.feed = feed
-        self.group = group
-        self.broker = broker
-        self.settings = settings
-        self._read = read
-        self.name = f"{callee.name}.events"  # of metrics and in logs
-        self.registry = Registry(settings.registry)
-        self.written = Written(broker, feed, self.registry)
-        self.key = None if feed.source.key is None else keying(feed.source.key, feed.kind)
-        self._reader = named(feed.source.format).reader(feed.kind, self.registry)
-        self._optional = takes_none(feed.kind)
-        self.queue_wait = metrics.QUEUE_WAIT.labels(self.name)
-        self.run_time = metrics.RUN_TIME.labels(self.name)
-
-    async def start(self) -> None:
-        """Have the topics there are. Raises BrokerError."""
-        settings, topic = self.settings, self.feed.source.topic
-        names = [topic, *(sink.topic for sink in self.feed.sinks)]
-        # On the embedded broker what nobody reads would fill up, and hold back who writes it.
-        specs = [
-            TopicSpec(name, settings.partitions, settings.request_retention_ms, ring=name not in (topic, *self._read))
-            for name in names
-        ]
-        await self.broker.ensure_topics([*specs, dead_letter_spec(topic, settings)])
-        await self.written.start()
-
-    async def event(self, record: Record) -> Event[Any]:
-        """Read a record. Raises _Unreadable, SchemaRegistryError."""
-        headers = {name: value or b"" for name, value in record.headers}
-        if not record.value and self._optional:
-            return _event(record, None, headers)
-        try:
-            if (missing := self._reader.missing(record.value)) is not None:
-                await missing
-            value = self._reader.read(record.value, headers, record.topic)
-        except (InvalidArgumentError, UnknownSchemaError) as error:
-            raise _Unreadable from error
-        return _event(record, value, headers)
-
-
-def _event(record: Record, value: Any, headers: dict[str, bytes]) -> Event[Any]:
-    return Event(
-        value=value,
-        key=record.key,
-        headers=headers,
-        timestamp_ms=record.timestamp_ms,
-        topic=record.topic,
-        partition=record.partition,
-        offset=record.offset,
-    )
 
 
 class EventJob:
@@ -189,6 +62,7 @@ class EventJob:
         self.lane = lane
         self.task: asyncio.Task[None] | None = None
         self.stop: Stop | None = None
+        self.placed = False  # it has one of the places
         self.put_off = False  # to be tried again later
         self.unsent: list[Unsent] = []  # that the transaction of its offset is to hold
 
@@ -197,34 +71,6 @@ class EventJob:
             self.stop = stop
             if self.task is not None:
                 self.task.cancel()
-
-
-class _Given:
-    """What one run of an event gives: written as it comes, or held for a transaction."""
-
-    def __init__(self, written: Written, event: Event[Any], *, transactional: bool) -> None:
-        self._written = written
-        self._event = event
-        self._held: list[Unsent] | None = [] if transactional else None
-        self._storing: deque[asyncio.Future[int]] = deque()
-
-    async def add(self, item: Any) -> None:
-        if item is None:
-            return
-        record = await self._written.record(item, self._event)
-        if self._held is not None:
-            self._written.check(record)
-            self._held.append(record)
-            return
-        self._storing.append(await self._written.store(record))
-        while self._storing and self._storing[0].done():
-            self._storing.popleft().result()
-
-    async def stored(self) -> list[Unsent]:
-        """Wait until all is stored; give what is held instead. Raises BrokerError."""
-        while self._storing:
-            await self._storing.popleft()
-        return self._held or []
 
 
 class EventWorker(Taker[EventJob]):
@@ -395,6 +241,7 @@ class EventWorker(Taker[EventJob]):
             self._ready.popleft()
             self.in_flight += 1
             self.places.taken += 1
+            job.placed = True
             task = job.task = self._loop.create_task(self._serve(job))
             self._jobs[task] = job
 
@@ -402,6 +249,13 @@ class EventWorker(Taker[EventJob]):
         """Leave every second place that is freed to requests, while there are any."""
         self._gave_way = self.places.asking > 0 and not self._gave_way
         return self._gave_way
+
+    def _give_place_back(self, job: EventJob) -> None:
+        """Let others have the place of an event that does not run any more, or not now."""
+        if job.placed:
+            job.placed = False
+            self.places.taken -= 1
+            self.places.changed.set()
 
     def _next(self, job: EventJob) -> None:
         """Let the next one of its line go ahead."""
@@ -435,7 +289,7 @@ class EventWorker(Taker[EventJob]):
             if job.task is not None:
                 del self._jobs[job.task]
             self.in_flight -= 1
-            self.places.taken -= 1
+            self._give_place_back(job)
             if left:
                 self._left.append(job)
             else:
@@ -462,7 +316,7 @@ class EventWorker(Taker[EventJob]):
             number = self._breaker.begin()
             try:
                 await self._run(job, await service.event(record))
-            except _Unreadable as error:
+            except Unreadable as error:
                 return await self._bury(job, error.__cause__ or error, "undecodable")
             except Exception as error:  # noqa: BLE001 - whatever user code raises
                 if job.stop is not None:
@@ -498,8 +352,7 @@ class EventWorker(Taker[EventJob]):
     async def _put_off(self, job: EventJob, over: Awaitable[None]) -> None:
         """Wait without a place, which others may use, until something is over, and then for a place."""
         turn: asyncio.Future[None] = self._loop.create_future()
-        self.places.taken -= 1
-        self.places.changed.set()
+        self._give_place_back(job)
         job.put_off = True
         if self._leaving:
             job.cancel("drained")
@@ -510,39 +363,43 @@ class EventWorker(Taker[EventJob]):
             await turn
             job.put_off = False
         finally:
-            if turn.cancelled() or not turn.done():
-                turn.cancel()
-                self.places.taken += 1  # which its end gives back
+            job.placed = turn.done() and not turn.cancelled()
+            turn.cancel()
 
     async def _run(self, job: EventJob, event: Event[Any]) -> None:
         """Run an event once, and have stored all that it gives."""
-        service, callee = self._service, self._service.callee
-        scope = Scope.new(self._settings.deadline)
-        scope.request_id = f"{event.topic}/{event.partition}/{event.offset}"
+        service, deadline = self._service, self._settings.deadline
+        scope = Scope(self._id(job.record), now_ms() + int(deadline * 1000))
         scope.traceparent, scope.tracestate = event.headers.get("traceparent"), event.headers.get("tracestate")
         policy.current.set(scope)
         feed, item = service.feed, event if service.feed.whole else event.value
-        arguments = {feed.argument: [item] if feed.batched else item}
         service.queue_wait.observe(max(0.0, time.time() - event.timestamp_ms / 1000))
         began = time.perf_counter()
-        given = _Given(service.written, event, transactional=self._transactions is not None)
+        given = Given(service.written, event, transactional=self._transactions is not None)
         try:
-            async with asyncio.timeout(self._settings.deadline):
-                if callee.signature.streaming:
-                    async with aclosing(callee.stream(arguments)) as items:
-                        async for item in items:
-                            await given.add(item)
-                else:
-                    result = await callee.invoke(arguments)
-                    await given.add(result[0] if feed.batched else result)
+            with Timeout(deadline, job.task):
+                try:
+                    await self._invoke({feed.argument: [item] if feed.batched else item}, given)
+                finally:
+                    scope.close()
+                    service.run_time.observe(time.perf_counter() - began)
+                # Others may run while this one is stored, but for those of its key: else few would go out together.
+                self._give_place_back(job)
                 job.unsent = await given.stored()
         except asyncio.CancelledError as error:
             if job.stop is not None or (job.task is not None and job.task.cancelling()):
                 raise
             raise RuntimeError("run_remote ended in the cancellation of something that it waited for") from error
-        finally:
-            scope.close()
-            service.run_time.observe(time.perf_counter() - began)
+
+    async def _invoke(self, arguments: dict[str, Any], given: Given) -> None:
+        callee = self.callee
+        if callee.signature.streaming:
+            async with aclosing(callee.stream(arguments)) as items:
+                async for item in items:
+                    await given.add(item)
+        else:
+            result = await callee.invoke(arguments)
+            await given.add(result[0] if self._service.feed.batched else result)
 
     async def _bury(self, job: EventJob, error: BaseException, reason: str) -> bool:
         """Put an event into the dead-letter topic. False if that can't be done."""

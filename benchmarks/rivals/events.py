@@ -4,7 +4,7 @@
 
 It takes what is there, some batches of records at once, runs them one after the other, sends what they give, and waits
 until it is stored. So there is an order of all events of a partition, and nothing else: no retries, no dead letters, no
-deadlines, no concurrency, no order of keys where one waits, nothing that tells of what it does. Of an event that fails it dies.
+deadlines, no concurrency, nothing that tells of what it does. Of an event that fails it dies.
 
 - ``at_least_once``: an idempotent producer with ``acks=all``, and a commit when all outputs are stored.
 - ``at_most_once``: the commit comes first.
@@ -105,9 +105,7 @@ async def work(given: argparse.Namespace) -> None:
         process: Process = transactional.process
         consumer.subscribe([given.source], listener=transactional)
     else:
-        process = await in_batches(
-            consumer, given.servers, given.sink, commit_first=given.guarantee == "at_most_once"
-        )
+        process = await in_batches(consumer, given.servers, given.sink, commit_first=given.guarantee == "at_most_once")
         consumer.subscribe([given.source])
     await consumer.start()
     print("Loop is ready", flush=True)
