@@ -76,7 +76,7 @@ class Breaker:
         return running <= self.waiting < MOST_FAILING
 
     @contextmanager
-    def pause(self, error: Exception) -> Iterator[Awaitable[None]]:
+    def pause(self, error: BaseException) -> Iterator[Awaitable[None]]:
         """Count an event that failed for no fault of its own as waiting; give what it has to wait for."""
         if not self.open:
             self.open = True

@@ -151,15 +151,21 @@ def _event(record: Record, value: Any, headers: dict[str, bytes]) -> Event[Any]:
 
 
 class Given:
-    """What one run of an event gives: written as it comes, or held for a transaction."""
+    """What one run of an event gives: written as it comes, or held for a transaction.
 
-    __slots__ = ("_event", "_held", "_storing", "_written")
+    Attributes:
+        held: what a transaction is to write.
+        storing: what is written, and was not stored when it was last looked at, in the order in which it was given.
+    """
+
+    __slots__ = ("_event", "_transactional", "_written", "held", "storing")
 
     def __init__(self, written: Written, event: Event[Any], *, transactional: bool) -> None:
         self._written = written
         self._event = event
-        self._held: list[Unsent] | None = [] if transactional else None
-        self._storing: deque[asyncio.Future[int]] = deque()
+        self._transactional = transactional
+        self.held: list[Unsent] = []
+        self.storing: deque[asyncio.Future[int]] = deque()
 
     async def add(self, item: Any) -> None:
         """Write a value or an `Output`; None is nothing.
@@ -173,16 +179,15 @@ class Given:
         if (missing := sink.missing()) is not None:
             await missing
         record = sink.record(output, self._event)
-        if self._held is not None:
+        if self._transactional:
             self._written.check(record)
-            self._held.append(record)
+            self.held.append(record)
             return
-        self._storing.append(await self._written.store(record))
-        while self._storing and self._storing[0].done():
-            self._storing.popleft().result()
+        self.storing.append(await self._written.store(record))
+        while self.storing and self.storing[0].done():
+            self.storing.popleft().result()
 
-    async def stored(self) -> list[Unsent]:
-        """Wait until all is stored; give what is held instead. Raises BrokerError."""
-        while self._storing:
-            await self._storing.popleft()
-        return self._held or []
+    async def stored(self) -> None:
+        """Wait until all is stored. Raises BrokerError."""
+        while self.storing:
+            await self.storing.popleft()

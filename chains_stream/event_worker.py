@@ -6,13 +6,15 @@ no other succeeds either, all wait until something does.
 """
 
 import asyncio
+import contextvars
+import functools
 import time
 from collections import deque
 from collections.abc import Awaitable, Collection, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from structlog.contextvars import bind_contextvars
+from structlog.contextvars import bind_contextvars, reset_contextvars
 
 from chains_stream import metrics, policy
 from chains_stream.assignment import Assignment
@@ -47,6 +49,7 @@ from chains_stream.timeouts import Timeout
 from chains_stream.transactions import Transactions, Unsent
 
 WAITING = 1_000  # events that are taken, running or in the line of their key: as many as a ledger can tell of
+MOST_AT_ONCE = 32  # events that are run one after the other while nothing else of the process is
 
 Lane = tuple[int, bytes]  # a partition, and a key in it
 
@@ -60,8 +63,13 @@ class EventJob:
         self.record = record
         self.ledger = ledger
         self.lane = lane
-        self.task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None  # that runs it now
         self.stop: Stop | None = None
+        self.attempt = 1
+        self.number = 0  # of its last run
+        self.failed = 0  # how many runs had begun when it failed first
+        self.storing = 0  # of what it gave, in its last run
+        self.error: BaseException | None = None  # met in storing it
         self.placed = False  # it has one of the places
         self.put_off = False  # to be tried again later
         self.unsent: list[Unsent] = []  # that the transaction of its offset is to hold
@@ -99,6 +107,8 @@ class EventWorker(Taker[EventJob]):
         self._lanes: dict[Lane, deque[EventJob]] = {}  # the first of each runs, or is ready to
         self._ready: deque[EventJob] = deque()
         self._returning: deque[asyncio.Future[None]] = deque()  # events that were put off, and need a place again
+        self._storing: set[EventJob] = set()  # events that don't run any more, and are not done
+        self._due = False  # one more of those that are ready is about to begin
         self._left: list[EventJob] = []  # to others: those behind them in their lines don't run either
         self._keys: dict[tuple[int, int], bytes | None] = {}  # of what is about to begin, where values have them
         self._taken = 0
@@ -113,6 +123,7 @@ class EventWorker(Taker[EventJob]):
 
     async def start(self) -> None:
         """Join the group and begin to take events."""
+        self._context = contextvars.copy_context()  # that each event begins with
         await self._service.start()
         await super().start()
         self._tasks.append(asyncio.create_task(self._dispatch(), name=f"dispatch {self.name}"))
@@ -127,15 +138,19 @@ class EventWorker(Taker[EventJob]):
         end = self._loop.time() + grace
         if self._service.feed.source.delivery == "at_most_once":
             # All that is taken is committed, and runs now or never.
-            while (self._jobs or self._ready) and (left := end - self._loop.time()) > 0:
+            while (self._jobs or self._ready or self._storing) and (left := end - self._loop.time()) > 0:
                 await self.places.change(left)
         else:
             self._leaving = True
         for job in self._waiting():
             # What has not begun would begin as the one before it is cancelled, and overtake it.
-            if job.task is None or (job.put_off and self._leaving):
+            if (job.task is None and not job.storing) or (job.put_off and self._leaving):
                 job.cancel("drained")
         await super()._finish_up(max(0.0, end - self._loop.time()))
+        while self._storing and (left := end - self._loop.time()) > 0:
+            await self.places.change(left)
+        for job in self._storing:
+            job.cancel("drained")
 
     def _free(self) -> int:
         if self._breaker.open:
@@ -162,9 +177,13 @@ class EventWorker(Taker[EventJob]):
             line.append(job)
             if len(line) > 1:
                 return None
+        if self._quarantine.busy and self.places.taken < self.places.size:
+            self.in_flight += 1
+            self._begin_task(job)  # whoever has it run alone waits for its task
+            return job.task
         self._ready.append(job)
         self._run_ready()
-        return job.task
+        return None
 
     def _lose(self, partitions: Collection[int]) -> None:
         for job in self._waiting():
@@ -228,22 +247,40 @@ class EventWorker(Taker[EventJob]):
             if not turn.done():
                 self.places.taken += 1
                 turn.set_result(None)
+        if self._ready and not self._due:
+            self._due = True
+            self._loop.call_soon(self._begin_one, context=self._context)
+
+    def _begin_one(self) -> None:
+        """Run what is ready beside what runs: it has come to where it waits, or would itself have gone on with it."""
+        self._due = False
+        if self.places.taken < self.places.size and (job := self._next_ready()) is not None:
+            self._begin_task(job)
+
+    def _begin_task(self, job: EventJob) -> None:
+        """Run an event in a place of its own, and then others in it."""
+        self.places.taken += 1
+        job.placed = True
+        self._begin_work(job)
+
+    def _begin_work(self, job: EventJob, error: BaseException | None = None) -> None:
+        work = self._work(job, error)
+        job.task = self._loop.create_task(work, context=self._context.copy())
+        self._jobs[job.task] = job
+
+    def _next_ready(self) -> EventJob | None:
+        """Take one that is ready, for which there is a place."""
         while self._ready:
             job = self._ready[0]
             if job.stop is not None:
                 self._ready.popleft()
                 self._next(job)
                 continue
-            if self.places.taken >= self.places.size or self._gives_way():
-                return
-            if self._breaker.open and not self._breaker.may_try(self.in_flight):
-                return
-            self._ready.popleft()
+            if self._gives_way() or (self._breaker.open and not self._breaker.may_try(self.in_flight)):
+                return None
             self.in_flight += 1
-            self.places.taken += 1
-            job.placed = True
-            task = job.task = self._loop.create_task(self._serve(job))
-            self._jobs[task] = job
+            return self._ready.popleft()
+        return None
 
     def _gives_way(self) -> bool:
         """Leave every second place that is freed to requests, while there are any."""
@@ -272,29 +309,88 @@ class EventWorker(Taker[EventJob]):
 
     # --- one event
 
-    async def _serve(self, job: EventJob) -> None:
-        left = False
+    async def _work(self, job: EventJob, error: BaseException | None) -> None:
+        """Run an event, or go on with it after an error in storing, and then others that are ready, in its place.
+
+        A task for each would cost as much as all else that is done to run it.
+        """
+        task, context = job.task, contextvars.copy_context()
+        assert task is not None, "this one"
+        run = 0
         try:
-            if await self._finish(job):
+            while True:
+                await self._serve(job, error)
+                # The next one must find all as if the task were its own.
+                used = job.stop is not None or task.cancelling() or contextvars.copy_context() != context
+                if used or not job.placed or self._quarantine.busy:
+                    return
+                run += 1
+                if run % MOST_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+                following = self._next_ready()
+                if following is None:
+                    return
+                job.placed, following.placed = False, True
+                job, error = following, None
+                job.task = task
+                self._jobs[task] = job
+        finally:
+            self._give_place_back(job)
+
+    async def _serve(self, job: EventJob, error: BaseException | None) -> None:
+        self._run_ready()  # others, as soon as this one waits
+        bound = bind_contextvars(event=self._id(job.record))
+        over = left = False
+        try:
+            over = await self._finish(job, error)
+            left = job.stop is None
+            if over:
                 self._end(job)
-            else:
-                left = job.stop is None
         except asyncio.CancelledError:
             if job.stop is None:
                 raise
         except Exception:
             log.exception("worker.defect", chainlet=self.name, **place_of(job.record))
+            over = True
             self._end(job)
         finally:
-            if job.task is not None:
-                del self._jobs[job.task]
-            self.in_flight -= 1
-            self._give_place_back(job)
-            if left:
-                self._left.append(job)
-            else:
-                self._next(job)
-            self.places.changed.set()
+            reset_contextvars(**bound)
+            assert job.task is not None, "this one"
+            del self._jobs[job.task]
+            job.task = None
+            if not job.storing:
+                self._over(job, left=left and not over)
+
+    def _over(self, job: EventJob, *, left: bool = False) -> None:
+        """Go on without an event that is done, or stopped, or `left` to others."""
+        self.in_flight -= 1
+        if left:
+            self._left.append(job)
+        else:
+            self._next(job)
+        self.places.changed.set()
+
+    def _keep(self, job: EventJob, storing: Collection[asyncio.Future[int]]) -> None:
+        """Have an event be done once all is stored that it gave."""
+        job.storing, job.error = len(storing), None
+        self._storing.add(job)
+        for future in storing:
+            future.add_done_callback(functools.partial(self._stored, job), context=self._context)
+
+    def _stored(self, job: EventJob, future: asyncio.Future[int]) -> None:
+        job.storing -= 1
+        job.error = job.error or future.exception()
+        if job.storing:
+            return
+        self._storing.discard(job)
+        if job.error is None:
+            self._succeeded(job)
+            self._end(job)
+            self._over(job)
+        elif job.stop is not None:
+            self._over(job)
+        else:
+            self._begin_work(job, job.error)  # which has no place until it is tried again
 
     def _end(self, job: EventJob) -> None:
         """Note an event as finished, with what is yet to be stored of it."""
@@ -304,44 +400,55 @@ class EventWorker(Taker[EventJob]):
             self._transactions.add(job.record.partition, job.unsent)
         self._assignment.finish(job.record, job.ledger)
 
-    async def _finish(self, job: EventJob) -> bool:
-        """Try an event until it succeeds, or is put aside; False if it is left to others."""
+    async def _finish(self, job: EventJob, error: BaseException | None) -> bool:
+        """Try an event until it succeeds, or is put aside; False if it is left to others, or yet to be stored."""
         service, record = self._service, job.record
-        bind_contextvars(event=self._id(record))
         if job.ledger.deaths(record.offset) >= self._settings.max_deliveries:
             reason = f"{job.ledger.deaths(record.offset)} workers died while they ran this event, and nothing else"
             return await self._bury(job, DeadLetteredError(reason), "deaths")
-        attempt, failed = 1, 0
         while True:
-            number = self._breaker.begin()
+            if error is not None and (over := await self._failed(job, error)) is not None:
+                return over
+            job.number = self._breaker.begin()
             try:
-                await self._run(job, await service.event(record))
-            except Unreadable as error:
-                return await self._bury(job, error.__cause__ or error, "undecodable")
-            except Exception as error:  # noqa: BLE001 - whatever user code raises
-                if job.stop is not None:
-                    return False  # and what it made of its cancellation is no failure
-                if not self._settings.embedded and await service.callee.dead():
-                    return False
-                self._log(error, attempt)
-                failed = failed or self._breaker.begun
-                if not await self._again(job, error, attempt, failed):
-                    return await self._bury(job, error, "failed")
-                attempt += 1
-            else:
-                self._breaker.succeeded(number)
-                self._metrics.finished["done"].inc()
-                return True
+                storing = await self._run(job, await service.event(record))
+            except Unreadable as unreadable:
+                return await self._bury(job, unreadable.__cause__ or unreadable, "undecodable")
+            except Exception as raised:  # noqa: BLE001 - whatever user code raises
+                error = raised
+                continue
+            if storing:
+                self._keep(job, storing)
+                return False
+            self._succeeded(job)
+            return True
 
-    async def _again(self, job: EventJob, error: Exception, attempt: int, failed: int) -> bool:
+    async def _failed(self, job: EventJob, error: BaseException) -> bool | None:
+        """Wait until an event is to be tried again, and give None; or else whether it is put aside, or left to others."""
+        if job.stop is not None:
+            return False  # and what it made of its cancellation is no failure
+        if not self._settings.embedded and await self.callee.dead():
+            return False
+        self._log(error, job.attempt)
+        job.failed = job.failed or self._breaker.begun
+        if not await self._again(job, error):
+            return await self._bury(job, error, "failed")
+        job.attempt += 1
+        return None
+
+    def _succeeded(self, job: EventJob) -> None:
+        self._breaker.succeeded(job.number)
+        self._metrics.finished["done"].inc()
+
+    async def _again(self, job: EventJob, error: BaseException) -> bool:
         """Wait until an event that failed is to be tried again; False if it is not."""
         if not is_retryable(error) and not _of_the_topics(error):
             return False
-        if attempt < self._service.feed.source.retries:
-            await self._put_off(job, asyncio.sleep(policy.backoff(attempt)))
+        if job.attempt < self._service.feed.source.retries:
+            await self._put_off(job, asyncio.sleep(policy.backoff(job.attempt)))
             return True
         # Had it been the event's own fault, others would have succeeded meanwhile.
-        if self._breaker.blames(failed):
+        if self._breaker.blames(job.failed):
             return False
         if not _of_others(error) and self._breaker.may_put_aside():
             return False
@@ -366,30 +473,31 @@ class EventWorker(Taker[EventJob]):
             job.placed = turn.done() and not turn.cancelled()
             turn.cancel()
 
-    async def _run(self, job: EventJob, event: Event[Any]) -> None:
-        """Run an event once, and have stored all that it gives."""
+    async def _run(self, job: EventJob, event: Event[Any]) -> Collection[asyncio.Future[int]]:
+        """Run an event once; give what is yet to be stored of what it gives."""
         service, deadline = self._service, self._settings.deadline
         scope = Scope(self._id(job.record), now_ms() + int(deadline * 1000))
         scope.traceparent, scope.tracestate = event.headers.get("traceparent"), event.headers.get("tracestate")
-        policy.current.set(scope)
         feed, item = service.feed, event if service.feed.whole else event.value
         service.queue_wait.observe(max(0.0, time.time() - event.timestamp_ms / 1000))
         began = time.perf_counter()
         given = Given(service.written, event, transactional=self._transactions is not None)
+        token = policy.current.set(scope)
         try:
             with Timeout(deadline, job.task):
-                try:
-                    await self._invoke({feed.argument: [item] if feed.batched else item}, given)
-                finally:
-                    scope.close()
-                    service.run_time.observe(time.perf_counter() - began)
-                # Others may run while this one is stored, but for those of its key: else few would go out together.
-                self._give_place_back(job)
-                job.unsent = await given.stored()
+                await self._invoke({feed.argument: [item] if feed.batched else item}, given)
+                if self._quarantine.busy:
+                    await given.stored()  # else its task would end, and others begin, before it is done
         except asyncio.CancelledError as error:
             if job.stop is not None or (job.task is not None and job.task.cancelling()):
                 raise
             raise RuntimeError("run_remote ended in the cancellation of something that it waited for") from error
+        finally:
+            policy.current.reset(token)
+            scope.close()
+            service.run_time.observe(time.perf_counter() - began)
+        job.unsent = given.held
+        return given.storing
 
     async def _invoke(self, arguments: dict[str, Any], given: Given) -> None:
         callee = self.callee
@@ -417,7 +525,7 @@ class EventWorker(Taker[EventJob]):
         log.warning("event.dead_lettered", letter=f"{topic}@{offset}", reason=message_of(error), **place_of(job.record))
         return True
 
-    def _log(self, error: Exception, attempt: int) -> None:
+    def _log(self, error: BaseException, attempt: int) -> None:
         frames = user_frames(error.__traceback__)
         log.warning(
             "event.failed",
@@ -429,7 +537,7 @@ class EventWorker(Taker[EventJob]):
         )
 
 
-def _of_others(error: Exception) -> bool:
+def _of_others(error: BaseException) -> bool:
     """Tell whether an error is, or came of, one of something that the Chainlet depends on, and not of the event.
 
     A library's own class of errors mostly came of an OSError, that of a connection say.
@@ -441,7 +549,7 @@ def _of_others(error: Exception) -> bool:
     )
 
 
-def _of_the_topics(error: Exception) -> bool:
+def _of_the_topics(error: BaseException) -> bool:
     """Tell whether what is written can't be written by anybody, until a right or a topic, say, is there."""
     return isinstance(error, BrokerError | SchemaRegistryError) and not isinstance(
         error, RecordTooLargeError | UnknownSchemaError
