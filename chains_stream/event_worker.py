@@ -63,6 +63,7 @@ class EventJob:
         self.record = record
         self.ledger = ledger
         self.lane = lane
+        self.id = f"{record.topic}/{record.partition}/{record.offset}"
         self.task: asyncio.Task[None] | None = None  # that runs it now
         self.stop: Stop | None = None
         self.attempt = 1
@@ -339,7 +340,7 @@ class EventWorker(Taker[EventJob]):
 
     async def _serve(self, job: EventJob, error: BaseException | None) -> None:
         self._run_ready()  # others, as soon as this one waits
-        bound = bind_contextvars(event=self._id(job.record))
+        bound = bind_contextvars(event=job.id)
         over = left = False
         try:
             over = await self._finish(job, error)
@@ -424,7 +425,7 @@ class EventWorker(Taker[EventJob]):
             return True
 
     async def _failed(self, job: EventJob, error: BaseException) -> bool | None:
-        """Wait until an event is to be tried again, and give None; or else whether it is put aside, or left to others."""
+        """Wait until an event is to be tried again, and give None; else tell if it was put aside, or is left to others."""
         if job.stop is not None:
             return False  # and what it made of its cancellation is no failure
         if not self._settings.embedded and await self.callee.dead():
@@ -476,7 +477,7 @@ class EventWorker(Taker[EventJob]):
     async def _run(self, job: EventJob, event: Event[Any]) -> Collection[asyncio.Future[int]]:
         """Run an event once; give what is yet to be stored of what it gives."""
         service, deadline = self._service, self._settings.deadline
-        scope = Scope(self._id(job.record), now_ms() + int(deadline * 1000))
+        scope = Scope(job.id, now_ms() + int(deadline * 1000))
         scope.traceparent, scope.tracestate = event.headers.get("traceparent"), event.headers.get("tracestate")
         feed, item = service.feed, event if service.feed.whole else event.value
         service.queue_wait.observe(max(0.0, time.time() - event.timestamp_ms / 1000))
