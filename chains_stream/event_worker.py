@@ -425,7 +425,7 @@ class EventWorker(Taker[EventJob]):
             return True
 
     async def _failed(self, job: EventJob, error: BaseException) -> bool | None:
-        """Wait until an event is to be tried again, and give None; else tell if it was put aside, or is left to others."""
+        """Wait until an event is to be tried again, and give None; else tell if it was put aside, or left to others."""
         if job.stop is not None:
             return False  # and what it made of its cancellation is no failure
         if not self._settings.embedded and await self.callee.dead():
