@@ -48,6 +48,8 @@ from chains_stream.transactions import Transactions, Unsent
 
 WAITING = 1_000  # events that are taken, running or in the line of their key: as many as a ledger can tell of
 
+MOST_GIVEN, MOST_GIVEN_BYTES = 10_000, 32 << 20  # by one event with `exactly_once`, of records and their bytes
+
 Lane = tuple[int, bytes]  # a partition, and a key in it
 
 log = get_logger(__name__)
@@ -64,24 +66,22 @@ class Written:
         self._first = feed.sinks[0].topic if feed.sinks else ""
 
     async def start(self) -> None:
-        """Find out how many partitions the topics have. Raises BrokerError."""
+        """Find out how many partitions the topics have, and what they take. Raises BrokerError."""
         for topic, sink in self._sinks.items():
             sink.partitions = await self._broker.partitions(topic)
+            sink.limit = await self._broker.record_limit(topic)
 
     async def record(self, given: Any, event: Event[Any]) -> Unsent:
-        """Make a record of what was given. Raises InvalidResultError for what can't be written, SchemaRegistryError."""
+        """Make a record of what was given.
+
+        Raises InvalidResultError for what can't be written, RecordTooLargeError, SchemaRegistryError.
+        """
         output: Output[Any] = given if isinstance(given, Output) else Output(given)
         topic = output.topic or self._first
         if topic not in self._sinks:
             known = ", ".join(self._sinks) or "none"
             raise InvalidResultError(f"an Output names the topic `{topic}`, which is no sink: there are {known}")
         return await self._sinks[topic].record(output, event)
-
-    def check(self, record: Unsent) -> None:
-        """Raise RecordTooLargeError for a record that no transaction could hold: it would never be committed."""
-        size, most = len(record.value), self._broker.max_record_bytes
-        if size > most:
-            raise RecordTooLargeError(f"a record of {size} bytes for {record.topic} is over the limit of {most}")
 
     async def store(self, record: Unsent) -> asyncio.Future[int]:
         """Write a record, in the order of these calls; the future is done once it is stored. Raises BrokerError."""
@@ -95,6 +95,7 @@ class _SinkWriter:
 
     def __init__(self, sink: Sink, kind: Any, registry: Registry) -> None:
         self.partitions = 1
+        self.limit = 0  # bytes of a record
         self._topic = sink.topic
         self._writer = named(sink.format).writer(kind, registry)
         self._key = None if sink.key is None else keying(sink.key, kind)
@@ -107,7 +108,12 @@ class _SinkWriter:
         key = output.key
         if key is None:
             key = event.key if self._key is None else self._key(output.value)
-        return Unsent(self._topic, self._partition(key), key, value, headers)
+        record = Unsent(self._topic, self._partition(key), key, value, headers)
+        # Told later by the broker, it would fail for all that goes out with it, or for a whole transaction.
+        if record.size > self.limit:
+            reason = f"takes no record of this size: it has {record.size} bytes, and may have {self.limit}"
+            raise RecordTooLargeError(f"{self._topic} {reason}")
+        return record
 
     def _partition(self, key: bytes | None) -> int:
         if key is not None:
@@ -206,6 +212,7 @@ class _Given:
         self._written = written
         self._event = event
         self._held: list[Unsent] | None = [] if transactional else None
+        self._held_bytes = 0
         self._storing: deque[asyncio.Future[int]] = deque()
 
     async def add(self, item: Any) -> None:
@@ -213,8 +220,11 @@ class _Given:
             return
         record = await self._written.record(item, self._event)
         if self._held is not None:
-            self._written.check(record)
             self._held.append(record)
+            self._held_bytes += record.size
+            if len(self._held) > MOST_GIVEN or self._held_bytes > MOST_GIVEN_BYTES:
+                most = f"{MOST_GIVEN:,} records or {MOST_GIVEN_BYTES >> 20} MiB"
+                raise InvalidResultError(f"one event gave more than {most}, the most that exactly_once writes at once")
             return
         self._storing.append(await self._written.store(record))
         while self._storing and self._storing[0].done():
@@ -234,7 +244,9 @@ class EventWorker(Taker[EventJob]):
         source, settings = service.feed.source, service.settings
         self._transactions: Transactions | None = None
         if source.delivery == "exactly_once":
-            self._transactions = Transactions(service.broker, source.topic, service.group, places.changed.set)
+            self._transactions = Transactions(
+                service.broker, source.topic, service.group, places.changed.set, self._bury_given
+            )
         start = source.start if isinstance(source.start, str) else int(source.start.timestamp() * 1000)
         assignment = Assignment(
             service.name,
@@ -261,12 +273,18 @@ class EventWorker(Taker[EventJob]):
         self._breaker = Breaker(service.name)
         self._metrics = metrics.OfWorker(service.name)
 
+    async def failed(self) -> None:
+        await asyncio.gather(super().failed(), asyncio.shield(self._stuck))
+
     async def drain(self, grace: float) -> None:
         await super().drain(grace)
+        self._stuck.cancel()
         await self._service.registry.close()
 
     async def start(self) -> None:
         """Join the group and begin to take events."""
+        self._stuck: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stuck.add_done_callback(_retrieved)
         await self._service.start()
         await super().start()
         self._tasks.append(asyncio.create_task(self._dispatch(), name=f"dispatch {self.name}"))
@@ -447,7 +465,7 @@ class EventWorker(Taker[EventJob]):
         if self._service.feed.source.delivery == "at_most_once":
             return  # it is committed already
         if self._transactions is not None and self._assignment.of(job.record) is job.ledger:
-            self._transactions.add(job.record.partition, job.unsent)
+            self._transactions.add(job.record, job.unsent)
         self._assignment.finish(job.record, job.ledger)
 
     async def _finish(self, job: EventJob) -> bool:
@@ -544,20 +562,28 @@ class EventWorker(Taker[EventJob]):
             scope.close()
             service.run_time.observe(time.perf_counter() - began)
 
+    async def _bury_given(self, record: Record, error: BrokerError) -> bool:
+        """Put an event aside of which it shows late that what it gave can't be stored."""
+        return await self._put_aside(record, error, "failed")
+
     async def _bury(self, job: EventJob, error: BaseException, reason: str) -> bool:
-        """Put an event into the dead-letter topic. False if that can't be done."""
+        """Put an event aside. False if that can't be done."""
         job.unsent = []
+        return await self._put_aside(job.record, error, reason)
+
+    async def _put_aside(self, record: Record, error: BaseException, reason: str) -> bool:
+        """Put an event into the dead-letter topic. False if that can't be done, which ends this worker."""
         metrics.DEAD_LETTERED.labels(self._service.name, reason).inc()
         group = self._service.group
         try:
-            topic, offset = await persist(
-                lambda: send_letter(self._service.broker, job.record, group, error), job.record
-            )
+            topic, offset = await persist(lambda: send_letter(self._service.broker, record, group, error), record)
         except BrokerError as unsent:
-            log.error("letter.unsent", **place_of(job.record), reason=str(unsent))  # noqa: TRY400 - it says it all
+            log.error("letter.unsent", **place_of(record), reason=str(unsent))  # noqa: TRY400 - it says it all
+            if not self._stuck.done():
+                self._stuck.set_exception(unsent)
             return False
         self._metrics.finished["dead_lettered"].inc()
-        log.warning("event.dead_lettered", letter=f"{topic}@{offset}", reason=message_of(error), **place_of(job.record))
+        log.warning("event.dead_lettered", letter=f"{topic}@{offset}", reason=message_of(error), **place_of(record))
         return True
 
     def _log(self, error: Exception, attempt: int) -> None:
@@ -589,3 +615,9 @@ def _of_the_topics(error: Exception) -> bool:
     return isinstance(error, BrokerError | SchemaRegistryError) and not isinstance(
         error, RecordTooLargeError | UnknownSchemaError
     )
+
+
+def _retrieved(stuck: "asyncio.Future[None]") -> None:
+    """Nobody may wait for it any more: asyncio should not complain that nobody did."""
+    if not stuck.cancelled():
+        stuck.exception()

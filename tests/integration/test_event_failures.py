@@ -3,14 +3,17 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 import chains_stream as chains
 from chains_stream.breaker import MOST_FAILING
-from chains_stream.letters import dead_letter_topic
+from chains_stream.errors import BrokerAuthorizationError
+from chains_stream.letters import EXCEPTION_MESSAGE, dead_letter_topic
 from tests.sample import Seen
-from tests.streams import Scored, Stream, Ticket, values
+from tests.streams import PARTITIONS, Scored, Stream, Ticket, values
 
 WIDE = chains.RemoteConfig(compute=chains.Compute(predict_concurrency=8))
 
@@ -115,3 +118,85 @@ async def test_a_worker_that_ends_does_not_wait_for_those_that_wait(stream: Stre
     found = values(await stream.read(stream.scored, 10))
     assert [said["id"] for said in found] == [f"{number}" for number in range(10)]
     assert await letters(stream) == 0
+
+
+class Copy(chains.ChainletBase):
+    """Gives the ticket's id, with as many characters more as its number says."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, ticket: Ticket) -> Scored:
+        return Scored(ticket.id + "x" * ticket.number, 0)
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
+async def test_what_a_topic_takes_no_record_of_is_put_aside(kafka_url: str, delivery: str) -> None:
+    async with AsyncExitStack() as stack:
+        stream = Stream(kafka_url, stack, delivery)
+        await _narrow(kafka_url, stream.scored)
+        await stream.start()
+        sizes = [0, 5_000, 0, 0, 9_000, 0]
+        await stream.send(*(Ticket(f"{n}", size) for n, size in enumerate(sizes)), partition=0)
+        await stream.host(stream.chainlet(Copy))
+        assert sorted(said["id"] for said in values(await stream.read(stream.scored, 4))) == ["0", "2", "3", "5"]
+        found = await stream.read(dead_letter_topic(stream.tickets), 2)
+        assert {record.key for record in found} == {b"1", b"4"}
+        for record in found:
+            assert b"takes no record of this size" in (dict(record.headers)[EXCEPTION_MESSAGE] or b"")
+        await stream.send(Ticket("6"), partition=0)
+        assert len(await stream.read(stream.scored, 5)) == 5
+
+
+async def _narrow(url: str, topic: str) -> None:
+    """Create a topic that takes only small records."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=url.removeprefix("kafka://"))
+    await admin.start()
+    await admin.create_topics([NewTopic(topic, PARTITIONS, 1, topic_configs={"max.message.bytes": "2000"})])
+    await admin.close()
+
+
+class Endless(chains.ChainletBase):
+    """Gives without end, unless the ticket says how many."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, ticket: Ticket) -> AsyncIterator[Scored]:
+        number = 0
+        while ticket.number != number:
+            yield Scored(ticket.id, number)
+            number += 1
+
+
+async def test_one_that_gives_more_than_a_transaction_may_hold_is_put_aside() -> None:
+    async with AsyncExitStack() as stack:
+        stream = Stream("memory://", stack, "exactly_once")
+        await stream.start()
+        await stream.send(Ticket("endless", -1), Ticket("next", 2), key=b"k")
+        await stream.host(stream.chainlet(Endless))
+        assert [said["id"] for said in values(await stream.read(stream.scored, 2))] == ["next", "next"]
+        (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
+        said = dict(letter.headers)[EXCEPTION_MESSAGE] or b""
+        assert said == b"one event gave more than 10,000 records or 32 MiB, the most that exactly_once writes at once"
+
+
+async def test_a_worker_that_may_not_put_an_event_aside_ends(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = stream.broker.publish
+
+    async def guarded(topic: str, value: bytes, **rest: Any) -> asyncio.Future[int]:
+        if topic == dead_letter_topic(stream.tickets):
+            raise BrokerAuthorizationError(f"does not let us write to {topic}: the right WRITE is missing")
+        return await publish(topic, value, **rest)
+
+    await stream.send(b"{")
+    chainlet = stream.chainlet(Needy)
+    with monkeypatch.context() as patch:
+        patch.setattr(stream.broker, "publish", guarded)
+        host = await stream.host(chainlet)
+        with pytest.raises(BrokerAuthorizationError, match="the right WRITE is missing"):
+            async with asyncio.timeout(20):
+                await host.failed()
+        await host.drain()
+    await stream.host(chainlet)
+    (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
+    assert letter.value == b"{"
