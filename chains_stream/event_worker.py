@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Collection, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple
 
 from structlog.contextvars import bind_contextvars
 
@@ -186,13 +186,22 @@ def _event(record: Record, value: Any, headers: dict[str, bytes]) -> Event[Any]:
     )
 
 
+class _Keyed(NamedTuple):
+    """A record that was read for its key: the key, the event, and what was wrong with it."""
+
+    key: bytes | None = None
+    event: Event[Any] | None = None
+    fault: Exception | None = None
+
+
 class EventJob:
     """One event that is taken, until all that it gives is stored."""
 
-    def __init__(self, record: Record, ledger: Ledger, lane: Lane | None) -> None:
+    def __init__(self, record: Record, ledger: Ledger, lane: Lane | None, keyed: _Keyed | None = None) -> None:
         self.record = record
         self.ledger = ledger
         self.lane = lane
+        self.keyed = keyed  # until it is run
         self.task: asyncio.Task[None] | None = None
         self.stop: Stop | None = None
         self.put_off = False  # to be tried again later
@@ -266,7 +275,7 @@ class EventWorker(Taker[EventJob]):
         self._ready: deque[EventJob] = deque()
         self._returning: deque[asyncio.Future[None]] = deque()  # events that were put off, and need a place again
         self._left: list[EventJob] = []  # to others: those behind them in their lines don't run either
-        self._keys: dict[tuple[int, int], bytes | None] = {}  # of what is about to begin, where values have them
+        self._keyed: dict[tuple[int, int], _Keyed] = {}  # what is about to begin, where values have the keys
         self._taken = 0
         self._gave_way = False  # to a request, with the last place
         self._leaving = False  # what it has not done to others
@@ -325,7 +334,9 @@ class EventWorker(Taker[EventJob]):
         return f"{record.topic}/{record.partition}/{record.offset}"
 
     def _begin(self, record: Record, ledger: Ledger) -> "asyncio.Task[None] | None":
-        job = EventJob(record, ledger, self._lane(record))
+        keyed = self._keyed.pop((record.partition, record.offset), None)
+        key = record.key if keyed is None else keyed.key
+        job = EventJob(record, ledger, None if key is None else (record.partition, key), keyed)
         self._taken += 1
         if ledger.redelivered_to > record.offset:
             self._metrics.redelivered.inc()
@@ -362,31 +373,26 @@ class EventWorker(Taker[EventJob]):
             await self._assignment.name({record.partition: ledger for record, ledger in taken})
         if self._service.key is not None:
             for record, _ in taken:
-                self._keys[record.partition, record.offset] = await self._key(record)
+                self._keyed[record.partition, record.offset] = await self._read_key(record)
         try:
             await super()._start(taken)
         finally:
-            self._keys.clear()  # of those too that went to others before they could begin
+            self._keyed.clear()  # of those too that went to others before they could begin
 
-    async def _key(self, record: Record) -> bytes | None:
-        """Give what an event is kept in order by, where that is in its value."""
+    async def _read_key(self, record: Record) -> _Keyed:
+        """Find what an event is kept in order by, where that is in its value. What fails here fails in its run."""
         assert self._service.key is not None, "else it is the record's"
         attempt = 1
         while True:
             try:
-                return self._service.key((await self._service.event(record)).value)
+                event = await self._service.event(record)
+                return _Keyed(self._service.key(event.value), event)
             except SchemaRegistryError as error:  # without its key it would run beside others of its key
                 log.warning("key.retry", chainlet=self.callee.name, **place_of(record), reason=str(error))
                 await asyncio.sleep(policy.backoff(attempt))
                 attempt += 1
-            except Exception:  # noqa: BLE001 - the run of the event meets it again, and says so
-                return None
-
-    def _lane(self, record: Record) -> Lane | None:
-        """Give the line that an event stands in; None for one that waits for nobody."""
-        by_value = self._service.key is not None
-        key = self._keys.pop((record.partition, record.offset), None) if by_value else record.key
-        return None if key is None else (record.partition, key)
+            except Exception as error:  # noqa: BLE001 - whatever user code raises
+                return _Keyed(fault=error)
 
     async def _dispatch(self) -> None:
         """Run what is ready whenever a place is freed, by whomever."""
@@ -479,7 +485,7 @@ class EventWorker(Taker[EventJob]):
         while True:
             number = self._breaker.begin()
             try:
-                await self._run(job, await service.event(record))
+                await self._run(job, await self._read(job))
             except _Unreadable as error:
                 return await self._bury(job, error.__cause__ or error, "undecodable")
             except Exception as error:  # noqa: BLE001 - whatever user code raises
@@ -496,6 +502,14 @@ class EventWorker(Taker[EventJob]):
                 self._breaker.succeeded(number)
                 self._metrics.finished["done"].inc()
                 return True
+
+    async def _read(self, job: EventJob) -> Event[Any]:
+        """Read an event, unless that was done for its key. Raises what is wrong with either."""
+        keyed = job.keyed
+        if keyed is not None and keyed.fault is not None:
+            raise keyed.fault
+        job.keyed = None  # what a run has made of it is for no other
+        return keyed.event if keyed is not None and keyed.event else await self._service.event(job.record)
 
     async def _again(self, job: EventJob, error: Exception, attempt: int, failed: int) -> bool:
         """Wait until an event that failed is to be tried again; False if it is not."""

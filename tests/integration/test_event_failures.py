@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, ClassVar
 
+import msgspec
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
@@ -200,3 +201,36 @@ async def test_a_worker_that_may_not_put_an_event_aside_ends(stream: Stream, mon
     await stream.host(chainlet)
     (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
     assert letter.value == b"{"
+
+
+class Spelled(msgspec.Struct):
+    """A ticket, and how often one was read."""
+
+    id: str
+    reads: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        Spelled.reads += 1
+
+
+class Shout(chains.ChainletBase):
+    remote_config = WIDE
+
+    async def run_remote(self, ticket: Spelled) -> Scored:
+        return Scored(ticket.id, 0)
+
+
+async def test_a_key_that_can_t_be_found_is_a_failure_of_its_event(stream: Stream) -> None:
+    def key(ticket: Any) -> str:
+        if ticket.id == "bad":
+            raise ValueError("it has no key")
+        return str(ticket.id)
+
+    Spelled.reads = 0
+    await stream.send(Ticket("bad"), Ticket("good"))
+    chainlet: Any = stream.chainlet(Shout, key=key)
+    await stream.host(chainlet)
+    assert [said["id"] for said in values(await stream.read(stream.scored, 1))] == ["good"]
+    (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
+    assert dict(letter.headers)[EXCEPTION_MESSAGE] == b"it has no key"
+    assert Spelled.reads == 2, "each was read once, for its key and for its run"
