@@ -80,7 +80,7 @@ def worker(
 ) -> None:
     """Run Chainlets of a Chain, taking their requests from the broker. Any number of workers may run.
 
-    With --source a Chainlet is fed from that topic, as if its class said so.
+    With --source a Chainlet is fed from that topic, as if its class said so; what is not told stays as its class says.
 
     SIGTERM or Ctrl-C ends it once the requests under way are answered, a second one at once.
     """

@@ -14,6 +14,7 @@ import chains_stream
 from tests.acceptance.command import HERE, Commands, chains
 
 ROOT = HERE.parents[1]
+ENRICH = str(ROOT / "chainlets" / "enrich.py")
 ORDERS = str(HERE / "chains" / "orders.py")
 
 
@@ -79,6 +80,11 @@ def test_topics() -> None:
     assert re.fullmatch(r"mine\.Orders\.Order\.run_remote\.[0-9a-f]{8}", lines[0])
     assert re.fullmatch(r"mine\.Orders\.Price\.run_remote\.[0-9a-f]{8}", lines[1])
     assert lines[2:] == ["mine.replies", "mine.control"]
+
+
+def test_topics_of_events() -> None:
+    lines = chains("topics", ENRICH, "--namespace", "mine", "--set", "urgent=soon").stdout.splitlines()
+    assert lines[2:] == ["tickets", "tickets.scored", "soon", "tickets.dlq", "mine.replies", "mine.control"]
 
 
 def test_version_and_help() -> None:
