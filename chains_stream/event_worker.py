@@ -48,6 +48,7 @@ from chains_stream.transactions import Transactions, Unsent
 
 WAITING = 1_000  # events that are taken, running or in the line of their key: as many as a ledger can tell of
 
+SHORTEST_LINE = 16  # of those that may stand in the line of one key, however many partitions there are
 MOST_GIVEN, MOST_GIVEN_BYTES = 10_000, 32 << 20  # by one event with `exactly_once`, of records and their bytes
 
 Lane = tuple[int, bytes]  # a partition, and a key in it
@@ -272,6 +273,7 @@ class EventWorker(Taker[EventJob]):
         self.callee = service.callee
         self._service = service
         self._lanes: dict[Lane, deque[EventJob]] = {}  # the first of each runs, or is ready to
+        self._long: set[Lane] = set()  # that so many stand in that no more is taken of their partitions
         self._ready: deque[EventJob] = deque()
         self._returning: deque[asyncio.Future[None]] = deque()  # events that were put off, and need a place again
         self._left: list[EventJob] = []  # to others: those behind them in their lines don't run either
@@ -343,6 +345,9 @@ class EventWorker(Taker[EventJob]):
         if job.lane is not None:
             line = self._lanes.setdefault(job.lane, deque())
             line.append(job)
+            if len(line) > self._longest and job.lane not in self._long:
+                self._long.add(job.lane)
+                self._assignment.hold_back(record.partition)
             if len(line) > 1:
                 return None
         self._ready.append(job)
@@ -363,6 +368,11 @@ class EventWorker(Taker[EventJob]):
         yield from tuple(self._ready)
         for line in tuple(self._lanes.values()):
             yield from tuple(line)
+
+    @property
+    def _longest(self) -> int:
+        """How many of one key are taken, so that one that is slow in each partition leaves room for others."""
+        return max(SHORTEST_LINE, WAITING // (1 + len(self._assignment.held)))
 
     # --- in the order of their keys
 
@@ -435,6 +445,10 @@ class EventWorker(Taker[EventJob]):
             return
         line = self._lanes[job.lane]
         line.popleft()
+        if job.lane in self._long and len(line) <= self._longest // 2:
+            self._long.discard(job.lane)
+            if not any(partition == job.record.partition for partition, _ in self._long):
+                self._assignment.let_go(job.record.partition)
         if line:
             self._ready.append(line[0])
         else:

@@ -234,3 +234,27 @@ async def test_a_key_that_can_t_be_found_is_a_failure_of_its_event(stream: Strea
     (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
     assert dict(letter.headers)[EXCEPTION_MESSAGE] == b"it has no key"
     assert Spelled.reads == 2, "each was read once, for its key and for its run"
+
+
+class Held(chains.ChainletBase):
+    """Holds one ticket until a test says so."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, ticket: Ticket) -> Scored:
+        if ticket.act == "hold":
+            await Seen.until("go", seconds=60)
+        return Scored(ticket.id, ticket.number)
+
+
+async def test_a_slow_key_with_many_events_does_not_stop_other_partitions(stream: Stream) -> None:
+    slow, others = 1_500, 30
+    await stream.send(Ticket("held", act="hold"), *(Ticket(f"{n}") for n in range(slow)), key=b"slow", partition=0)
+    await stream.host(stream.chainlet(Held))
+    for partition in (1, 2, 3):
+        await stream.send(*(Ticket(f"{n}") for n in range(others)), partition=partition)
+    assert len(await stream.read(stream.scored, 3 * others)) == 3 * others
+    Seen.note("go")
+    found = await stream.read(stream.scored, 1 + slow + 3 * others)
+    ids = [said["id"] for said in values([record for record in found if record.key == b"slow"])]
+    assert ids == ["held", *(f"{n}" for n in range(slow))]
