@@ -537,6 +537,7 @@ class EventWorker(Taker[EventJob]):
             return False
         if not _of_others(error) and self._breaker.may_put_aside():
             return False
+        await self._quarantine.give_up(self._id(job.record))
         with self._breaker.pause(error) as over:
             await self._put_off(job, over)
         return True

@@ -11,8 +11,10 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 import chains_stream as chains
 from chains_stream.breaker import MOST_FAILING
+from chains_stream.broker import Committed
 from chains_stream.errors import BrokerAuthorizationError
 from chains_stream.letters import EXCEPTION_MESSAGE, dead_letter_topic
+from chains_stream.offsets import Note
 from tests.sample import Seen
 from tests.streams import PARTITIONS, Scored, Stream, Ticket, values
 
@@ -258,3 +260,25 @@ async def test_a_slow_key_with_many_events_does_not_stop_other_partitions(stream
     found = await stream.read(stream.scored, 1 + slow + 3 * others)
     ids = [said["id"] for said in values([record for record in found if record.key == b"slow"])]
     assert ids == ["held", *(f"{n}" for n in range(slow))]
+
+
+async def test_a_suspect_that_fails_does_not_keep_others_from_being_tried(stream: Stream) -> None:
+    """Another worker died while it ran alone; now what it depends on is away, or seems to be."""
+    await stream.send(Ticket("suspect", act="cause"), *(Ticket(f"{number}") for number in range(20)), partition=0)
+    group = f"{stream.settings.namespace}.Needy.Needy.events"
+    await _leave(stream, group, Note(epoch=5, named=True, runs=[1], suspects=1, alone=0, deaths={0: 1}))
+    await stream.host(stream.chainlet(Needy, retries=1))
+    assert len(await stream.read(stream.scored, 20)) == 20
+    (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
+    assert letter.key == b"suspect"
+
+
+async def _leave(stream: Stream, group: str, note: Note) -> None:
+    """Leave behind what a worker that was killed would have committed of partition 0."""
+
+    async def nothing(_partitions: frozenset[int]) -> None:
+        pass
+
+    consumer = await stream.broker.consume(stream.tickets, group, on_assigned=nothing, on_revoked=nothing)
+    await consumer.commit({0: Committed(0, note.write())})
+    await consumer.close()
