@@ -8,7 +8,7 @@ no other succeeds either, all wait until something does.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -580,7 +580,7 @@ class EventWorker(Taker[EventJob]):
                         async for item in items:
                             await given.add(item)
                 else:
-                    result = await callee.invoke(arguments)
+                    result = await self._invoke(job, arguments)
                     await given.add(result[0] if feed.batched else result)
                 job.unsent = await given.stored()
         except asyncio.CancelledError as error:
@@ -590,6 +590,20 @@ class EventWorker(Taker[EventJob]):
         finally:
             scope.close()
             service.run_time.observe(time.perf_counter() - began)
+
+    async def _invoke(self, job: EventJob, arguments: Mapping[str, Any]) -> Any:
+        callee = self._service.callee
+        if callee.signature.is_async:
+            return await callee.invoke(arguments)
+        running = asyncio.ensure_future(callee.invoke(arguments))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            if job.stop is None:  # it took too long; its thread can't be stopped, and would run beside its next try
+                await asyncio.wait({running})
+            else:
+                running.cancel()
+            raise
 
     async def _bury_given(self, record: Record, error: BrokerError) -> bool:
         """Put an event aside of which it shows late that what it gave can't be stored."""

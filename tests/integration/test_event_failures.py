@@ -1,6 +1,7 @@
 """Events that fail: whose fault it is, what is put aside, and what a worker that ends does with them."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from typing import Any, ClassVar
@@ -282,3 +283,30 @@ async def _leave(stream: Stream, group: str, note: Note) -> None:
     consumer = await stream.broker.consume(stream.tickets, group, on_assigned=nothing, on_revoked=nothing)
     await consumer.commit({0: Committed(0, note.write())})
     await consumer.close()
+
+
+class Blocking(chains.ChainletBase):
+    """Blocks its thread for longer than it is given, when it runs for the first time."""
+
+    remote_config = WIDE
+    running: ClassVar[int] = 0
+    most: ClassVar[int] = 0
+    runs: ClassVar[int] = 0
+
+    def run_remote(self, ticket: Ticket) -> Scored:
+        Blocking.running += 1
+        Blocking.runs += 1
+        Blocking.most = max(Blocking.most, Blocking.running)
+        if Blocking.runs == 1:
+            time.sleep(1.5)
+        Blocking.running -= 1
+        return Scored(ticket.id, Blocking.runs)
+
+
+async def test_a_thread_that_takes_too_long_does_not_run_beside_its_next_try(stream: Stream) -> None:
+    Blocking.running = Blocking.most = Blocking.runs = 0
+    stream.settings = stream.settings.model_copy(update={"deadline": 0.3})
+    await stream.send(Ticket("slow"))
+    await stream.host(stream.chainlet(Blocking))
+    assert values(await stream.read(stream.scored, 1)) == [{"id": "slow", "score": 2.0}]
+    assert Blocking.most == 1
