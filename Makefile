@@ -21,7 +21,7 @@ test: $(READY) ## Run the whole suite, against real Apache Kafkas of its own on 
 ifdef ARGS
 	@$(BIN)/pytest $(ARGS)
 else
-	@$(MAKE) --no-print-directory test-parts test-triton test-vllm
+	@$(MAKE) --no-print-directory --keep-going test-parts test-triton test-vllm
 endif
 
 test-long: $(READY) ## Run what takes minutes: all tests of a real vLLM, and workers of events that are killed
