@@ -44,6 +44,7 @@ def check_chainlet(cls: type[ChainletBase]) -> list[Problem]:
     problems = [
         *_remote_config(cls),
         *_name(cls),
+        *_models(cls),
         *_method(cls),
         *_constructor(cls),
         *_health_check(cls),
@@ -283,6 +284,12 @@ def _remote_config(cls: type[ChainletBase]) -> Iterator[Problem]:
         shown = type(cls.remote_config).__name__
         message = f"`remote_config` is a `{shown}`; write `remote_config = RemoteConfig(…)`"
         yield _at_class(cls, "remote_config", "CONFIG", message)
+
+
+def _models(cls: type[ChainletBase]) -> Iterator[Problem]:
+    if isinstance(cls.openai_models, str):
+        message = f"`openai_models` is a string; write `openai_models = ({cls.openai_models!r},)`"
+        yield _at_class(cls, "openai_models", "MODELS", message)
 
 
 def _name(cls: type[ChainletBase]) -> Iterator[Problem]:

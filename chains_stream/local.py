@@ -25,6 +25,7 @@ from chains_stream.chainlet import (
 )
 from chains_stream.codec import Buffer, Codec, codec_of
 from chains_stream.errors import ChainsRuntimeError, WebSocketClosedError, message_of
+from chains_stream.log import get_logger
 from chains_stream.options import DeployedServiceDescriptor, DeploymentContext, RPCOptions
 from chains_stream.policy import Limit, Scope, current, scope_or_new
 from chains_stream.stub import Stub
@@ -34,6 +35,8 @@ from chains_stream.websocket import WebSocketProtocol
 THREADS = "chains-thread"  # how the names of the threads of sync Chainlets begin
 FAILED = "failed"  # of a Chainlet: waits until it can't serve any more, and raises why
 LOCAL_DEADLINE = 600.0  # seconds, of a request made in `run_local`
+
+log = get_logger(__name__)
 
 
 class Callee:
@@ -67,6 +70,9 @@ class Callee:
             await instance.__aexit__(None, None, None)
         except Exception as error:
             reason = f"{type(error).__name__}: {message_of(error)}"
+            if await self.dead():  # which is what ends the process, and has a reason of its own
+                log.error("chainlet.exit_failed", chainlet=self.name, reason=reason)  # noqa: TRY400 - it says it all
+                return
             raise ChainsRuntimeError(f"{self.name}.__aexit__ failed: {reason}") from error
 
     async def enter_for_the_loop(self) -> None:

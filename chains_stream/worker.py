@@ -324,7 +324,7 @@ class Host:
         )
 
     async def _build(self, cls: type[ChainletBase]) -> Callee:
-        """Build a Chainlet, and enter it if it is a context manager. Raises ChainsUsageError."""
+        """Build a Chainlet, and enter it if it is a context manager. Raises ChainsUsageError, ChainsRuntimeError."""
         stubs = {
             name: await self._stub(dependency.chainlet, dependency.options)
             for name, dependency in dependencies(cls).items()
@@ -339,7 +339,8 @@ class Host:
             doing = "__aenter__"
             await callee.enter(self._entered)
         except ChainsError as error:  # which was written to be read
-            raise ChainsUsageError(f"{name} can't start: {message_of(error)}") from error
+            kind = ChainsUsageError if isinstance(error, ChainsUsageError) else ChainsRuntimeError
+            raise kind(f"{name} can't start: {message_of(error)}") from error
         except Exception as error:
             frames = user_frames(error.__traceback__)
             place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""

@@ -172,9 +172,8 @@ async def serve(
     watch: asyncio.Task[None] | None = None
     try:
         async with AsyncExitStack() as stack:
-            serving = await _started(start(stack), stopped)
+            serving = await _started(start(stack), stopped, signals)
             if serving is None:
-                log.info("stopping", signal=signals.name, reason="before all was ready")
                 return
             announce(serving.ready)
             failed = asyncio.ensure_future(serving.failed())
@@ -190,12 +189,18 @@ async def serve(
         await end(stopped, failed, watch)
 
 
-async def _started(start: Coroutine[Any, Any, Serving], stopped: "asyncio.Task[None]") -> Serving | None:
+async def _started(
+    start: Coroutine[Any, Any, Serving], stopped: "asyncio.Task[None]", signals: Signals
+) -> Serving | None:
     """Wait for the start to be complete; None if it was given up for a signal."""
     starting = asyncio.create_task(start)
     try:
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        return starting.result() if starting.done() else None
+        if starting.done():
+            return starting.result()
+        # Now, as a model that is being loaded may take its time to stop.
+        log.info("stopping", signal=signals.name, reason="before all was ready; a second signal ends it at once")
+        return None
     finally:
         await end(starting)
 

@@ -152,6 +152,23 @@ def test_a_thread_that_can_t_be_stopped_does_not_keep_the_process(start: Command
     server.logged("thread.abandoned")
 
 
+def test_a_signal_while_a_model_is_loaded_is_heard_at_once(start: Commands, tmp_path: Path) -> None:
+    (tmp_path / "chain.py").write_text(
+        "import asyncio, pathlib, time\nimport chains_stream as chains\n@chains.mark_entrypoint\n"
+        "class A(chains.ChainletBase):\n    async def __aenter__(self):\n"
+        "        await asyncio.shield(asyncio.to_thread(self.load))\n"
+        "    async def __aexit__(self, *_): ...\n    async def run_remote(self) -> None: ...\n"
+        "    def load(self):\n        pathlib.Path('began').touch()\n"
+        "        while not pathlib.Path('go').exists():\n            time.sleep(0.01)\n"
+    )
+    server = start("run", "chain.py", "--port", "0", cwd=tmp_path)
+    until((tmp_path / "began").exists)
+    server.send(signal.SIGTERM)
+    assert "before all was ready" in server.logged("stopping")
+    (tmp_path / "go").touch()
+    assert server.wait() == 0
+
+
 @pytest.mark.parametrize("command", ["run", "gateway", "worker", "call"])
 def test_a_broker_that_is_not_there_is_told_within_30_seconds(start: Commands, command: str) -> None:
     arguments = {"run": ["--port", "0"], "gateway": ["--port", "0"], "worker": [], "call": ['{"names": []}']}[command]

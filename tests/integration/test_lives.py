@@ -126,6 +126,20 @@ class Broken(Engine):
         raise ChainsUsageError("/models/llama: no such folder")
 
 
+class Unreachable(Engine):
+    """Can't be entered, which is nobody's mistake here."""
+
+    async def __aenter__(self) -> Self:
+        raise ChainsRuntimeError("no answer from its server")
+
+
+async def test_what_a_start_fails_of_is_told_from_a_mistake(settings: dict[str, Any]) -> None:
+    chain: type[Any] = Unreachable
+    with pytest.raises(ChainsRuntimeError, match=r"^Unreachable can't start: no answer from its server$"):
+        async with chains.run_chain(chain, **settings):
+            pass
+
+
 class Above(chains.ChainletBase):
     """Is built after two others, of which one can't be entered."""
 
@@ -149,6 +163,20 @@ class Clinging(Engine):
     ) -> None:
         await super().__aexit__(kind, error, trace)
         raise ValueError("still in use")
+
+
+@pytest.mark.parametrize("entrypoint", [Engine, Clinging])
+async def test_a_dead_one_ends_its_host_even_if_it_cannot_be_exited(
+    settings: dict[str, Any], entrypoint: type[Any]
+) -> None:
+    chain: Connection[..., Any]
+    async with chains.run_chain(entrypoint, **settings) as chain, asyncio.timeout(10):
+        while True:
+            with pytest.raises((ChainsRuntimeError, ConnectionError), match="engine core") as caught:
+                await chain.run_remote("die")  # type: ignore[arg-type] # of a class that a parameter names
+            if str(caught.value) == f"{entrypoint.__name__} can't serve any more: the engine core is gone":
+                break
+    assert Seen.counts["exited"] == 1
 
 
 class Over(chains.ChainletBase):
