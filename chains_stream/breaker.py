@@ -5,7 +5,17 @@ import time
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager, suppress
 
-from chains_stream.errors import message_of
+from chains_stream.errors import (
+    BrokerError,
+    ChainsRuntimeError,
+    InvalidArgumentError,
+    InvalidResultError,
+    RecordTooLargeError,
+    SchemaRegistryError,
+    UnknownSchemaError,
+    causes,
+    message_of,
+)
 from chains_stream.log import get_logger
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds between two tries while all events fail: twice as long each time
@@ -76,7 +86,7 @@ class Breaker:
         return running <= self.waiting < MOST_FAILING
 
     @contextmanager
-    def pause(self, error: Exception) -> Iterator[Awaitable[None]]:
+    def pause(self, error: BaseException) -> Iterator[Awaitable[None]]:
         """Count an event that failed for no fault of its own as waiting; give what it has to wait for."""
         if not self.open:
             self.open = True
@@ -102,3 +112,22 @@ class Breaker:
 
 def _pause(number: int) -> float:
     return min(LONGEST_PAUSE, SHORTEST_PAUSE * 2.0 ** max(0, min(number, 10)))
+
+
+def of_others(error: BaseException) -> bool:
+    """Tell whether an error is, or came of, one of something that the Chainlet depends on, and not of the event.
+
+    A library's own class of errors mostly came of an OSError, that of a connection say.
+    """
+    return any(
+        isinstance(each, OSError | TimeoutError | ChainsRuntimeError)
+        and not isinstance(each, InvalidArgumentError | InvalidResultError | RecordTooLargeError)
+        for each in causes(error)
+    )
+
+
+def of_the_topics(error: BaseException) -> bool:
+    """Tell whether what is written can't be written by anybody, until a right or a topic, say, is there."""
+    return isinstance(error, BrokerError | SchemaRegistryError) and not isinstance(
+        error, RecordTooLargeError | UnknownSchemaError
+    )

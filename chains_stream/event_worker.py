@@ -6,205 +6,66 @@ no other succeeds either, all wait until something does.
 """
 
 import asyncio
+import contextvars
+import functools
 import time
 from collections import deque
-from collections.abc import Awaitable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any, NamedTuple
+from typing import Any
 
-from structlog.contextvars import bind_contextvars
+from structlog.contextvars import bind_contextvars, reset_contextvars
 
 from chains_stream import metrics, policy
 from chains_stream.assignment import Assignment
-from chains_stream.breaker import Breaker
-from chains_stream.broker import Broker, Record, TopicSpec
+from chains_stream.breaker import Breaker, of_others, of_the_topics
+from chains_stream.broker import Record
 from chains_stream.errors import (
     BrokerError,
-    ChainsRuntimeError,
     DeadLetteredError,
-    InvalidArgumentError,
-    InvalidResultError,
-    RecordTooLargeError,
-    SchemaRegistryError,
-    UnknownSchemaError,
-    causes,
     is_retryable,
     message_of,
     user_frames,
 )
-from chains_stream.events import Event, Feed, Output, Sink, partition_of, takes_none
-from chains_stream.formats import Registry, keying, named
-from chains_stream.letters import dead_letter_spec, send_letter
-from chains_stream.local import Callee
+from chains_stream.event_service import EventService, Given, Keyed, Unreadable
+from chains_stream.events import Event
+from chains_stream.letters import send_letter
 from chains_stream.log import get_logger
+from chains_stream.messages import now_ms
 from chains_stream.offsets import Ledger
 from chains_stream.outcome import Stop
 from chains_stream.patience import persist, place_of
 from chains_stream.policy import Scope
 from chains_stream.quarantine import Quarantine
-from chains_stream.settings import Settings
 from chains_stream.taking import Places, Taker
+from chains_stream.timeouts import Timeout
 from chains_stream.transactions import Transactions, Unsent
 
 WAITING = 1_000  # events that are taken, running or in the line of their key: as many as a ledger can tell of
-
+MOST_AT_ONCE = 32  # events that are run one after the other while nothing else of the process is
 SHORTEST_LINE = 16  # of those that may stand in the line of one key, however many partitions there are
-MOST_GIVEN, MOST_GIVEN_BYTES = 10_000, 32 << 20  # by one event with `exactly_once`, of records and their bytes
 
 Lane = tuple[int, bytes]  # a partition, and a key in it
 
 log = get_logger(__name__)
 
 
-class Written:
-    """Where what a Chainlet gives goes: its sinks, by their topics."""
-
-    def __init__(self, broker: Broker, feed: Feed, registry: Registry) -> None:
-        self._broker = broker
-        self._sinks: dict[str, _SinkWriter] = {
-            sink.topic: _SinkWriter(sink, feed.gives, registry) for sink in feed.sinks
-        }
-        self._first = feed.sinks[0].topic if feed.sinks else ""
-
-    async def start(self) -> None:
-        """Find out how many partitions the topics have, and what they take. Raises BrokerError."""
-        for topic, sink in self._sinks.items():
-            sink.partitions = await self._broker.partitions(topic)
-            sink.limit = await self._broker.record_limit(topic)
-
-    async def record(self, given: Any, event: Event[Any]) -> Unsent:
-        """Make a record of what was given.
-
-        Raises InvalidResultError for what can't be written, RecordTooLargeError, SchemaRegistryError.
-        """
-        output: Output[Any] = given if isinstance(given, Output) else Output(given)
-        topic = output.topic or self._first
-        if topic not in self._sinks:
-            known = ", ".join(self._sinks) or "none"
-            raise InvalidResultError(f"an Output names the topic `{topic}`, which is no sink: there are {known}")
-        return await self._sinks[topic].record(output, event)
-
-    async def store(self, record: Unsent) -> asyncio.Future[int]:
-        """Write a record, in the order of these calls; the future is done once it is stored. Raises BrokerError."""
-        return await self._broker.publish(
-            record.topic, record.value, partition=record.partition, key=record.key, headers=record.headers
-        )
-
-
-class _SinkWriter:
-    """One sink, and how its records are made."""
-
-    def __init__(self, sink: Sink, kind: Any, registry: Registry) -> None:
-        self.partitions = 1
-        self.limit = 0  # bytes of a record
-        self._topic = sink.topic
-        self._writer = named(sink.format).writer(kind, registry)
-        self._key = None if sink.key is None else keying(sink.key, kind)
-        self._rotation = 0
-
-    async def record(self, output: Output[Any], event: Event[Any]) -> Unsent:
-        if (missing := self._writer.missing(self._topic)) is not None:
-            await missing
-        value, headers = self._writer.write(output.value, self._topic, output.headers)
-        key = output.key
-        if key is None:
-            key = event.key if self._key is None else self._key(output.value)
-        record = Unsent(self._topic, self._partition(key), key, value, headers)
-        # Told later by the broker, it would fail for all that goes out with it, or for a whole transaction.
-        if record.size > self.limit:
-            reason = f"takes no record of this size: it has {record.size} bytes, and may have {self.limit}"
-            raise RecordTooLargeError(f"{self._topic} {reason}")
-        return record
-
-    def _partition(self, key: bytes | None) -> int:
-        if key is not None:
-            return partition_of(key, self.partitions)
-        self._rotation += 1
-        return self._rotation % self.partitions
-
-
-class _Unreadable(Exception):  # noqa: N818 - it says of its cause what it is of
-    """A record can't be read, as its cause says, and never will be."""
-
-
-class EventService:
-    """What all events of a Chainlet have in common."""
-
-    def __init__(
-        self, callee: Callee, feed: Feed, group: str, broker: Broker, settings: Settings, *, read: Collection[str] = ()
-    ) -> None:
-        """Feed `callee`; `read` are topics that are read in this process, by other Chainlets."""
-        self.callee = callee
-        self.feed = feed
-        self.group = group
-        self.broker = broker
-        self.settings = settings
-        self._read = read
-        self.name = f"{callee.name}.events"  # of metrics and in logs
-        self.registry = Registry(settings.registry)
-        self.written = Written(broker, feed, self.registry)
-        self.key = None if feed.source.key is None else keying(feed.source.key, feed.kind)
-        self._reader = named(feed.source.format).reader(feed.kind, self.registry)
-        self._optional = takes_none(feed.kind)
-        self.queue_wait = metrics.QUEUE_WAIT.labels(self.name)
-        self.run_time = metrics.RUN_TIME.labels(self.name)
-
-    async def start(self) -> None:
-        """Have the topics there are. Raises BrokerError."""
-        settings, topic = self.settings, self.feed.source.topic
-        names = [topic, *(sink.topic for sink in self.feed.sinks)]
-        # On the embedded broker what nobody reads would fill up, and hold back who writes it.
-        specs = [
-            TopicSpec(name, settings.partitions, settings.request_retention_ms, ring=name not in (topic, *self._read))
-            for name in names
-        ]
-        await self.broker.ensure_topics([*specs, dead_letter_spec(topic, settings)])
-        await self.written.start()
-
-    async def event(self, record: Record) -> Event[Any]:
-        """Read a record. Raises _Unreadable, SchemaRegistryError."""
-        headers = {name: value or b"" for name, value in record.headers}
-        if not record.value and self._optional:
-            return _event(record, None, headers)
-        try:
-            if (missing := self._reader.missing(record.value)) is not None:
-                await missing
-            value = self._reader.read(record.value, headers, record.topic)
-        except (InvalidArgumentError, UnknownSchemaError) as error:
-            raise _Unreadable from error
-        return _event(record, value, headers)
-
-
-def _event(record: Record, value: Any, headers: dict[str, bytes]) -> Event[Any]:
-    return Event(
-        value=value,
-        key=record.key,
-        headers=headers,
-        timestamp_ms=record.timestamp_ms,
-        topic=record.topic,
-        partition=record.partition,
-        offset=record.offset,
-    )
-
-
-class _Keyed(NamedTuple):
-    """A record that was read for its key: the key, the event, and what was wrong with it."""
-
-    key: bytes | None = None
-    event: Event[Any] | None = None
-    fault: Exception | None = None
-
-
 class EventJob:
     """One event that is taken, until all that it gives is stored."""
 
-    def __init__(self, record: Record, ledger: Ledger, lane: Lane | None, keyed: _Keyed | None = None) -> None:
+    def __init__(self, record: Record, ledger: Ledger, lane: Lane | None, keyed: Keyed | None = None) -> None:
         self.record = record
         self.ledger = ledger
         self.lane = lane
         self.keyed = keyed  # until it is run
-        self.task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None  # that runs it now
         self.stop: Stop | None = None
+        self.attempt = 1
+        self.number = 0  # of its last run
+        self.failed = 0  # how many runs had begun when it failed first
+        self.storing = 0  # of what it gave, in its last run
+        self.error: BaseException | None = None  # met in storing it
+        self.placed = False  # it has one of the places
         self.put_off = False  # to be tried again later
         self.unsent: list[Unsent] = []  # that the transaction of its offset is to hold
 
@@ -213,38 +74,6 @@ class EventJob:
             self.stop = stop
             if self.task is not None:
                 self.task.cancel()
-
-
-class _Given:
-    """What one run of an event gives: written as it comes, or held for a transaction."""
-
-    def __init__(self, written: Written, event: Event[Any], *, transactional: bool) -> None:
-        self._written = written
-        self._event = event
-        self._held: list[Unsent] | None = [] if transactional else None
-        self._held_bytes = 0
-        self._storing: deque[asyncio.Future[int]] = deque()
-
-    async def add(self, item: Any) -> None:
-        if item is None:
-            return
-        record = await self._written.record(item, self._event)
-        if self._held is not None:
-            self._held.append(record)
-            self._held_bytes += record.size
-            if len(self._held) > MOST_GIVEN or self._held_bytes > MOST_GIVEN_BYTES:
-                most = f"{MOST_GIVEN:,} records or {MOST_GIVEN_BYTES >> 20} MiB"
-                raise InvalidResultError(f"one event gave more than {most}, the most that exactly_once writes at once")
-            return
-        self._storing.append(await self._written.store(record))
-        while self._storing and self._storing[0].done():
-            self._storing.popleft().result()
-
-    async def stored(self) -> list[Unsent]:
-        """Wait until all is stored; give what is held instead. Raises BrokerError."""
-        while self._storing:
-            await self._storing.popleft()
-        return self._held or []
 
 
 class EventWorker(Taker[EventJob]):
@@ -276,8 +105,10 @@ class EventWorker(Taker[EventJob]):
         self._long: set[Lane] = set()  # that so many stand in that no more is taken of their partitions
         self._ready: deque[EventJob] = deque()
         self._returning: deque[asyncio.Future[None]] = deque()  # events that were put off, and need a place again
+        self._storing: set[EventJob] = set()  # events that don't run any more, and are not done
+        self._due = False  # one more of those that are ready is about to begin
         self._left: list[EventJob] = []  # to others: those behind them in their lines don't run either
-        self._keyed: dict[tuple[int, int], _Keyed] = {}  # what is about to begin, where values have the keys
+        self._keyed: dict[tuple[int, int], Keyed] = {}  # what is about to begin, where values have the keys
         self._taken = 0
         self._gave_way = False  # to a request, with the last place
         self._leaving = False  # what it has not done to others
@@ -296,6 +127,7 @@ class EventWorker(Taker[EventJob]):
         """Join the group and begin to take events."""
         self._stuck: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stuck.add_done_callback(_retrieved)
+        self._context = contextvars.copy_context()  # that each event begins with
         await self._service.start()
         await super().start()
         self._tasks.append(asyncio.create_task(self._dispatch(), name=f"dispatch {self.name}"))
@@ -310,15 +142,19 @@ class EventWorker(Taker[EventJob]):
         end = self._loop.time() + grace
         if self._service.feed.source.delivery == "at_most_once":
             # All that is taken is committed, and runs now or never.
-            while (self._jobs or self._ready) and (left := end - self._loop.time()) > 0:
+            while (self._jobs or self._ready or self._storing) and (left := end - self._loop.time()) > 0:
                 await self.places.change(left)
         else:
             self._leaving = True
         for job in self._waiting():
             # What has not begun would begin as the one before it is cancelled, and overtake it.
-            if job.task is None or (job.put_off and self._leaving):
+            if (job.task is None and not job.storing) or (job.put_off and self._leaving):
                 job.cancel("drained")
         await super()._finish_up(max(0.0, end - self._loop.time()))
+        while self._storing and (left := end - self._loop.time()) > 0:
+            await self.places.change(left)
+        for job in self._storing:
+            job.cancel("drained")
 
     def _free(self) -> int:
         if self._breaker.open:
@@ -350,9 +186,13 @@ class EventWorker(Taker[EventJob]):
                 self._assignment.hold_back(record.partition)
             if len(line) > 1:
                 return None
+        if self._quarantine.busy and self.places.taken < self.places.size:
+            self.in_flight += 1
+            self._begin_task(job)  # whoever has it run alone waits for its task
+            return job.task
         self._ready.append(job)
         self._run_ready()
-        return job.task
+        return None
 
     def _lose(self, partitions: Collection[int]) -> None:
         for job in self._waiting():
@@ -383,26 +223,11 @@ class EventWorker(Taker[EventJob]):
             await self._assignment.name({record.partition: ledger for record, ledger in taken})
         if self._service.key is not None:
             for record, _ in taken:
-                self._keyed[record.partition, record.offset] = await self._read_key(record)
+                self._keyed[record.partition, record.offset] = await self._service.keyed(record)
         try:
             await super()._start(taken)
         finally:
             self._keyed.clear()  # of those too that went to others before they could begin
-
-    async def _read_key(self, record: Record) -> _Keyed:
-        """Find what an event is kept in order by, where that is in its value. What fails here fails in its run."""
-        assert self._service.key is not None, "else it is the record's"
-        attempt = 1
-        while True:
-            try:
-                event = await self._service.event(record)
-                return _Keyed(self._service.key(event.value), event)
-            except SchemaRegistryError as error:  # without its key it would run beside others of its key
-                log.warning("key.retry", chainlet=self.callee.name, **place_of(record), reason=str(error))
-                await asyncio.sleep(policy.backoff(attempt))
-                attempt += 1
-            except Exception as error:  # noqa: BLE001 - whatever user code raises
-                return _Keyed(fault=error)
 
     async def _dispatch(self) -> None:
         """Run what is ready whenever a place is freed, by whomever."""
@@ -416,26 +241,52 @@ class EventWorker(Taker[EventJob]):
             if not turn.done():
                 self.places.taken += 1
                 turn.set_result(None)
+        if self._ready and not self._due:
+            self._due = True
+            self._loop.call_soon(self._begin_one, context=self._context)
+
+    def _begin_one(self) -> None:
+        """Run what is ready beside what runs: it has come to where it waits, or would itself have gone on with it."""
+        self._due = False
+        if self.places.taken < self.places.size and (job := self._next_ready()) is not None:
+            self._begin_task(job)
+
+    def _begin_task(self, job: EventJob) -> None:
+        """Run an event in a place of its own, and then others in it."""
+        self.places.taken += 1
+        job.placed = True
+        self._begin_work(job)
+
+    def _begin_work(self, job: EventJob, error: BaseException | None = None) -> None:
+        work = self._work(job, error)
+        job.task = self._loop.create_task(work, context=self._context.copy())
+        self._jobs[job.task] = job
+
+    def _next_ready(self) -> EventJob | None:
+        """Take one that is ready, for which there is a place."""
         while self._ready:
             job = self._ready[0]
             if job.stop is not None:
                 self._ready.popleft()
                 self._next(job)
                 continue
-            if self.places.taken >= self.places.size or self._gives_way():
-                return
-            if self._breaker.open and not self._breaker.may_try(self.in_flight):
-                return
-            self._ready.popleft()
+            if self._gives_way() or (self._breaker.open and not self._breaker.may_try(self.in_flight)):
+                return None
             self.in_flight += 1
-            self.places.taken += 1
-            task = job.task = self._loop.create_task(self._serve(job))
-            self._jobs[task] = job
+            return self._ready.popleft()
+        return None
 
     def _gives_way(self) -> bool:
         """Leave every second place that is freed to requests, while there are any."""
         self._gave_way = self.places.asking > 0 and not self._gave_way
         return self._gave_way
+
+    def _give_place_back(self, job: EventJob) -> None:
+        """Let others have the place of an event that does not run any more, or not now."""
+        if job.placed:
+            job.placed = False
+            self.places.taken -= 1
+            self.places.changed.set()
 
     def _next(self, job: EventJob) -> None:
         """Let the next one of its line go ahead."""
@@ -456,29 +307,88 @@ class EventWorker(Taker[EventJob]):
 
     # --- one event
 
-    async def _serve(self, job: EventJob) -> None:
-        left = False
+    async def _work(self, job: EventJob, error: BaseException | None) -> None:
+        """Run an event, or go on with it after an error in storing, and then others that are ready, in its place.
+
+        A task for each would cost as much as all else that is done to run it.
+        """
+        task, context = job.task, contextvars.copy_context()
+        assert task is not None, "this one"
+        run = 0
         try:
-            if await self._finish(job):
+            while True:
+                await self._serve(job, error)
+                # The next one must find all as if the task were its own.
+                used = job.stop is not None or task.cancelling() or contextvars.copy_context() != context
+                if used or not job.placed or self._quarantine.busy:
+                    return
+                run += 1
+                if run % MOST_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+                following = self._next_ready()
+                if following is None:
+                    return
+                job.placed, following.placed = False, True
+                job, error = following, None
+                job.task = task
+                self._jobs[task] = job
+        finally:
+            self._give_place_back(job)
+
+    async def _serve(self, job: EventJob, error: BaseException | None) -> None:
+        self._run_ready()  # others, as soon as this one waits
+        bound = bind_contextvars(event=self._id(job.record))
+        over = left = False
+        try:
+            over = await self._finish(job, error)
+            left = job.stop is None
+            if over:
                 self._end(job)
-            else:
-                left = job.stop is None
         except asyncio.CancelledError:
             if job.stop is None:
                 raise
         except Exception:
             log.exception("worker.defect", chainlet=self.name, **place_of(job.record))
+            over = True
             self._end(job)
         finally:
-            if job.task is not None:
-                del self._jobs[job.task]
-            self.in_flight -= 1
-            self.places.taken -= 1
-            if left:
-                self._left.append(job)
-            else:
-                self._next(job)
-            self.places.changed.set()
+            reset_contextvars(**bound)
+            assert job.task is not None, "this one"
+            del self._jobs[job.task]
+            job.task = None
+            if not job.storing:
+                self._over(job, left=left and not over)
+
+    def _over(self, job: EventJob, *, left: bool = False) -> None:
+        """Go on without an event that is done, or stopped, or `left` to others."""
+        self.in_flight -= 1
+        if left:
+            self._left.append(job)
+        else:
+            self._next(job)
+        self.places.changed.set()
+
+    def _keep(self, job: EventJob, storing: Collection[asyncio.Future[int]]) -> None:
+        """Have an event be done once all is stored that it gave."""
+        job.storing, job.error = len(storing), None
+        self._storing.add(job)
+        for future in storing:
+            future.add_done_callback(functools.partial(self._stored, job), context=self._context)
+
+    def _stored(self, job: EventJob, future: asyncio.Future[int]) -> None:
+        job.storing -= 1
+        job.error = job.error or future.exception()
+        if job.storing:
+            return
+        self._storing.discard(job)
+        if job.error is None:
+            self._succeeded(job)
+            self._end(job)
+            self._over(job)
+        elif job.stop is not None:
+            self._over(job)
+        else:
+            self._begin_work(job, job.error)  # which has no place until it is tried again
 
     def _end(self, job: EventJob) -> None:
         """Note an event as finished, with what is yet to be stored of it."""
@@ -488,34 +398,41 @@ class EventWorker(Taker[EventJob]):
             self._transactions.add(job.record, job.unsent)
         self._assignment.finish(job.record, job.ledger)
 
-    async def _finish(self, job: EventJob) -> bool:
-        """Try an event until it succeeds, or is put aside; False if it is left to others."""
-        service, record = self._service, job.record
-        bind_contextvars(event=self._id(record))
+    async def _finish(self, job: EventJob, error: BaseException | None) -> bool:
+        """Try an event until it succeeds, or is put aside; False if it is left to others, or yet to be stored."""
+        record = job.record
         if job.ledger.deaths(record.offset) >= self._settings.max_deliveries:
             reason = f"{job.ledger.deaths(record.offset)} workers died while they ran this event, and nothing else"
             return await self._bury(job, DeadLetteredError(reason), "deaths")
-        attempt, failed = 1, 0
         while True:
-            number = self._breaker.begin()
+            if error is not None and (over := await self._failed(job, error)) is not None:
+                return over
+            job.number = self._breaker.begin()
             try:
-                await self._run(job, await self._read(job))
-            except _Unreadable as error:
-                return await self._bury(job, error.__cause__ or error, "undecodable")
-            except Exception as error:  # noqa: BLE001 - whatever user code raises
-                if job.stop is not None:
-                    return False  # and what it made of its cancellation is no failure
-                if not self._settings.embedded and await service.callee.dead():
-                    return False
-                self._log(error, attempt)
-                failed = failed or self._breaker.begun
-                if not await self._again(job, error, attempt, failed):
-                    return await self._bury(job, error, "failed")
-                attempt += 1
-            else:
-                self._breaker.succeeded(number)
-                self._metrics.finished["done"].inc()
-                return True
+                storing = await self._run(job, await self._read(job))
+            except Unreadable as unreadable:
+                return await self._bury(job, unreadable.__cause__ or unreadable, "undecodable")
+            except Exception as raised:  # noqa: BLE001 - whatever user code raises
+                error = raised
+                continue
+            if storing:
+                self._keep(job, storing)
+                return False
+            self._succeeded(job)
+            return True
+
+    async def _failed(self, job: EventJob, error: BaseException) -> bool | None:
+        """Wait until an event is to be tried again, and give None; else whether it is put aside, or left to others."""
+        if job.stop is not None:
+            return False  # and what it made of its cancellation is no failure
+        if not self._settings.embedded and await self.callee.dead():
+            return False
+        self._log(error, job.attempt)
+        job.failed = job.failed or self._breaker.begun
+        if not await self._again(job, error):
+            return await self._bury(job, error, "failed")
+        job.attempt += 1
+        return None
 
     async def _read(self, job: EventJob) -> Event[Any]:
         """Read an event, unless that was done for its key. Raises what is wrong with either."""
@@ -525,17 +442,21 @@ class EventWorker(Taker[EventJob]):
         job.keyed = None  # what a run has made of it is for no other
         return keyed.event if keyed is not None and keyed.event else await self._service.event(job.record)
 
-    async def _again(self, job: EventJob, error: Exception, attempt: int, failed: int) -> bool:
+    def _succeeded(self, job: EventJob) -> None:
+        self._breaker.succeeded(job.number)
+        self._metrics.finished["done"].inc()
+
+    async def _again(self, job: EventJob, error: BaseException) -> bool:
         """Wait until an event that failed is to be tried again; False if it is not."""
-        if not is_retryable(error) and not _of_the_topics(error):
+        if not is_retryable(error) and not of_the_topics(error):
             return False
-        if attempt < self._service.feed.source.retries:
-            await self._put_off(job, asyncio.sleep(policy.backoff(attempt)))
+        if job.attempt < self._service.feed.source.retries:
+            await self._put_off(job, asyncio.sleep(policy.backoff(job.attempt)))
             return True
         # Had it been the event's own fault, others would have succeeded meanwhile.
-        if self._breaker.blames(failed):
+        if self._breaker.blames(job.failed):
             return False
-        if not _of_others(error) and self._breaker.may_put_aside():
+        if not of_others(error) and self._breaker.may_put_aside():
             return False
         await self._quarantine.give_up(self._id(job.record))
         with self._breaker.pause(error) as over:
@@ -545,8 +466,7 @@ class EventWorker(Taker[EventJob]):
     async def _put_off(self, job: EventJob, over: Awaitable[None]) -> None:
         """Wait without a place, which others may use, until something is over, and then for a place."""
         turn: asyncio.Future[None] = self._loop.create_future()
-        self.places.taken -= 1
-        self.places.changed.set()
+        self._give_place_back(job)
         job.put_off = True
         if self._leaving:
             job.cancel("drained")
@@ -557,49 +477,53 @@ class EventWorker(Taker[EventJob]):
             await turn
             job.put_off = False
         finally:
-            if turn.cancelled() or not turn.done():
-                turn.cancel()
-                self.places.taken += 1  # which its end gives back
+            job.placed = turn.done() and not turn.cancelled()
+            turn.cancel()
 
-    async def _run(self, job: EventJob, event: Event[Any]) -> None:
-        """Run an event once, and have stored all that it gives."""
-        service, callee = self._service, self._service.callee
-        scope = Scope.new(self._settings.deadline)
-        scope.request_id = f"{event.topic}/{event.partition}/{event.offset}"
+    async def _run(self, job: EventJob, event: Event[Any]) -> Collection[asyncio.Future[int]]:
+        """Run an event once; give what is yet to be stored of what it gives."""
+        service, deadline = self._service, self._settings.deadline
+        scope = Scope(self._id(job.record), now_ms() + int(deadline * 1000))
         scope.traceparent, scope.tracestate = event.headers.get("traceparent"), event.headers.get("tracestate")
-        policy.current.set(scope)
         feed, item = service.feed, event if service.feed.whole else event.value
-        arguments = {feed.argument: [item] if feed.batched else item}
         service.queue_wait.observe(max(0.0, time.time() - event.timestamp_ms / 1000))
         began = time.perf_counter()
-        given = _Given(service.written, event, transactional=self._transactions is not None)
+        given = Given(service.written, event, transactional=self._transactions is not None)
+        token = policy.current.set(scope)
         try:
-            async with asyncio.timeout(self._settings.deadline):
-                if callee.signature.streaming:
-                    async with aclosing(callee.stream(arguments)) as items:
-                        async for item in items:
-                            await given.add(item)
-                else:
-                    result = await self._invoke(job, arguments)
-                    await given.add(result[0] if feed.batched else result)
-                job.unsent = await given.stored()
+            with Timeout(deadline, job.task):
+                await self._invoke(job, {feed.argument: [item] if feed.batched else item}, given)
+                if self._quarantine.busy:
+                    await given.stored()  # else its task would end, and others begin, before it is done
         except asyncio.CancelledError as error:
             if job.stop is not None or (job.task is not None and job.task.cancelling()):
                 raise
             raise RuntimeError("run_remote ended in the cancellation of something that it waited for") from error
         finally:
+            policy.current.reset(token)
             scope.close()
             service.run_time.observe(time.perf_counter() - began)
+        job.unsent = given.held
+        return given.storing
 
-    async def _invoke(self, job: EventJob, arguments: Mapping[str, Any]) -> Any:
-        callee = self._service.callee
-        if callee.signature.is_async:
-            return await callee.invoke(arguments)
-        running = asyncio.ensure_future(callee.invoke(arguments))
+    async def _invoke(self, job: EventJob, arguments: dict[str, Any], given: Given) -> None:
+        callee = self.callee
+        if callee.signature.streaming:
+            async with aclosing(callee.stream(arguments)) as items:
+                async for item in items:
+                    await given.add(item)
+            return
+        whole = callee.invoke(arguments) if callee.signature.is_async else self._in_thread(job, arguments)
+        result = await whole
+        await given.add(result[0] if self._service.feed.batched else result)
+
+    async def _in_thread(self, job: EventJob, arguments: dict[str, Any]) -> Any:
+        """Run a sync `run_remote`, to its end even if it takes too long: it would run beside its next try."""
+        running = asyncio.ensure_future(self.callee.invoke(arguments))
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
-            if job.stop is None:  # it took too long; its thread can't be stopped, and would run beside its next try
+            if job.stop is None:
                 await asyncio.wait({running})
             else:
                 running.cancel()
@@ -629,7 +553,7 @@ class EventWorker(Taker[EventJob]):
         log.warning("event.dead_lettered", letter=f"{topic}@{offset}", reason=message_of(error), **place_of(record))
         return True
 
-    def _log(self, error: Exception, attempt: int) -> None:
+    def _log(self, error: BaseException, attempt: int) -> None:
         frames = user_frames(error.__traceback__)
         log.warning(
             "event.failed",
@@ -639,25 +563,6 @@ class EventWorker(Taker[EventJob]):
             message=message_of(error),
             at=f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None,
         )
-
-
-def _of_others(error: Exception) -> bool:
-    """Tell whether an error is, or came of, one of something that the Chainlet depends on, and not of the event.
-
-    A library's own class of errors mostly came of an OSError, that of a connection say.
-    """
-    return any(
-        isinstance(each, OSError | TimeoutError | ChainsRuntimeError)
-        and not isinstance(each, InvalidArgumentError | InvalidResultError | RecordTooLargeError)
-        for each in causes(error)
-    )
-
-
-def _of_the_topics(error: Exception) -> bool:
-    """Tell whether what is written can't be written by anybody, until a right or a topic, say, is there."""
-    return isinstance(error, BrokerError | SchemaRegistryError) and not isinstance(
-        error, RecordTooLargeError | UnknownSchemaError
-    )
 
 
 def _retrieved(stuck: "asyncio.Future[None]") -> None:

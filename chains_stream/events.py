@@ -7,6 +7,7 @@ requests as well.
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from functools import lru_cache
 from types import UnionType
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
@@ -218,7 +219,8 @@ def _check_topic(what: str, topic: Any, longest: int) -> None:
 
 def partition_of(key: bytes, count: int) -> int:
     """Give the partition of a key, as Kafka's own clients do (murmur2), so that topics can be joined with theirs."""
-    return (_murmur2(key) & 0x7FFFFFFF) % count
+    hashed = _known(key) if len(key) <= SHORT_KEY else _murmur2(key)
+    return (hashed & 0x7FFFFFFF) % count
 
 
 def _murmur2(data: bytes) -> int:
@@ -234,3 +236,7 @@ def _murmur2(data: bytes) -> int:
         hashed = (hashed ^ int.from_bytes(rest, "little")) * factor & mask
     hashed = (hashed ^ (hashed >> 13)) * factor & mask
     return hashed ^ (hashed >> 15)
+
+
+SHORT_KEY = 64  # bytes: of longer ones nothing is kept
+_known = lru_cache(4096)(_murmur2)  # which costs as much as all else that is done to write a record

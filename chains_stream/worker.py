@@ -20,7 +20,8 @@ from chains_stream.control import Cancel, CancelRequest, Credit, Message
 from chains_stream.delays import Delays
 from chains_stream.deliveries import webhooks_spec
 from chains_stream.errors import ChainsError, ChainsRuntimeError, ChainsUsageError, message_of, user_frames
-from chains_stream.event_worker import EventService, EventWorker
+from chains_stream.event_service import EventService
+from chains_stream.event_worker import EventWorker
 from chains_stream.events import feed_of, group_of
 from chains_stream.letters import dead_letter_spec
 from chains_stream.local import FAILED, Callee, LocalTarget

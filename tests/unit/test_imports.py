@@ -66,6 +66,7 @@ ORDER = [
     "serving",
     "transactions",
     "breaker",
+    "event_service",
     "event_worker",
     "worker",
     "http_target",
