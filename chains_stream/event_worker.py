@@ -58,6 +58,7 @@ class EventJob:
         self.ledger = ledger
         self.lane = lane
         self.keyed = keyed  # until it is run
+        self.id = f"{record.topic}/{record.partition}/{record.offset}"
         self.task: asyncio.Task[None] | None = None  # that runs it now
         self.stop: Stop | None = None
         self.attempt = 1
@@ -337,7 +338,7 @@ class EventWorker(Taker[EventJob]):
 
     async def _serve(self, job: EventJob, error: BaseException | None) -> None:
         self._run_ready()  # others, as soon as this one waits
-        bound = bind_contextvars(event=self._id(job.record))
+        bound = bind_contextvars(event=job.id)
         over = left = False
         try:
             over = await self._finish(job, error)
@@ -458,7 +459,7 @@ class EventWorker(Taker[EventJob]):
             return False
         if not of_others(error) and self._breaker.may_put_aside():
             return False
-        await self._quarantine.give_up(self._id(job.record))
+        await self._quarantine.give_up(job.id)
         with self._breaker.pause(error) as over:
             await self._put_off(job, over)
         return True
@@ -483,7 +484,7 @@ class EventWorker(Taker[EventJob]):
     async def _run(self, job: EventJob, event: Event[Any]) -> Collection[asyncio.Future[int]]:
         """Run an event once; give what is yet to be stored of what it gives."""
         service, deadline = self._service, self._settings.deadline
-        scope = Scope(self._id(job.record), now_ms() + int(deadline * 1000))
+        scope = Scope(job.id, now_ms() + int(deadline * 1000))
         scope.traceparent, scope.tracestate = event.headers.get("traceparent"), event.headers.get("tracestate")
         feed, item = service.feed, event if service.feed.whole else event.value
         service.queue_wait.observe(max(0.0, time.time() - event.timestamp_ms / 1000))
