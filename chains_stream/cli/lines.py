@@ -6,6 +6,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -134,13 +135,15 @@ class LineOutlet:
         broken: fails with what keeps it from writing.
     """
 
-    def __init__(self, name: str, *, append: bool = False) -> None:
-        """Open the file. Raises ChainsUsageError."""
+    def __init__(self, name: str, stdout: IO[bytes], *, append: bool = False) -> None:
+        """Open the file, or take `stdout`: `sys.stdout` may be another one meanwhile. Raises ChainsUsageError."""
         self.count = 0
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._name = name
-        self._to = _to_write(name, append=append)
-        self._unflushed = False
+        self._stdout = stdout
+        self._to = stdout if name == STANDARD else _to_write(name, append=append)
+        self._storing: list[asyncio.Future[int]] = []  # what was written in this turn of the loop
+        self._error: OSError | None = None
 
     async def ensure(self, spec: TopicSpec) -> None:
         """Nothing to create."""
@@ -156,48 +159,59 @@ class LineOutlet:
         key: bytes | None,  # noqa: ARG002 - a line is the value alone
         headers: Headers,  # noqa: ARG002 - as above
     ) -> "asyncio.Future[int]":
-        try:
-            self._to.write(one_line(value) + b"\n")
-        except OSError as error:
-            self._break(error)
-        if self.broken.done():
-            raise BrokerError(f"{self._name}: nothing more can be written")
+        if self._error is None:
+            self._write(one_line(value) + b"\n")
+        if self._error is not None:
+            raise self._closed()
         loop = asyncio.get_running_loop()
-        if not self._unflushed:
-            self._unflushed = True
+        if not self._storing:
             loop.call_soon(self._flush)  # together with what else is written in this turn
         stored: asyncio.Future[int] = loop.create_future()
-        stored.set_result(self.count)
+        self._storing.append(stored)
         self.count += 1
         return stored
 
     def close(self) -> None:
-        """Write what is buffered. Raises OSError."""
-        if self.broken.done():
-            return
+        """Write what is buffered. Raises OSError, of earlier writes too."""
+        self._flush()
+        if self._to is not self._stdout:
+            with suppress(OSError):  # of what it could not flush
+                self._to.close()
+        if self._error is not None:
+            raise self._error
         self.broken.cancel()
-        if self._name == STANDARD:
-            self._to.flush()
-        else:
-            self._to.close()
 
-    def _flush(self) -> None:
-        self._unflushed = False
-        if self.broken.done():
-            return
+    def _write(self, line: bytes) -> None:
         try:
-            self._to.flush()
+            self._to.write(line)
         except OSError as error:
             self._break(error)
 
+    def _flush(self) -> None:
+        if self._error is None:
+            try:
+                self._to.flush()
+            except OSError as error:
+                self._break(error)
+        for stored in self._storing:
+            if not stored.done():  # whoever awaited it may have been cancelled
+                stored.set_result(self.count)
+        self._storing.clear()
+
     def _break(self, error: OSError) -> None:
-        if not self.broken.done():
-            self.broken.set_exception(error)
+        self._error = error
+        self.broken.set_exception(error)
+        for stored in self._storing:
+            if not stored.done():
+                stored.set_exception(self._closed())
+                stored.exception()  # nobody needs to await it
+        self._storing.clear()
+
+    def _closed(self) -> BrokerError:
+        return BrokerError(f"{self._name}: nothing more can be written")
 
 
 def _to_write(name: str, *, append: bool) -> IO[bytes]:
-    if name == STANDARD:
-        return sys.stdout.buffer
     try:
         return Path(name).open("ab" if append else "wb")
     except OSError as error:

@@ -1,6 +1,7 @@
 """What `chains replay` runs again, and `chains run --source` tries out: where events come from, and results go."""
 
 import asyncio
+import sys
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import NamedTuple
@@ -39,6 +40,7 @@ class Writing:
 
     def __init__(self, results: Results) -> None:
         self._results = results
+        self._stdout = sys.stdout.buffer
         self._file: LineOutlet | None = None
 
     def open(self, stack: AsyncExitStack, feed: Feed, broker: Broker | None = None) -> Mapping[str, Outlet]:
@@ -48,7 +50,7 @@ class Writing:
             assert broker is not None, "topics are on one"
             named = self._results.sinks * (len(topics) if len(self._results.sinks) == 1 else 1)
             return {topic: TopicOutlet(broker, name) for topic, name in zip(topics, named, strict=True)}
-        self._file = LineOutlet(self._results.file, append=self._results.append)
+        self._file = LineOutlet(self._results.file, self._stdout, append=self._results.append)
         stack.callback(self._file.close)
         return dict.fromkeys(topics, self._file)
 

@@ -208,8 +208,9 @@ class Run:
             with redirect_stdout(sys.stderr):
                 try:
                     await serve(self._start, signals, lambda _: None)
-                except Exception:
-                    self._tell_how_far()
+                except Exception as error:
+                    if not isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+                        self._tell_how_far()
                     raise
                 if signals.received is not None and not self._is_done():
                     self._tell_how_far()
@@ -251,7 +252,8 @@ class Run:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for each in done:
                 each.result()
-            self._show(consumer)
+            if self._progress is not None and fed.total is not None:
+                self._progress.show(fed.total)  # the last offsets may hold no record
         finally:
             await end(*waiting)
 
