@@ -295,7 +295,9 @@ def test_a_mistake_is_told_in_a_line(
     assert (told.err.startswith("error: "), told.err.count("\n")) == (True, 1)
 
 
-@pytest.mark.parametrize("request_id", [policy.new_request_id(), "-" + "a" * 21, "--" + "h" * 20, "-h" + "_" * 20])
+@pytest.mark.parametrize(
+    "request_id", [pytest.param(policy.new_request_id(), id="new"), "-" + "a" * 21, "--" + "h" * 20, "-h" + "_" * 20]
+)
 def test_what_new_request_id_makes_is_a_request_id(capsys: pytest.CaptureFixture[str], request_id: str) -> None:
     assert cli.main(["cancel", request_id, "--broker", "memory://"]) == 2
     assert cli.main(["cancel", "--broker", "memory://", "--", request_id]) == 2
