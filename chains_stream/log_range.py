@@ -53,13 +53,21 @@ def parse_point(flag: str, text: str) -> Point:
         if len(found) < len(pairs):
             raise ChainsUsageError(f"{flag} {text}: it names a partition twice")
         return Offsets(found)
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
+    moment = _moment(text)
+    if moment is None:
         allowed = "an offset, a time such as 2026-05-01T12:00:00Z, `earliest`, `end`, or PARTITION:OFFSET,…"
-        raise ChainsUsageError(f"{flag} should be {allowed} (got {text!r})") from None
+        raise ChainsUsageError(f"{flag} should be {allowed} (got {text!r})")
     zoned = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-    return Time(max(0, int(zoned.timestamp() * 1000)))
+    return Time(max(0, round(zoned.timestamp() * 1000)))
+
+
+def _moment(text: str) -> datetime | None:
+    if text.isdigit():  # an offset that is too large, and yet a time to the standard library
+        return None
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return None
 
 
 class LogRange(msgspec.Struct, frozen=True):

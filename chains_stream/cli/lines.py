@@ -29,7 +29,7 @@ class LineSupply:
         self.starts = {0: 0}
         self._topic = topic
         self._too_long = too_long
-        self._reading = _Reading(_opened(name))
+        self._reading = _Reading(_opened(name), ours=name != STANDARD)
         self._partial = b""
         self._skipping = False  # the rest of a line that is too long
         self._number = 0  # of the next line
@@ -72,8 +72,10 @@ class LineSupply:
 class _Reading:
     """A file that a thread reads, as no event loop can wait for files of every kind."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, *, ours: bool) -> None:
+        """Read a descriptor, which is closed with this if it is `ours`."""
         self._descriptor = descriptor
+        self._ours = ours
         self._asked: queue.SimpleQueue[asyncio.Future[bytes] | None] = queue.SimpleQueue()
         self._next: asyncio.Future[bytes] | None = None
         # Nobody waits for it at the end of the process: it may wait for a person to type.
@@ -103,7 +105,7 @@ class _Reading:
                 future.get_loop().call_soon_threadsafe(_settle, future, data, failed)
             except RuntimeError:
                 return  # the loop is closed: nobody waits any more
-        if self._descriptor != sys.stdin.fileno():
+        if self._ours:
             os.close(self._descriptor)
 
 
