@@ -202,7 +202,9 @@ class LineOutlet:
 
     def _break(self, error: OSError) -> None:
         self._error = error
-        self.broken.set_exception(error)
+        if not self.broken.done():  # else nobody waits for it any more, and `close` tells
+            self.broken.set_exception(error)
+            self.broken.exception()  # as below
         for stored in self._storing:
             if not stored.done():
                 stored.set_exception(self._closed())

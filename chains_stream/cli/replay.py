@@ -21,7 +21,12 @@ Examples:
     "--to", "end", metavar="POINT", default="end", help="Where to end, before it; default: the end, as it is."
 )
 @click.option(
-    "--partition", "partitions", metavar="NUMBER", multiple=True, type=click.IntRange(min=0), help="Default: all."
+    "--partition",
+    "partitions",
+    metavar="NUMBER",
+    multiple=True,
+    type=click.IntRange(min=0),
+    help="Of this one; may be repeated. Default: all.",
 )
 @click.option(
     "--sink",
@@ -55,8 +60,8 @@ def replay(
     A POINT is an offset, a time (ISO 8601; UTC if it names no zone), `earliest`, `end`, or offsets by partition, as in
     0:120,1:80. The range is fixed at the start, and the consumer group of the Chainlet's workers is left alone.
 
-    What fails after its retries is told on stderr, and the status is 1 at the end. Ctrl-C ends it once what runs is
-    done, and says how to go on.
+    An event is run at least once, whatever the delivery that is declared. What fails after its retries is told on
+    stderr, and the status is 1 at the end. Ctrl-C ends it once what runs is done, and says how to go on.
     """
     settings = read_cluster_settings(flags)
     from chains_stream.cli import replaying

@@ -21,7 +21,7 @@ from chains_stream.cli.process import Serving, Signals, end, run, serve
 from chains_stream.cli.progress import Progress
 from chains_stream.cli.report import FAILED, StoppedError, say
 from chains_stream.client import open_caller
-from chains_stream.errors import ChainsRuntimeError, ChainsUsageError
+from chains_stream.errors import BrokerError, ChainsRuntimeError, ChainsUsageError, RecordTooLargeError
 from chains_stream.event_worker import EventWorker
 from chains_stream.events import Feed, Sink, Source, feed_of
 from chains_stream.formats import named
@@ -103,6 +103,7 @@ class Failures:
         self.count = 0
         self.untaken = 0  # of these, those that were no events
         self.also: Outlet | None = None
+        self.unsent: BrokerError | None = None  # what keeps letters from going there
         self._place = place
         self._say = say
 
@@ -119,8 +120,14 @@ class Failures:
         stored: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         stored.set_result(self.count)
         if self.also is not None:
-            stored = await self.also.publish(value, partition=partition, key=key, headers=headers)
-            await stored
+            try:
+                stored = await self.also.publish(value, partition=partition, key=key, headers=headers)
+                await stored
+            except BrokerError as error:
+                # The worker leaves the event to others, and there are none here.
+                if not error.retryable and not isinstance(error, RecordTooLargeError):
+                    self.unsent = error
+                raise
         letter = Letter.of(Record("", partition, 0, 0, key, value, headers))
         self._tell(letter.partition or 0, letter.offset or 0, _reason(letter))
         return stored
@@ -258,11 +265,13 @@ class Run:
             await end(*waiting)
 
     async def _watch(self, worker: EventWorker, consumer: SupplyConsumer) -> None:
-        """Show how far it is. Raises ChainsRuntimeError once no event has succeeded for too long."""
+        """Show how far it is. Raises ChainsRuntimeError once no event has succeeded for too long, BrokerError."""
         since: float | None = None
         while True:
             await asyncio.sleep(LOOK)
             self._show(consumer)
+            if self.failures.unsent is not None:
+                raise self.failures.unsent
             reason = worker.held_back
             if reason is None:
                 since = None
@@ -290,7 +299,7 @@ class Run:
         given = self._consumer.given if self._consumer is not None else 0
         failed = self.failures.count
         done = given + self.failures.untaken - failed
-        say(f"{done:,} events done, {failed:,} failed; {self._told.gave()}")
+        say(f"{done:,} event{'s' if done != 1 else ''} done, {failed:,} failed; {self._told.gave()}")
         if failed:
             raise click.exceptions.Exit(FAILED)
 
