@@ -65,9 +65,9 @@ class Breaker:
             self.open = True
             self._opened = self.begun
             log.warning("events.paused", chainlet=self._name, reason=message_of(error))
-        self.reason = message_of(error)
         self._tries += 1
         self.waiting += 1
+        self.reason = message_of(error)
         try:
             yield min(LONGEST_PAUSE, SHORTEST_PAUSE * 2 ** min(self._tries, 10))
         finally:

@@ -8,16 +8,7 @@ reader that has fallen behind them gets OffsetExpiredError. Records past their t
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
 
-from chains_stream.broker import (
-    TRANSACTION_MS,
-    Committed,
-    GroupConsumer,
-    Isolation,
-    PartitionsChanged,
-    Record,
-    Start,
-    TopicSpec,
-)
+from chains_stream.broker import TRANSACTION_MS, Committed, Isolation, PartitionsChanged, Record, Start, TopicSpec
 from chains_stream.brokers.memory_log import Partition
 from chains_stream.brokers.memory_reading import Following, MemoryReader
 from chains_stream.brokers.memory_transactions import MemoryTransactor, stored_at
@@ -266,7 +257,7 @@ class MemoryBroker:
         on_revoked: PartitionsChanged,
         isolation: Isolation = "read_uncommitted",
         start: Start = "earliest",
-    ) -> GroupConsumer:
+    ) -> MemoryConsumer:
         found = self._topic(topic)
         joined = found.group(group)
         joined.begin(start, isolation)
