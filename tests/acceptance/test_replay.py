@@ -38,9 +38,10 @@ class Log:
     async def write(self, partition: int, tickets: Sequence[Mapping[str, Any]], *, committed: bool = False) -> None:
         """Write tickets, in one transaction if they are to be `committed`: a marker follows it."""
         if not committed:
-            for ticket in tickets:
-                value = json.dumps(ticket).encode()
-                await (await self.broker.publish(self.topic, value, partition=partition, key=b"k"))
+            values = [json.dumps(ticket).encode() for ticket in tickets]
+            await asyncio.gather(
+                *[await self.broker.publish(self.topic, v, partition=partition, key=b"k") for v in values]
+            )
             return
         transactor = self.broker.transactor(self.topic)
         await transactor.start()
