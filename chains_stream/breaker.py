@@ -30,6 +30,7 @@ class Breaker:
     Attributes:
         begun: runs of events so far: each is known by its number.
         open: whether it holds back.
+        reason: what the last event failed of that it holds back.
         waiting: events that have failed, and wait for their next try.
     """
 
@@ -37,6 +38,7 @@ class Breaker:
         self._name = name
         self.begun = 0
         self.open = False
+        self.reason = ""
         self.waiting = 0
         self._succeeded = 0  # the last run to begin of those that succeeded
         self._opened = 0  # what had begun by then
@@ -98,6 +100,7 @@ class Breaker:
             log.warning("events.paused", chainlet=self._name, reason=message_of(error), **then)
         self._tries += 1
         self.waiting += 1
+        self.reason = message_of(error)
         try:
             yield self._goes_on(_pause(self._tries))
         finally:

@@ -134,6 +134,11 @@ class EventWorker(Taker[EventJob]):
         self._tasks.append(asyncio.create_task(self._dispatch(), name=f"dispatch {self.name}"))
         log.info("events.started", chainlet=self.callee.name, topic=self._service.feed.source.topic)
 
+    @property
+    def held_back(self) -> str | None:
+        """Why all events wait, as none succeeds; None while that is not so."""
+        return self._breaker.reason if self._breaker.open else None
+
     # --- Taker's
 
     async def _orderly(self) -> bool:

@@ -92,7 +92,7 @@ def test_version_and_help() -> None:
     module = [sys.executable, "-m", "chains_stream", "--version"]
     assert subprocess.run(module, capture_output=True, text=True, check=True).stdout == chains("--version").stdout
     commands = ["init", "check", "run", "call", "gateway", "worker", "key"]
-    commands += ["graph", "topics", "openapi", "asyncapi", "dlq", "cancel", "bench"]
+    commands += ["graph", "topics", "openapi", "asyncapi", "dlq", "replay", "cancel", "bench"]
     assert re.findall(r"^  (\w+)  ", chains("--help").stdout, re.MULTILINE) == commands
     for command in commands:
         done = chains(command, "--help")
