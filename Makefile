@@ -21,23 +21,21 @@ test: $(READY) ## Run the whole suite, against real Apache Kafkas of its own on 
 ifdef ARGS
 	@$(BIN)/pytest $(ARGS)
 else
-	@$(MAKE) --no-print-directory --jobs=2 test-commands test-parts
-	@$(MAKE) --no-print-directory test-triton test-vllm
+	@$(MAKE) --no-print-directory --keep-going test-parts test-triton test-vllm
 endif
 
 test-long: $(READY) ## Run what takes minutes: all tests of a real vLLM, and workers of events that are killed
 	@$(MAKE) --no-print-directory test-vllm VLLM_TESTS=tests/vllm
 	@$(BIN)/pytest $(CRASHES)
 
-# Halves that take about as long: both mostly wait, for groups to form and processes to start. Engines compute, and come
-# after them. Each start of a vLLM takes half a minute: the tests that share one are run always.
+# Several at once, as they mostly wait, for groups to form and processes to start. Engines compute, and come after them.
+# Each start of a vLLM takes half a minute: the tests that share one are run always.
+PARTS := tests/acceptance tests/contract tests/integration tests/typing tests/unit
 VLLM_TESTS := tests/vllm/test_generation.py tests/vllm/test_resume.py
 CRASHES := tests/acceptance/test_event_crashes.py
-.PHONY: test-commands test-parts test-vllm test-triton
-test-commands:
-	@$(BIN)/pytest tests/acceptance --ignore=$(CRASHES)
+.PHONY: test-parts test-vllm test-triton
 test-parts:
-	@$(BIN)/pytest tests/contract tests/integration tests/typing tests/unit
+	@$(BIN)/pytest --numprocesses=4 --dist=loadfile $(PARTS) --ignore=$(CRASHES)
 test-vllm:
 	@if [ -e $(VLLM_READY) ]; then .venv-vllm/bin/pytest $(VLLM_TESTS); else $(call not-run,tests/vllm,vLLM); fi
 test-triton:

@@ -56,6 +56,7 @@ class Assignment:
         self.held: frozenset[int] = frozenset()
         self.ledgers: dict[int, Ledger] = {}
         self.paused: set[int] = set()
+        self._held_back: set[int] = set()  # of those that are paused: by whoever takes from them
         self._chainlet = chainlet
         self._topic = topic
         self._join = functools.partial(
@@ -133,17 +134,38 @@ class Assignment:
             return
         self._changed.add(record.partition)
         self._due.set()
-        if record.partition in self.paused and ledger.span <= self._limit // 2:
+        if record.partition in self.paused:
+            self._resume_if_free(record.partition)
+
+    def hold_back(self, partition: int) -> None:
+        """Have nothing more taken of a partition that is held, until it is let go."""
+        if partition in self.ledgers:
+            self._held_back.add(partition)
+            self._pause(partition)
+
+    def let_go(self, partition: int) -> None:
+        self._held_back.discard(partition)
+        self._resume_if_free(partition)
+
+    def _pause(self, partition: int) -> None:
+        if partition not in self.paused:
+            assert self._consumer is not None, "joined"
+            self._consumer.pause(partition)
+            self.paused.add(partition)
+
+    def _resume_if_free(self, partition: int) -> None:
+        if partition not in self.paused or partition in self._held_back:
+            return
+        ledger = self.ledgers.get(partition)
+        if ledger is not None and ledger.span <= self._limit // 2:
             assert self._consumer is not None, "records come from it"
-            self.paused.discard(record.partition)
-            self._consumer.resume(record.partition)
+            self.paused.discard(partition)
+            self._consumer.resume(partition)
 
     def _pause_if_full(self, partition: int, ledger: Ledger) -> None:
         """Pause a partition with too many records behind an open one: what a note can tell of is limited."""
         if ledger.full(self._limit) and partition not in self.paused:
-            assert self._consumer is not None, "joined"
-            self._consumer.pause(partition)
-            self.paused.add(partition)
+            self._pause(partition)
             log.warning("partition.paused", chainlet=self._chainlet, partition=partition, open=ledger.position)
 
     # --- taking over
@@ -261,6 +283,9 @@ class Assignment:
         self._claims = set(self.ledgers)
         self.held = partitions
         self.paused.clear()
+        self._held_back &= self.ledgers.keys()
+        for number in self._held_back:
+            self._pause(number)
         for number, ledger in self.ledgers.items():
             self._pause_if_full(number, ledger)
         # What was committed while the partitions moved may not have counted.

@@ -72,16 +72,19 @@ class _Document:
                 "version": signature(self._chain.entrypoint).digest,
                 "description": inspect.getdoc(self._chain.entrypoint) or f"The Chain {self._chain.name}.",
             },
-            **({} if self._settings.embedded else {"servers": {"kafka": self._server()}}),
+            **({} if self._settings.embedded else {"servers": self._servers()}),
             "channels": self._channels,
             "operations": self._operations,
             "components": {"messages": self._messages, "schemas": _in_asyncapi(classes)},
         }
 
-    def _server(self) -> Json:
-        host = self._settings.broker.removeprefix("kafka://").partition(",")[0]
+    def _servers(self) -> Json:
+        """Describe the brokers that a client may begin with: ``kafka``, ``kafka-2`` and so on."""
         secure = self._settings.kafka.security_protocol.endswith("SSL")
-        return {"host": host, "protocol": "kafka-secure" if secure else "kafka"}
+        protocol = "kafka-secure" if secure else "kafka"
+        hosts = self._settings.broker.removeprefix("kafka://").split(",")
+        names = ["kafka", *(f"kafka-{number}" for number in range(2, len(hosts) + 1))]
+        return {name: {"host": host, "protocol": protocol} for name, host in zip(names, hosts, strict=True)}
 
     def _request(self, cls: type[ChainletBase], name: str) -> None:
         found, topic = signature(cls), self._chain.topic(cls, self._settings.namespace)
@@ -106,6 +109,7 @@ class _Document:
 
     def _events(self, name: str, feed: Feed) -> None:
         topic, taken = feed.source.topic, f"{name}.event"
+        group = group_of(feed.source, self._settings.namespace, self._chain.name, name)
         self._message(taken, f"An event for {name}", named(feed.source.format).content_type, {})
         self._taken[taken] = feed.kind
         self._channel(topic, f"Events for {name}", taken)
@@ -115,9 +119,7 @@ class _Document:
             "summary": f"Feed {name}",
             "channel": _to("channels", topic),
             "messages": [_to("channels", topic, "messages", taken)],
-            "bindings": {
-                "kafka": {"groupId": {"const": group_of(feed.source, self._settings.namespace, self._chain.name, name)}}
-            },
+            "bindings": {"kafka": {"groupId": {"const": group}, "bindingVersion": _BINDINGS}},
         }
         for sink in feed.sinks:
             given = f"{name}.{sink.topic}"

@@ -5,7 +5,17 @@ import time
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager, suppress
 
-from chains_stream.errors import message_of
+from chains_stream.errors import (
+    BrokerError,
+    ChainsRuntimeError,
+    InvalidArgumentError,
+    InvalidResultError,
+    RecordTooLargeError,
+    SchemaRegistryError,
+    UnknownSchemaError,
+    causes,
+    message_of,
+)
 from chains_stream.log import get_logger
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds between two tries while all events fail: twice as long each time
@@ -20,6 +30,7 @@ class Breaker:
     Attributes:
         begun: runs of events so far: each is known by its number.
         open: whether it holds back.
+        reason: what the last event failed of that it holds back.
         waiting: events that have failed, and wait for their next try.
     """
 
@@ -27,6 +38,7 @@ class Breaker:
         self._name = name
         self.begun = 0
         self.open = False
+        self.reason = ""
         self.waiting = 0
         self._succeeded = 0  # the last run to begin of those that succeeded
         self._opened = 0  # what had begun by then
@@ -88,6 +100,7 @@ class Breaker:
             log.warning("events.paused", chainlet=self._name, reason=message_of(error), **then)
         self._tries += 1
         self.waiting += 1
+        self.reason = message_of(error)
         try:
             yield self._goes_on(_pause(self._tries))
         finally:
@@ -102,3 +115,22 @@ class Breaker:
 
 def _pause(number: int) -> float:
     return min(LONGEST_PAUSE, SHORTEST_PAUSE * 2.0 ** max(0, min(number, 10)))
+
+
+def of_others(error: BaseException) -> bool:
+    """Tell whether an error is, or came of, one of something that the Chainlet depends on, and not of the event.
+
+    A library's own class of errors mostly came of an OSError, that of a connection say.
+    """
+    return any(
+        isinstance(each, OSError | TimeoutError | ChainsRuntimeError)
+        and not isinstance(each, InvalidArgumentError | InvalidResultError | RecordTooLargeError)
+        for each in causes(error)
+    )
+
+
+def of_the_topics(error: BaseException) -> bool:
+    """Tell whether what is written can't be written by anybody, until a right or a topic, say, is there."""
+    return isinstance(error, BrokerError | SchemaRegistryError) and not isinstance(
+        error, RecordTooLargeError | UnknownSchemaError
+    )

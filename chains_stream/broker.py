@@ -14,6 +14,7 @@ import msgspec
 
 from chains_stream.messages import Headers
 
+HEADER_ROOM = 48_000  # bytes in a record beside the value
 TRANSACTION_MS = 60_000  # that a transaction may be open
 
 # Whether a reader meets the records of transactions that are open, or were aborted. One that does not also waits with
@@ -281,6 +282,12 @@ class Broker(Protocol):
 
     def trouble(self) -> str | None:
         """Say what has kept a consumer or a reader of this broker from moving on for too long; None if all is well."""
+
+    async def record_limit(self, topic: str) -> int:
+        """Give how many bytes a record of a topic may have with its key and headers, as far as it may be known.
+
+        Raises BrokerError.
+        """
 
     async def members(self, group: str) -> int:
         """Give the number of consumers that are in a group now."""

@@ -3,22 +3,29 @@
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
-from chains_stream import metrics
+from chains_stream import metrics, policy
 from chains_stream.broker import Broker, Record, TopicSpec
 from chains_stream.errors import (
     InvalidArgumentError,
     InvalidResultError,
     RecordTooLargeError,
+    SchemaRegistryError,
     UnknownSchemaError,
 )
 from chains_stream.events import Event, Feed, Output, Sink, partition_of, takes_none
 from chains_stream.formats import Registry, keying, named
 from chains_stream.letters import dead_letter_spec
 from chains_stream.local import Callee
+from chains_stream.log import get_logger
+from chains_stream.patience import place_of
 from chains_stream.settings import Settings
 from chains_stream.transactions import Unsent
+
+MOST_GIVEN, MOST_GIVEN_BYTES = 10_000, 32 << 20  # by one event with `exactly_once`, of records and their bytes
+
+log = get_logger(__name__)
 
 
 class Written:
@@ -32,9 +39,10 @@ class Written:
         self._first = feed.sinks[0].topic if feed.sinks else ""
 
     async def start(self) -> None:
-        """Find out how many partitions the topics have. Raises BrokerError."""
+        """Find out how many partitions the topics have, and what they take. Raises BrokerError."""
         for topic, sink in self._sinks.items():
             sink.partitions = await self._broker.partitions(topic)
+            sink.limit = await self._broker.record_limit(topic)
 
     def sink(self, output: Output[Any]) -> "_SinkWriter":
         """Give the sink that an output goes to. Raises InvalidResultError if it names none."""
@@ -44,12 +52,6 @@ class Written:
             topic = output.topic or self._first
             raise InvalidResultError(f"an Output names the topic `{topic}`, which is no sink: there are {known}")
         return sink
-
-    def check(self, record: Unsent) -> None:
-        """Raise RecordTooLargeError for a record that no transaction could hold: it would never be committed."""
-        size, most = len(record.value), self._broker.max_record_bytes
-        if size > most:
-            raise RecordTooLargeError(f"a record of {size} bytes for {record.topic} is over the limit of {most}")
 
     async def store(self, record: Unsent) -> asyncio.Future[int]:
         """Write a record, in the order of these calls; the future is done once it is stored. Raises BrokerError."""
@@ -62,6 +64,7 @@ class _SinkWriter:
 
     def __init__(self, sink: Sink, kind: Any, registry: Registry) -> None:
         self.partitions = 1
+        self.limit = 0  # bytes of a record
         self._topic = sink.topic
         self._writer = named(sink.format).writer(kind, registry)
         self._key = None if sink.key is None else keying(sink.key, kind)
@@ -72,12 +75,17 @@ class _SinkWriter:
         return self._writer.missing(self._topic)
 
     def record(self, output: Output[Any], event: Event[Any]) -> Unsent:
-        """Make a record of what was given. Raises InvalidResultError for what can't be written."""
+        """Make a record of what was given. Raises InvalidResultError for what can't be written, RecordTooLargeError."""
         value, headers = self._writer.write(output.value, self._topic, output.headers)
         key = output.key
         if key is None:
             key = event.key if self._key is None else self._key(output.value)
-        return Unsent(self._topic, self._partition(key), key, value, headers)
+        record = Unsent(self._topic, self._partition(key), key, value, headers)
+        # Told later by the broker, it would fail for all that goes out with it, or for a whole transaction.
+        if record.size > self.limit:
+            reason = f"takes no record of this size: it has {record.size} bytes, and may have {self.limit}"
+            raise RecordTooLargeError(f"{self._topic} {reason}")
+        return record
 
     def _partition(self, key: bytes | None) -> int:
         if key is not None:
@@ -88,6 +96,14 @@ class _SinkWriter:
 
 class Unreadable(Exception):  # noqa: N818 - it says of its cause what it is of
     """A record can't be read, as its cause says, and never will be."""
+
+
+class Keyed(NamedTuple):
+    """A record that was read for its key: the key, the event, and what was wrong with it."""
+
+    key: bytes | None = None
+    event: Event[Any] | None = None
+    fault: Exception | None = None
 
 
 class EventService:
@@ -137,6 +153,21 @@ class EventService:
             raise Unreadable from error
         return _event(record, value, headers)
 
+    async def keyed(self, record: Record) -> Keyed:
+        """Find what an event is kept in order by, where that is in its value. What fails here fails in its run."""
+        assert self.key is not None, "else it is the record's"
+        attempt = 1
+        while True:
+            try:
+                event = await self.event(record)
+                return Keyed(self.key(event.value), event)
+            except SchemaRegistryError as error:  # without its key it would run beside others of its key
+                log.warning("key.retry", chainlet=self.callee.name, **place_of(record), reason=str(error))
+                await asyncio.sleep(policy.backoff(attempt))
+                attempt += 1
+            except Exception as error:  # noqa: BLE001 - whatever user code raises
+                return Keyed(fault=error)
+
 
 def _event(record: Record, value: Any, headers: dict[str, bytes]) -> Event[Any]:
     return Event(
@@ -158,12 +189,13 @@ class Given:
         storing: what is written, and was not stored when it was last looked at, in the order in which it was given.
     """
 
-    __slots__ = ("_event", "_transactional", "_written", "held", "storing")
+    __slots__ = ("_bytes", "_event", "_transactional", "_written", "held", "storing")
 
     def __init__(self, written: Written, event: Event[Any], *, transactional: bool) -> None:
         self._written = written
         self._event = event
         self._transactional = transactional
+        self._bytes = 0  # of what is held
         self.held: list[Unsent] = []
         self.storing: deque[asyncio.Future[int]] = deque()
 
@@ -180,8 +212,11 @@ class Given:
             await missing
         record = sink.record(output, self._event)
         if self._transactional:
-            self._written.check(record)
             self.held.append(record)
+            self._bytes += record.size
+            if len(self.held) > MOST_GIVEN or self._bytes > MOST_GIVEN_BYTES:
+                most = f"{MOST_GIVEN:,} records or {MOST_GIVEN_BYTES >> 20} MiB"
+                raise InvalidResultError(f"one event gave more than {most}, the most that exactly_once writes at once")
             return
         self.storing.append(await self._written.store(record))
         while self.storing and self.storing[0].done():

@@ -18,23 +18,16 @@ from structlog.contextvars import bind_contextvars, reset_contextvars
 
 from chains_stream import metrics, policy
 from chains_stream.assignment import Assignment
-from chains_stream.breaker import Breaker
+from chains_stream.breaker import Breaker, of_others, of_the_topics
 from chains_stream.broker import Record
 from chains_stream.errors import (
     BrokerError,
-    ChainsRuntimeError,
     DeadLetteredError,
-    InvalidArgumentError,
-    InvalidResultError,
-    RecordTooLargeError,
-    SchemaRegistryError,
-    UnknownSchemaError,
-    causes,
     is_retryable,
     message_of,
     user_frames,
 )
-from chains_stream.event_service import EventService, Given, Unreadable
+from chains_stream.event_service import EventService, Given, Keyed, Unreadable
 from chains_stream.events import Event
 from chains_stream.letters import send_letter
 from chains_stream.log import get_logger
@@ -50,6 +43,7 @@ from chains_stream.transactions import Transactions, Unsent
 
 WAITING = 1_000  # events that are taken, running or in the line of their key: as many as a ledger can tell of
 MOST_AT_ONCE = 32  # events that are run one after the other while nothing else of the process is
+SHORTEST_LINE = 16  # of those that may stand in the line of one key, however many partitions there are
 
 Lane = tuple[int, bytes]  # a partition, and a key in it
 
@@ -59,10 +53,11 @@ log = get_logger(__name__)
 class EventJob:
     """One event that is taken, until all that it gives is stored."""
 
-    def __init__(self, record: Record, ledger: Ledger, lane: Lane | None) -> None:
+    def __init__(self, record: Record, ledger: Ledger, lane: Lane | None, keyed: Keyed | None = None) -> None:
         self.record = record
         self.ledger = ledger
         self.lane = lane
+        self.keyed = keyed  # until it is run
         self.id = f"{record.topic}/{record.partition}/{record.offset}"
         self.task: asyncio.Task[None] | None = None  # that runs it now
         self.stop: Stop | None = None
@@ -89,7 +84,9 @@ class EventWorker(Taker[EventJob]):
         source, settings = service.feed.source, service.settings
         self._transactions: Transactions | None = None
         if source.delivery == "exactly_once":
-            self._transactions = Transactions(service.broker, source.topic, service.group, places.changed.set)
+            self._transactions = Transactions(
+                service.broker, source.topic, service.group, places.changed.set, self._bury_given
+            )
         start = source.start if isinstance(source.start, str) else int(source.start.timestamp() * 1000)
         assignment = Assignment(
             service.name,
@@ -106,29 +103,41 @@ class EventWorker(Taker[EventJob]):
         self.callee = service.callee
         self._service = service
         self._lanes: dict[Lane, deque[EventJob]] = {}  # the first of each runs, or is ready to
+        self._long: set[Lane] = set()  # that so many stand in that no more is taken of their partitions
         self._ready: deque[EventJob] = deque()
         self._returning: deque[asyncio.Future[None]] = deque()  # events that were put off, and need a place again
         self._storing: set[EventJob] = set()  # events that don't run any more, and are not done
         self._due = False  # one more of those that are ready is about to begin
         self._left: list[EventJob] = []  # to others: those behind them in their lines don't run either
-        self._keys: dict[tuple[int, int], bytes | None] = {}  # of what is about to begin, where values have them
+        self._keyed: dict[tuple[int, int], Keyed] = {}  # what is about to begin, where values have the keys
         self._taken = 0
         self._gave_way = False  # to a request, with the last place
         self._leaving = False  # what it has not done to others
         self._breaker = Breaker(service.name)
         self._metrics = metrics.OfWorker(service.name)
 
+    async def failed(self) -> None:
+        await asyncio.gather(super().failed(), asyncio.shield(self._stuck))
+
     async def drain(self, grace: float) -> None:
         await super().drain(grace)
+        self._stuck.cancel()
         await self._service.registry.close()
 
     async def start(self) -> None:
         """Join the group and begin to take events."""
+        self._stuck: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stuck.add_done_callback(_retrieved)
         self._context = contextvars.copy_context()  # that each event begins with
         await self._service.start()
         await super().start()
         self._tasks.append(asyncio.create_task(self._dispatch(), name=f"dispatch {self.name}"))
         log.info("events.started", chainlet=self.callee.name, topic=self._service.feed.source.topic)
+
+    @property
+    def held_back(self) -> str | None:
+        """Why all events wait, as none succeeds; None while that is not so."""
+        return self._breaker.reason if self._breaker.open else None
 
     # --- Taker's
 
@@ -169,13 +178,18 @@ class EventWorker(Taker[EventJob]):
         return f"{record.topic}/{record.partition}/{record.offset}"
 
     def _begin(self, record: Record, ledger: Ledger) -> "asyncio.Task[None] | None":
-        job = EventJob(record, ledger, self._lane(record))
+        keyed = self._keyed.pop((record.partition, record.offset), None)
+        key = record.key if keyed is None else keyed.key
+        job = EventJob(record, ledger, None if key is None else (record.partition, key), keyed)
         self._taken += 1
         if ledger.redelivered_to > record.offset:
             self._metrics.redelivered.inc()
         if job.lane is not None:
             line = self._lanes.setdefault(job.lane, deque())
             line.append(job)
+            if len(line) > self._longest and job.lane not in self._long:
+                self._long.add(job.lane)
+                self._assignment.hold_back(record.partition)
             if len(line) > 1:
                 return None
         if self._quarantine.busy and self.places.taken < self.places.size:
@@ -201,6 +215,11 @@ class EventWorker(Taker[EventJob]):
         for line in tuple(self._lanes.values()):
             yield from tuple(line)
 
+    @property
+    def _longest(self) -> int:
+        """How many of one key are taken, so that one that is slow in each partition leaves room for others."""
+        return max(SHORTEST_LINE, WAITING // (1 + len(self._assignment.held)))
+
     # --- in the order of their keys
 
     async def _start(self, taken: Sequence[tuple[Record, Ledger]]) -> None:
@@ -210,31 +229,11 @@ class EventWorker(Taker[EventJob]):
             await self._assignment.name({record.partition: ledger for record, ledger in taken})
         if self._service.key is not None:
             for record, _ in taken:
-                self._keys[record.partition, record.offset] = await self._key(record)
+                self._keyed[record.partition, record.offset] = await self._service.keyed(record)
         try:
             await super()._start(taken)
         finally:
-            self._keys.clear()  # of those too that went to others before they could begin
-
-    async def _key(self, record: Record) -> bytes | None:
-        """Give what an event is kept in order by, where that is in its value."""
-        assert self._service.key is not None, "else it is the record's"
-        attempt = 1
-        while True:
-            try:
-                return self._service.key((await self._service.event(record)).value)
-            except SchemaRegistryError as error:  # without its key it would run beside others of its key
-                log.warning("key.retry", chainlet=self.callee.name, **place_of(record), reason=str(error))
-                await asyncio.sleep(policy.backoff(attempt))
-                attempt += 1
-            except Exception:  # noqa: BLE001 - the run of the event meets it again, and says so
-                return None
-
-    def _lane(self, record: Record) -> Lane | None:
-        """Give the line that an event stands in; None for one that waits for nobody."""
-        by_value = self._service.key is not None
-        key = self._keys.pop((record.partition, record.offset), None) if by_value else record.key
-        return None if key is None else (record.partition, key)
+            self._keyed.clear()  # of those too that went to others before they could begin
 
     async def _dispatch(self) -> None:
         """Run what is ready whenever a place is freed, by whomever."""
@@ -303,6 +302,10 @@ class EventWorker(Taker[EventJob]):
             return
         line = self._lanes[job.lane]
         line.popleft()
+        if job.lane in self._long and len(line) <= self._longest // 2:
+            self._long.discard(job.lane)
+            if not any(partition == job.record.partition for partition, _ in self._long):
+                self._assignment.let_go(job.record.partition)
         if line:
             self._ready.append(line[0])
         else:
@@ -398,12 +401,12 @@ class EventWorker(Taker[EventJob]):
         if self._service.feed.source.delivery == "at_most_once":
             return  # it is committed already
         if self._transactions is not None and self._assignment.of(job.record) is job.ledger:
-            self._transactions.add(job.record.partition, job.unsent)
+            self._transactions.add(job.record, job.unsent)
         self._assignment.finish(job.record, job.ledger)
 
     async def _finish(self, job: EventJob, error: BaseException | None) -> bool:
         """Try an event until it succeeds, or is put aside; False if it is left to others, or yet to be stored."""
-        service, record = self._service, job.record
+        record = job.record
         if job.ledger.deaths(record.offset) >= self._settings.max_deliveries:
             reason = f"{job.ledger.deaths(record.offset)} workers died while they ran this event, and nothing else"
             return await self._bury(job, DeadLetteredError(reason), "deaths")
@@ -412,7 +415,7 @@ class EventWorker(Taker[EventJob]):
                 return over
             job.number = self._breaker.begin()
             try:
-                storing = await self._run(job, await service.event(record))
+                storing = await self._run(job, await self._read(job))
             except Unreadable as unreadable:
                 return await self._bury(job, unreadable.__cause__ or unreadable, "undecodable")
             except Exception as raised:  # noqa: BLE001 - whatever user code raises
@@ -425,7 +428,7 @@ class EventWorker(Taker[EventJob]):
             return True
 
     async def _failed(self, job: EventJob, error: BaseException) -> bool | None:
-        """Wait until an event is to be tried again, and give None; else tell if it was put aside, or left to others."""
+        """Wait until an event is to be tried again, and give None; else whether it is put aside, or left to others."""
         if job.stop is not None:
             return False  # and what it made of its cancellation is no failure
         if not self._settings.embedded and await self.callee.dead():
@@ -437,13 +440,21 @@ class EventWorker(Taker[EventJob]):
         job.attempt += 1
         return None
 
+    async def _read(self, job: EventJob) -> Event[Any]:
+        """Read an event, unless that was done for its key. Raises what is wrong with either."""
+        keyed = job.keyed
+        if keyed is not None and keyed.fault is not None:
+            raise keyed.fault
+        job.keyed = None  # what a run has made of it is for no other
+        return keyed.event if keyed is not None and keyed.event else await self._service.event(job.record)
+
     def _succeeded(self, job: EventJob) -> None:
         self._breaker.succeeded(job.number)
         self._metrics.finished["done"].inc()
 
     async def _again(self, job: EventJob, error: BaseException) -> bool:
         """Wait until an event that failed is to be tried again; False if it is not."""
-        if not is_retryable(error) and not _of_the_topics(error):
+        if not is_retryable(error) and not of_the_topics(error):
             return False
         if job.attempt < self._service.feed.source.retries:
             await self._put_off(job, asyncio.sleep(policy.backoff(job.attempt)))
@@ -451,8 +462,9 @@ class EventWorker(Taker[EventJob]):
         # Had it been the event's own fault, others would have succeeded meanwhile.
         if self._breaker.blames(job.failed):
             return False
-        if not _of_others(error) and self._breaker.may_put_aside():
+        if not of_others(error) and self._breaker.may_put_aside():
             return False
+        await self._quarantine.give_up(job.id)
         with self._breaker.pause(error) as over:
             await self._put_off(job, over)
         return True
@@ -486,7 +498,7 @@ class EventWorker(Taker[EventJob]):
         token = policy.current.set(scope)
         try:
             with Timeout(deadline, job.task):
-                await self._invoke({feed.argument: [item] if feed.batched else item}, given)
+                await self._invoke(job, {feed.argument: [item] if feed.batched else item}, given)
                 if self._quarantine.busy:
                     await given.stored()  # else its task would end, and others begin, before it is done
         except asyncio.CancelledError as error:
@@ -500,30 +512,51 @@ class EventWorker(Taker[EventJob]):
         job.unsent = given.held
         return given.storing
 
-    async def _invoke(self, arguments: dict[str, Any], given: Given) -> None:
+    async def _invoke(self, job: EventJob, arguments: dict[str, Any], given: Given) -> None:
         callee = self.callee
         if callee.signature.streaming:
             async with aclosing(callee.stream(arguments)) as items:
                 async for item in items:
                     await given.add(item)
-        else:
-            result = await callee.invoke(arguments)
-            await given.add(result[0] if self._service.feed.batched else result)
+            return
+        whole = callee.invoke(arguments) if callee.signature.is_async else self._in_thread(job, arguments)
+        result = await whole
+        await given.add(result[0] if self._service.feed.batched else result)
+
+    async def _in_thread(self, job: EventJob, arguments: dict[str, Any]) -> Any:
+        """Run a sync `run_remote`, to its end even if it takes too long: it would run beside its next try."""
+        running = asyncio.ensure_future(self.callee.invoke(arguments))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            if job.stop is None:
+                await asyncio.wait({running})
+            else:
+                running.cancel()
+            raise
+
+    async def _bury_given(self, record: Record, error: BrokerError) -> bool:
+        """Put an event aside of which it shows late that what it gave can't be stored."""
+        return await self._put_aside(record, error, "failed")
 
     async def _bury(self, job: EventJob, error: BaseException, reason: str) -> bool:
-        """Put an event into the dead-letter topic. False if that can't be done."""
+        """Put an event aside. False if that can't be done."""
         job.unsent = []
+        return await self._put_aside(job.record, error, reason)
+
+    async def _put_aside(self, record: Record, error: BaseException, reason: str) -> bool:
+        """Put an event into the dead-letter topic. False if that can't be done, which ends this worker."""
         metrics.DEAD_LETTERED.labels(self._service.name, reason).inc()
         group = self._service.group
         try:
-            topic, offset = await persist(
-                lambda: send_letter(self._service.broker, job.record, group, error), job.record
-            )
+            topic, offset = await persist(lambda: send_letter(self._service.broker, record, group, error), record)
         except BrokerError as unsent:
-            log.error("letter.unsent", **place_of(job.record), reason=str(unsent))  # noqa: TRY400 - it says it all
+            log.error("letter.unsent", **place_of(record), reason=str(unsent))  # noqa: TRY400 - it says it all
+            if not self._stuck.done():
+                self._stuck.set_exception(unsent)
             return False
         self._metrics.finished["dead_lettered"].inc()
-        log.warning("event.dead_lettered", letter=f"{topic}@{offset}", reason=message_of(error), **place_of(job.record))
+        log.warning("event.dead_lettered", letter=f"{topic}@{offset}", reason=message_of(error), **place_of(record))
         return True
 
     def _log(self, error: BaseException, attempt: int) -> None:
@@ -538,20 +571,7 @@ class EventWorker(Taker[EventJob]):
         )
 
 
-def _of_others(error: BaseException) -> bool:
-    """Tell whether an error is, or came of, one of something that the Chainlet depends on, and not of the event.
-
-    A library's own class of errors mostly came of an OSError, that of a connection say.
-    """
-    return any(
-        isinstance(each, OSError | TimeoutError | ChainsRuntimeError)
-        and not isinstance(each, InvalidArgumentError | InvalidResultError | RecordTooLargeError)
-        for each in causes(error)
-    )
-
-
-def _of_the_topics(error: BaseException) -> bool:
-    """Tell whether what is written can't be written by anybody, until a right or a topic, say, is there."""
-    return isinstance(error, BrokerError | SchemaRegistryError) and not isinstance(
-        error, RecordTooLargeError | UnknownSchemaError
-    )
+def _retrieved(stuck: "asyncio.Future[None]") -> None:
+    """Nobody may wait for it any more: asyncio should not complain that nobody did."""
+    if not stuck.cancelled():
+        stuck.exception()

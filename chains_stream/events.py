@@ -89,7 +89,7 @@ class Source(msgspec.Struct, frozen=True):
     retries: int = 3
 
     def __post_init__(self) -> None:
-        _check_topic("Source", self.topic, LONGEST_SOURCE)
+        check_topic("Source", self.topic, LONGEST_SOURCE)
         kinds = get_args(Delivery)
         if self.delivery not in kinds:  # else a slip of the pen would promise less than is meant
             allowed = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
@@ -116,7 +116,7 @@ class Sink(msgspec.Struct, frozen=True):
     key: Key | None = None
 
     def __post_init__(self) -> None:
-        _check_topic("Sink", self.topic, LONGEST)
+        check_topic("Sink", self.topic, LONGEST)
 
 
 class Feed(NamedTuple):
@@ -210,7 +210,8 @@ def takes_none(kind: Any) -> bool:
     return any(member in (None, type(None)) for member in _members(kind))
 
 
-def _check_topic(what: str, topic: Any, longest: int) -> None:
+def check_topic(what: str, topic: Any, longest: int = LONGEST) -> None:
+    """Raise ChainsUsageError for what can't be the name of a topic."""
     legal = isinstance(topic, str) and 0 < len(topic) <= longest and topic not in (".", "..")
     if not legal or not all(character.isascii() and (character.isalnum() or character in "._-") for character in topic):
         allowed = f"1 to {longest} letters, digits, dots, underscores and hyphens"

@@ -52,11 +52,20 @@ class Quarantine:
             async with asyncio.timeout(STAND_ASIDE):
                 await claim.over.wait()
         except TimeoutError:
-            if self._claim is claim:
-                self._claim = None
-                log.info("suspect.not_alone", reason=f"it ran for {STAND_ASIDE:g} s, and others can't wait")
-                await claim.take_back()
-                claim.over.set()
+            await self._take_back(claim, f"it ran for {STAND_ASIDE:g} s, and others can't wait")
+
+    async def give_up(self, request_id: str) -> None:
+        """Let others begin, if it is this one that runs alone: it is about to wait for what only others can bring."""
+        claim = self._claim
+        if claim is not None and claim.request_id == request_id:
+            await self._take_back(claim, "it waits to be tried again")
+
+    async def _take_back(self, claim: Claim, reason: str) -> None:
+        if self._claim is claim:
+            self._claim = None
+            log.info("suspect.not_alone", reason=reason)
+            await claim.take_back()
+            claim.over.set()
 
     @asynccontextmanager
     async def alone(self, request_id: str, take_back: Callable[[], Awaitable[None]]) -> AsyncIterator[Claim | None]:

@@ -5,16 +5,18 @@ earlier holder can come in between (Kafka's KIP-98, and KIP-447 for what could b
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import NamedTuple
 
-from chains_stream.broker import Broker, Committed, Transactor
-from chains_stream.errors import BrokerError
+from chains_stream.broker import Broker, Committed, Record, Transactor
+from chains_stream.errors import BrokerError, RecordTooLargeError
 from chains_stream.log import get_logger
 from chains_stream.messages import Headers
 from chains_stream.offsets import Note
 
 MOST_UNSENT, MOST_BYTES = 10_000, 64 << 20  # records, and their values, that wait for a commit: no more events then
+
+Bury = Callable[[Record, BrokerError], Awaitable[bool]]
 
 log = get_logger(__name__)
 
@@ -28,6 +30,21 @@ class Unsent(NamedTuple):
     value: bytes
     headers: Headers
 
+    @property
+    def size(self) -> int:
+        """Give its bytes: of value, key and headers."""
+        beside = sum(len(name) + len(value or b"") for name, value in self.headers)
+        return len(self.value) + len(self.key or b"") + beside
+
+
+class _RefusedError(Exception):
+    """The broker takes all but one record of a transaction, now and for ever: that with number `at`."""
+
+    def __init__(self, at: int, reason: RecordTooLargeError) -> None:
+        super().__init__(str(reason))
+        self.at = at
+        self.reason = reason
+
 
 class _Partition:
     """A partition's transactor, and what is to be written with its next commits, in the order in which it was given."""
@@ -38,11 +55,13 @@ class _Partition:
         self.overtaken = False  # by another worker: the group will tell
         self.turn = asyncio.Lock()  # a transactor has one transaction at a time
         self._unsent: list[Unsent] = []
+        self._events: list[Record] = []  # that gave them, one after the other
         self._written = 0  # records before those
         self.bytes = 0  # of the values of those that are not written
 
-    def add(self, records: Collection[Unsent]) -> None:
+    def add(self, records: Collection[Unsent], event: Record) -> None:
         self._unsent += records
+        self._events += [event] * len(records)
         self.bytes += sum(len(record.value) for record in records)
 
     def __len__(self) -> int:
@@ -59,26 +78,43 @@ class _Partition:
         return self._unsent[: max(0, given - self._written)]
 
     def wrote(self, count: int) -> None:
-        self._written += count
-        self.bytes -= sum(len(record.value) for record in self._unsent[:count])
-        del self._unsent[:count]
+        self._drop(slice(count))
+
+    def event(self, at: int) -> Record:
+        """Give the event that gave an unsent record."""
+        return self._events[at]
+
+    def forget(self, event: Record) -> None:
+        """Have nothing written that an event gave."""
+        first = next(at for at, each in enumerate(self._events) if each is event)
+        self._drop(slice(first, first + sum(each is event for each in self._events)))
+
+    def _drop(self, these: slice) -> None:
+        gone = self._unsent[these]
+        self._written += len(gone)
+        self.bytes -= sum(len(record.value) for record in gone)
+        del self._unsent[these], self._events[these]
 
 
 class Transactions:
     """The transactors of the partitions of one topic, and what was given for events of them and is not stored yet."""
 
-    def __init__(self, broker: Broker, topic: str, group: str, emptied: Callable[[], None]) -> None:
-        """Store what is given for `topic`, and for `group`; `emptied` is called when it becomes less."""
+    def __init__(self, broker: Broker, topic: str, group: str, emptied: Callable[[], None], bury: Bury) -> None:
+        """Store what is given for `topic`, and for `group`; `emptied` is called when it becomes less.
+
+        `bury` puts an event aside whose outputs can't be stored, and tells whether it did.
+        """
         self._emptied = emptied
+        self._bury = bury
         self._broker = broker
         self._topic = topic
         self._group = group
         self._partitions: dict[int, _Partition] = {}
 
-    def add(self, number: int, records: Collection[Unsent]) -> None:
-        """Have the commits of a partition from now on write these too: those of an event that is finished by then."""
-        if number in self._partitions:
-            self._partitions[number].add(records)
+    def add(self, event: Record, records: Collection[Unsent]) -> None:
+        """Have the commits of its partition from now on write what an event gave, which is finished by then."""
+        if event.partition in self._partitions:
+            self._partitions[event.partition].add(records, event)
 
     @property
     def full(self) -> bool:
@@ -133,32 +169,65 @@ class Transactions:
                 return False  # it was lost meanwhile
             if partition.doubt is not None or partition.transactor is None:
                 await self._settle(number, partition)
-            if partition.overtaken:
-                return False
-            records = partition.up_to(given)
-            partition.doubt = committed, len(records)  # until it is known, whatever ends this
-            try:
-                await self._write(partition.transactor, records, number, committed)
-            except BrokerError as error:
-                if self._partitions.get(number) is not partition:
-                    return False  # it was lost meanwhile: to settle it would fence whoever has it now
-                log.warning("transaction.failed", topic=self._topic, partition=number, reason=str(error))
-                if not await self._settle(number, partition) and not partition.overtaken:
-                    raise
-                return not partition.overtaken
-            partition.doubt = None
-            partition.wrote(len(records))
-            return True
+            one_by_one = False
+            while not partition.overtaken:
+                records = partition.up_to(given)
+                partition.doubt = committed, len(records)  # until it is known, whatever ends this
+                try:
+                    await self._write(partition.transactor, records, number, committed, one_by_one=one_by_one)
+                except (BrokerError, _RefusedError) as error:
+                    if self._partitions.get(number) is not partition:
+                        return False  # it was lost meanwhile: to settle it would fence whoever has it now
+                    log.warning("transaction.failed", topic=self._topic, partition=number, reason=str(error))
+                    if await self._settle(number, partition):
+                        break
+                    await self._mend(partition, error, found=one_by_one)
+                    one_by_one = True  # so that it shows which record is to blame
+                else:
+                    partition.doubt = None
+                    partition.wrote(len(records))
+                    break
+            return not partition.overtaken
+
+    async def _mend(self, partition: _Partition, error: BrokerError | _RefusedError, *, found: bool) -> None:
+        """Have a transaction not fail again as it did. Raises BrokerError if it may succeed later, or can't be mended.
+
+        `found` says that its records were stored one by one.
+        """
+        if partition.overtaken:
+            return
+        if isinstance(error, _RefusedError):
+            await self._bury_giver(partition, error)
+        elif found or not isinstance(error, RecordTooLargeError):
+            raise error
+
+    async def _bury_giver(self, partition: _Partition, refused: _RefusedError) -> None:
+        """Put the event aside that gave a record which will never be stored. Raises BrokerError."""
+        event = partition.event(refused.at)
+        if not await self._bury(event, refused.reason):
+            raise refused.reason
+        partition.forget(event)
 
     async def _write(
-        self, transactor: Transactor | None, records: Collection[Unsent], number: int, committed: Committed
+        self,
+        transactor: Transactor | None,
+        records: Collection[Unsent],
+        number: int,
+        committed: Committed,
+        *,
+        one_by_one: bool,
     ) -> None:
         assert transactor is not None, "started"
         transactor.begin()
-        for record in records:
-            await transactor.publish(
-                record.topic, record.value, partition=record.partition, key=record.key, headers=record.headers
-            )
+        for at, record in enumerate(records):
+            try:
+                stored = await transactor.publish(
+                    record.topic, record.value, partition=record.partition, key=record.key, headers=record.headers
+                )
+                if one_by_one:
+                    await stored
+            except RecordTooLargeError as error:
+                raise _RefusedError(at, error) from error
         transactor.add_offsets(self._topic, self._group, {number: committed})
         await transactor.commit()
 

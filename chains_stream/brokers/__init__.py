@@ -1,10 +1,12 @@
 """The brokers there are, opened by URL."""
 
 import re
+from collections.abc import Mapping
 
 from chains_stream.broker import Broker
 from chains_stream.errors import ChainsUsageError
 from chains_stream.settings import Settings
+from chains_stream.supply import Outlet, SupplyConsumer
 
 _DEFAULT_PORT = 9092
 _SERVER = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.%]+\])(:(?P<port>[0-9]{1,5}))?")
@@ -33,6 +35,13 @@ def open_broker(settings: Settings) -> Broker:
     raise ChainsUsageError(
         f"the broker's URL is `{settings.broker}`: write memory:// for the embedded one, or kafka://host:port[,host:port]"
     )
+
+
+def open_supplied(settings: Settings, topic: str, consumer: SupplyConsumer, outlets: Mapping[str, Outlet]) -> Broker:
+    """Make an embedded broker whose `topic` is given by `consumer`, and whose topics with `outlets` go there."""
+    from chains_stream.brokers.supplied import SuppliedBroker
+
+    return SuppliedBroker(settings, topic, consumer, outlets)
 
 
 def _server(text: str, url: str) -> str:

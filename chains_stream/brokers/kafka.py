@@ -15,7 +15,7 @@ from aiokafka import errors as kafka
 from aiokafka.admin import NewTopic
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 
-from chains_stream.broker import TRANSACTION_MS, Committed, Isolation, PartitionsChanged, Start, TopicSpec
+from chains_stream.broker import HEADER_ROOM, TRANSACTION_MS, Committed, Isolation, PartitionsChanged, Start, TopicSpec
 from chains_stream.brokers.kafka_cluster import BEGIN, END, Cluster, check_size
 from chains_stream.brokers.kafka_group import KafkaGroupConsumer
 from chains_stream.brokers.kafka_reading import KafkaReader
@@ -31,7 +31,7 @@ FETCH_BYTES = 8 << 20  # a fetch of a reader, over all partitions
 # larger one whole, one a fetch.
 GROUP_FETCH_BYTES = 2 << 20
 GROUP_PARTITION_BYTES = 256 << 10
-HEADER_ROOM = 48_000  # bytes in a record beside the value
+BATCH_HEAD = 100  # bytes around a record that lies alone in its batch, at most
 MESSAGE_BYTES = 1_048_588  # that Kafka takes unless a topic says otherwise
 BATCH_BYTES = 128 << 10  # records of one partition that go out together
 SEGMENTS = 4  # that a topic's retention is cut into: a log is trimmed by whole segments
@@ -252,6 +252,11 @@ class KafkaBroker:
 
     def trouble(self) -> str | None:
         return next((trouble for feed in self._feeds if (trouble := feed.trouble()) is not None), None)
+
+    async def record_limit(self, topic: str) -> int:
+        found = await self._cluster.record_limit(topic)
+        room = self._max_record_bytes + HEADER_ROOM
+        return room if found is None else min(found - BATCH_HEAD, room)
 
     async def members(self, group: str) -> int:
         return await self._cluster.members(group)

@@ -14,7 +14,12 @@ from aiokafka.admin import NewTopic
 from aiokafka.client import AIOKafkaClient, CoordinationType
 from aiokafka.conn import create_conn
 from aiokafka.helpers import create_ssl_context
-from aiokafka.protocol.admin import CreateTopicsRequest, DeleteRecordsRequest, DescribeGroupsRequest
+from aiokafka.protocol.admin import (
+    CreateTopicsRequest,
+    DeleteRecordsRequest,
+    DescribeConfigsRequest,
+    DescribeGroupsRequest,
+)
 from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.offset import OffsetRequest
@@ -34,6 +39,7 @@ from chains_stream.settings import KafkaSettings
 
 PAUSE = 0.1  # seconds before asking a broker again that is not ready
 STOP_SECONDS = 5.0  # for a client to end by itself
+_TOPIC_RESOURCE, _RECORD_LIMIT = 2, "max.message.bytes"  # in Kafka's protocol
 END, BEGIN = -1, -2  # instead of a time stamp, when offsets are asked for
 
 T = TypeVar("T")
@@ -244,6 +250,22 @@ class Cluster:
                 )
             if code != kafka.TopicAlreadyExistsError.errno:
                 checked(code, message or name)
+
+    async def record_limit(self, topic: str) -> int | None:
+        """Give how many bytes of records a topic takes at once; None if we have no right to know."""
+
+        async def describe() -> int:
+            resource = (_TOPIC_RESOURCE, topic, [_RECORD_LIMIT])
+            response = await self._send(None, DescribeConfigsRequest([resource]))
+            described = response.to_object()["resources"][0]
+            checked(described["error_code"], topic)
+            return int(described["config_entries"][0]["config_value"])
+
+        try:
+            return await self._ask(describe, "read the settings of", topic, right="DESCRIBE_CONFIGS")
+        except BrokerAuthorizationError as error:
+            log.info("topic.limit_unknown", topic=topic, reason=str(error))
+            return None
 
     async def members(self, group: str) -> int:
         """Give the number of members of a group."""

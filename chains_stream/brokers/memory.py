@@ -8,7 +8,16 @@ reader that has fallen behind them gets OffsetExpiredError. Records past their t
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
 
-from chains_stream.broker import TRANSACTION_MS, Committed, Isolation, PartitionsChanged, Record, Start, TopicSpec
+from chains_stream.broker import (
+    HEADER_ROOM,
+    TRANSACTION_MS,
+    Committed,
+    Isolation,
+    PartitionsChanged,
+    Record,
+    Start,
+    TopicSpec,
+)
 from chains_stream.brokers.memory_log import Partition
 from chains_stream.brokers.memory_reading import Following, MemoryReader
 from chains_stream.brokers.memory_transactions import MemoryTransactor, stored_at
@@ -305,6 +314,9 @@ class MemoryBroker:
 
     def trouble(self) -> str | None:
         return None
+
+    async def record_limit(self, topic: str) -> int:  # noqa: ARG002 - the same for all
+        return self._max_record_bytes + HEADER_ROOM
 
     async def members(self, group: str) -> int:
         return sum(len(topic.groups[group].members) for topic in self._topics.values() if group in topic.groups)

@@ -18,6 +18,7 @@ from chains_stream.cli.cancel import cancel
 from chains_stream.cli.dlq import dlq
 from chains_stream.cli.key import key
 from chains_stream.cli.options import Ordered
+from chains_stream.cli.replay import replay
 from chains_stream.cli.report import StoppedError, give_up, report
 from chains_stream.cli.serve import gateway, run, worker
 
@@ -66,6 +67,7 @@ for command in (
     openapi_document,
     asyncapi_document,
     dlq,
+    replay,
     cancel,
     bench,
 ):

@@ -104,15 +104,26 @@ def graph(file: str, style: str, **flags: str | None) -> None:
 @file_argument
 @options("namespace")
 def topics(file: str, **flags: str | None) -> None:
-    """List the topics that a Chain uses, one a line: those of its Chainlets' requests, then those that Chains share.
+    """List the topics that a Chain uses, one a line.
+
+    First come those of its Chainlets' requests, then those of events that they are fed from and write to, with those of
+    dead letters, and at last those that Chains share.
 
     A topic of requests is named after the signature of run_remote; after a change of it, old and new versions run side
     by side.
     """
     settings = read_settings(flags)
     chain = load_chain(file)
-    for cls in reversed(chain.chainlets):
+    from chains_stream.events import feed_of
+    from chains_stream.letters import dead_letter_topic
+
+    chainlets = chain.chainlets[::-1]
+    for cls in chainlets:
         click.echo(chain.topic(cls, settings.namespace))
+    feeds = [feed for cls in chainlets if (feed := feed_of(cls)) is not None]
+    fed = [(f.source.topic, *(sink.topic for sink in f.sinks), dead_letter_topic(f.source.topic)) for f in feeds]
+    for topic in dict.fromkeys(topic for of_one in fed for topic in of_one):
+        click.echo(topic)
     for shared in ("replies", "control"):
         click.echo(f"{settings.namespace}.{shared}")
 

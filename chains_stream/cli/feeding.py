@@ -1,7 +1,9 @@
 """Feeding a Chainlet from a topic that the command line names, in the place of its class."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, get_args
+
+import msgspec
 
 from chains_stream.chain import Chain
 from chains_stream.errors import ChainsUsageError
@@ -19,7 +21,10 @@ class Declared(NamedTuple):
 
 
 def declare(chain: Chain, names: Sequence[str], said: Declared) -> None:
-    """Declare source and sinks on the one Chainlet that is named, or else the entrypoint. Raises ChainsUsageError."""
+    """Declare source and sinks on the one Chainlet that is named, or else the entrypoint. Raises ChainsUsageError.
+
+    What is not said stays as its class declares it.
+    """
     if said.source is None:
         if said.sinks or said.style or said.delivery:
             raise ChainsUsageError("--sink, --format and --delivery are of events: name their topic with --source")
@@ -32,6 +37,10 @@ def declare(chain: Chain, names: Sequence[str], said: Declared) -> None:
     style = said.style or "json"
     named(style)
     cls: Any = chain.find(names[0]) if names else chain.entrypoint
-    cls.source = Source(said.source, format=style, delivery=cast("Delivery", said.delivery or "at_least_once"))
-    cls.sink = tuple(Sink(topic, format=style) for topic in said.sinks)
+    given: dict[str, Any] = {"topic": said.source}
+    given |= {name: value for name, value in (("format", said.style), ("delivery", said.delivery)) if value is not None}
+    declared = getattr(cls, "source", None)
+    cls.source = msgspec.structs.replace(declared, **given) if isinstance(declared, Source) else Source(**given)
+    if said.sinks:
+        cls.sink = tuple(Sink(topic, format=style) for topic in said.sinks)
     feed_of(cls)  # which says what is wrong

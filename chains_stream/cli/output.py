@@ -38,7 +38,7 @@ class Output:
             case bytes():
                 self._put(plain)
             case _:
-                self._put(_one_line(json) + b"\n")
+                self._put(one_line(json) + b"\n")
 
     def _put(self, data: bytes) -> None:
         if data:
@@ -47,7 +47,7 @@ class Output:
             self._line_is_open = not data.endswith(b"\n")
 
 
-def _one_line(json: bytes) -> bytes:
+def one_line(json: bytes) -> bytes:
     if not json.isascii():
         for end, escaped in _LINE_ENDS:
             json = json.replace(end.encode(), escaped.encode())

@@ -10,15 +10,36 @@ from chains_stream.cli.options import file_argument, load_chain, options, read_s
     epilog="""\b
 Examples:
   chains run chain.py
-  chains run chain.py --port 0 --broker kafka://127.0.0.1:9092""",
+  chains run chain.py --port 0 --broker kafka://127.0.0.1:9092
+  chains run chain.py --source events.jsonl > results.jsonl""",
 )
 @file_argument
+@click.option("--source", metavar="FILE|-", help="Serve nothing: run a Chainlet on each line of JSON in this file.")
+@click.option(
+    "--chainlet", metavar="NAME", help="Run this one on them; default: the entrypoint, or that with a source."
+)
+@click.option("--output", metavar="FILE|-", help="Write what it gives there, as lines of JSON; default: -, stdout.")
 @options("broker", "namespace", "host", "port")
-def run(file: str, **flags: str | None) -> None:
+def run(file: str, *, source: str | None, chainlet: str | None, output: str | None, **flags: str | None) -> None:
     """Serve a Chain over HTTP: the gateway and every Chainlet, in one process.
 
     Prints its URL and a request to try once it is ready. SIGTERM or Ctrl-C ends it in order, a second one at once.
+
+    With --source it serves nothing, and needs no Kafka: it runs one Chainlet on events from a file, or stdin, writes
+    what that gives in the order in which it is done, and ends with the file. A line that fails is told on stderr, and
+    the status is 1 at the end.
     """
+    if source is None and (chainlet or output):
+        raise click.UsageError("--chainlet and --output are of events: name a file of them with --source.")
+    if source is not None:
+        given = [f"--{name}" for name in ("broker", "host", "port") if flags[name] is not None]
+        if given:
+            raise click.UsageError(f"{given[0]} does not go with --source, which serves nothing and needs no broker.")
+        settings = read_settings(flags | {"broker": "memory://"}, quiet=True)
+        from chains_stream.cli import replaying
+
+        replaying.run_lines(load_chain(file), source, chainlet, output, settings)
+        return
     settings = read_settings(flags)
     from chains_stream.cli import hosting
 
@@ -80,7 +101,7 @@ def worker(
 ) -> None:
     """Run Chainlets of a Chain, taking their requests from the broker. Any number of workers may run.
 
-    With --source a Chainlet is fed from that topic, as if its class said so.
+    With --source a Chainlet is fed from that topic, as if its class said so; what is not told stays as its class says.
 
     SIGTERM or Ctrl-C ends it once the requests under way are answered, a second one at once.
     """

@@ -12,6 +12,7 @@ from tests.acceptance.command import HERE, chains
 
 ROOT = HERE.parents[1]
 FOLDER = ROOT / ".cache" / "asyncapi"
+CLUSTER = ("--broker", "kafka://broker:9092,other:9093")
 PARSER = "@asyncapi/parser@3.6.6"
 PROGRAM = """
 const { Parser } = require('@asyncapi/parser');
@@ -44,8 +45,11 @@ def described(file: str, *options: str) -> dict[str, Any]:
 
 
 def test_it_says_what_lies_on_the_topics() -> None:
-    document = described(str(ROOT / "chainlets" / "enrich.py"), "--broker", "kafka://broker:9092", "--namespace", "n")
-    assert document["servers"] == {"kafka": {"host": "broker:9092", "protocol": "kafka"}}
+    document = described(str(ROOT / "chainlets" / "enrich.py"), *CLUSTER, "--namespace", "n")
+    assert document["servers"] == {
+        "kafka": {"host": "broker:9092", "protocol": "kafka"},
+        "kafka-2": {"host": "other:9093", "protocol": "kafka"},
+    }
     assert {"tickets", "tickets.dlq", "tickets.scored", "tickets.urgent", "n.replies"} < set(document["channels"])
     operations = document["operations"]
     actions = {name: operation["action"] for name, operation in operations.items()}
@@ -65,7 +69,7 @@ def test_it_says_what_lies_on_the_topics() -> None:
 
 @pytest.mark.parametrize("file", ["enrich.py", "openai_chat.py"])
 def test_the_official_parser_finds_nothing_wrong(parser: Path, file: str) -> None:
-    document = described(str(ROOT / "chainlets" / file))
+    document = described(str(ROOT / "chainlets" / file), *CLUSTER)
     done = subprocess.run(
         ["node", "-e", PROGRAM],
         input=json.dumps(document),

@@ -14,6 +14,7 @@ import chains_stream
 from tests.acceptance.command import HERE, Commands, chains
 
 ROOT = HERE.parents[1]
+ENRICH = str(ROOT / "chainlets" / "enrich.py")
 ORDERS = str(HERE / "chains" / "orders.py")
 
 
@@ -81,12 +82,17 @@ def test_topics() -> None:
     assert lines[2:] == ["mine.replies", "mine.control"]
 
 
+def test_topics_of_events() -> None:
+    lines = chains("topics", ENRICH, "--namespace", "mine", "--set", "urgent=soon").stdout.splitlines()
+    assert lines[2:] == ["tickets", "tickets.scored", "soon", "tickets.dlq", "mine.replies", "mine.control"]
+
+
 def test_version_and_help() -> None:
     assert chains("--version").stdout == f"chains {chains_stream.__version__}\n"
     module = [sys.executable, "-m", "chains_stream", "--version"]
     assert subprocess.run(module, capture_output=True, text=True, check=True).stdout == chains("--version").stdout
     commands = ["init", "check", "run", "call", "gateway", "worker", "key"]
-    commands += ["graph", "topics", "openapi", "asyncapi", "dlq", "cancel", "bench"]
+    commands += ["graph", "topics", "openapi", "asyncapi", "dlq", "replay", "cancel", "bench"]
     assert re.findall(r"^  (\w+)  ", chains("--help").stdout, re.MULTILINE) == commands
     for command in commands:
         done = chains(command, "--help")

@@ -1,16 +1,23 @@
 """Events that fail: whose fault it is, what is put aside, and what a worker that ends does with them."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from typing import Any, ClassVar
 
+import msgspec
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 import chains_stream as chains
 from chains_stream.breaker import MOST_FAILING
-from chains_stream.letters import dead_letter_topic
+from chains_stream.broker import Committed
+from chains_stream.errors import BrokerAuthorizationError
+from chains_stream.letters import EXCEPTION_MESSAGE, dead_letter_topic
+from chains_stream.offsets import Note
 from tests.sample import Seen
-from tests.streams import Scored, Stream, Ticket, values
+from tests.streams import PARTITIONS, Scored, Stream, Ticket, values
 
 WIDE = chains.RemoteConfig(compute=chains.Compute(predict_concurrency=8))
 
@@ -115,3 +122,191 @@ async def test_a_worker_that_ends_does_not_wait_for_those_that_wait(stream: Stre
     found = values(await stream.read(stream.scored, 10))
     assert [said["id"] for said in found] == [f"{number}" for number in range(10)]
     assert await letters(stream) == 0
+
+
+class Copy(chains.ChainletBase):
+    """Gives the ticket's id, with as many characters more as its number says."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, ticket: Ticket) -> Scored:
+        return Scored(ticket.id + "x" * ticket.number, 0)
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
+async def test_what_a_topic_takes_no_record_of_is_put_aside(kafka_url: str, delivery: str) -> None:
+    async with AsyncExitStack() as stack:
+        stream = Stream(kafka_url, stack, delivery)
+        await _narrow(kafka_url, stream.scored)
+        await stream.start()
+        sizes = [0, 5_000, 0, 0, 9_000, 0]
+        await stream.send(*(Ticket(f"{n}", size) for n, size in enumerate(sizes)), partition=0)
+        await stream.host(stream.chainlet(Copy))
+        assert sorted(said["id"] for said in values(await stream.read(stream.scored, 4))) == ["0", "2", "3", "5"]
+        found = await stream.read(dead_letter_topic(stream.tickets), 2)
+        assert {record.key for record in found} == {b"1", b"4"}
+        for record in found:
+            assert b"takes no record of this size" in (dict(record.headers)[EXCEPTION_MESSAGE] or b"")
+        await stream.send(Ticket("6"), partition=0)
+        assert len(await stream.read(stream.scored, 5)) == 5
+
+
+async def _narrow(url: str, topic: str) -> None:
+    """Create a topic that takes only small records."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=url.removeprefix("kafka://"))
+    await admin.start()
+    await admin.create_topics([NewTopic(topic, PARTITIONS, 1, topic_configs={"max.message.bytes": "2000"})])
+    await admin.close()
+
+
+class Endless(chains.ChainletBase):
+    """Gives without end, unless the ticket says how many."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, ticket: Ticket) -> AsyncIterator[Scored]:
+        number = 0
+        while ticket.number != number:
+            yield Scored(ticket.id, number)
+            number += 1
+
+
+async def test_one_that_gives_more_than_a_transaction_may_hold_is_put_aside() -> None:
+    async with AsyncExitStack() as stack:
+        stream = Stream("memory://", stack, "exactly_once")
+        await stream.start()
+        await stream.send(Ticket("endless", -1), Ticket("next", 2), key=b"k")
+        await stream.host(stream.chainlet(Endless))
+        assert [said["id"] for said in values(await stream.read(stream.scored, 2))] == ["next", "next"]
+        (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
+        said = dict(letter.headers)[EXCEPTION_MESSAGE] or b""
+        assert said == b"one event gave more than 10,000 records or 32 MiB, the most that exactly_once writes at once"
+
+
+async def test_a_worker_that_may_not_put_an_event_aside_ends(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = stream.broker.publish
+
+    async def guarded(topic: str, value: bytes, **rest: Any) -> asyncio.Future[int]:
+        if topic == dead_letter_topic(stream.tickets):
+            raise BrokerAuthorizationError(f"does not let us write to {topic}: the right WRITE is missing")
+        return await publish(topic, value, **rest)
+
+    await stream.send(b"{")
+    chainlet = stream.chainlet(Needy)
+    with monkeypatch.context() as patch:
+        patch.setattr(stream.broker, "publish", guarded)
+        host = await stream.host(chainlet)
+        with pytest.raises(BrokerAuthorizationError, match="the right WRITE is missing"):
+            async with asyncio.timeout(20):
+                await host.failed()
+        await host.drain()
+    await stream.host(chainlet)
+    (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
+    assert letter.value == b"{"
+
+
+class Spelled(msgspec.Struct):
+    """A ticket, and how often one was read."""
+
+    id: str
+    reads: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        Spelled.reads += 1
+
+
+class Shout(chains.ChainletBase):
+    remote_config = WIDE
+
+    async def run_remote(self, ticket: Spelled) -> Scored:
+        return Scored(ticket.id, 0)
+
+
+async def test_a_key_that_can_t_be_found_is_a_failure_of_its_event(stream: Stream) -> None:
+    def key(ticket: Any) -> str:
+        if ticket.id == "bad":
+            raise ValueError("it has no key")
+        return str(ticket.id)
+
+    Spelled.reads = 0
+    await stream.send(Ticket("bad"), Ticket("good"))
+    chainlet: Any = stream.chainlet(Shout, key=key)
+    await stream.host(chainlet)
+    assert [said["id"] for said in values(await stream.read(stream.scored, 1))] == ["good"]
+    (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
+    assert dict(letter.headers)[EXCEPTION_MESSAGE] == b"it has no key"
+    assert Spelled.reads == 2, "each was read once, for its key and for its run"
+
+
+class Held(chains.ChainletBase):
+    """Holds one ticket until a test says so."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, ticket: Ticket) -> Scored:
+        if ticket.act == "hold":
+            await Seen.until("go", seconds=60)
+        return Scored(ticket.id, ticket.number)
+
+
+async def test_a_slow_key_with_many_events_does_not_stop_other_partitions(stream: Stream) -> None:
+    slow, others = 1_500, 30
+    await stream.send(Ticket("held", act="hold"), *(Ticket(f"{n}") for n in range(slow)), key=b"slow", partition=0)
+    await stream.host(stream.chainlet(Held))
+    for partition in (1, 2, 3):
+        await stream.send(*(Ticket(f"{n}") for n in range(others)), partition=partition)
+    assert len(await stream.read(stream.scored, 3 * others)) == 3 * others
+    Seen.note("go")
+    found = await stream.read(stream.scored, 1 + slow + 3 * others)
+    ids = [said["id"] for said in values([record for record in found if record.key == b"slow"])]
+    assert ids == ["held", *(f"{n}" for n in range(slow))]
+
+
+async def test_a_suspect_that_fails_does_not_keep_others_from_being_tried(stream: Stream) -> None:
+    """Another worker died while it ran alone; now what it depends on is away, or seems to be."""
+    await stream.send(Ticket("suspect", act="cause"), *(Ticket(f"{number}") for number in range(20)), partition=0)
+    group = f"{stream.settings.namespace}.Needy.Needy.events"
+    await _leave(stream, group, Note(epoch=5, named=True, runs=[1], suspects=1, alone=0, deaths={0: 1}))
+    await stream.host(stream.chainlet(Needy, retries=1))
+    assert len(await stream.read(stream.scored, 20)) == 20
+    (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
+    assert letter.key == b"suspect"
+
+
+async def _leave(stream: Stream, group: str, note: Note) -> None:
+    """Leave behind what a worker that was killed would have committed of partition 0."""
+
+    async def nothing(_partitions: frozenset[int]) -> None:
+        pass
+
+    consumer = await stream.broker.consume(stream.tickets, group, on_assigned=nothing, on_revoked=nothing)
+    await consumer.commit({0: Committed(0, note.write())})
+    await consumer.close()
+
+
+class Blocking(chains.ChainletBase):
+    """Blocks its thread for longer than it is given, when it runs for the first time."""
+
+    remote_config = WIDE
+    running: ClassVar[int] = 0
+    most: ClassVar[int] = 0
+    runs: ClassVar[int] = 0
+
+    def run_remote(self, ticket: Ticket) -> Scored:
+        Blocking.running += 1
+        Blocking.runs += 1
+        Blocking.most = max(Blocking.most, Blocking.running)
+        if Blocking.runs == 1:
+            time.sleep(1.5)
+        Blocking.running -= 1
+        return Scored(ticket.id, Blocking.runs)
+
+
+async def test_a_thread_that_takes_too_long_does_not_run_beside_its_next_try(stream: Stream) -> None:
+    Blocking.running = Blocking.most = Blocking.runs = 0
+    stream.settings = stream.settings.model_copy(update={"deadline": 0.3})
+    await stream.send(Ticket("slow"))
+    await stream.host(stream.chainlet(Blocking))
+    assert values(await stream.read(stream.scored, 1)) == [{"id": "slow", "score": 2.0}]
+    assert Blocking.most == 1

@@ -19,6 +19,7 @@ import chains_stream as chains
 from chains_stream import cli, policy
 from chains_stream.chain import Chain
 from chains_stream.chainlet import signature
+from chains_stream.cli import feeding
 from chains_stream.cli.example import example_arguments
 from chains_stream.cli.hosting import try_it
 from chains_stream.cli.options import _OPTIONS, _SETTINGS
@@ -27,6 +28,7 @@ from chains_stream.cli.report import StoppedError, report
 from chains_stream.cli.request import _failure, _lines
 from chains_stream.codec import codec_of
 from chains_stream.errors import from_detail, to_detail
+from chains_stream.events import feed_of
 from chains_stream.settings import Settings
 
 
@@ -295,7 +297,9 @@ def test_a_mistake_is_told_in_a_line(
     assert (told.err.startswith("error: "), told.err.count("\n")) == (True, 1)
 
 
-@pytest.mark.parametrize("request_id", [policy.new_request_id(), "-" + "a" * 21, "--" + "h" * 20, "-h" + "_" * 20])
+@pytest.mark.parametrize(
+    "request_id", [pytest.param(policy.new_request_id(), id="new"), "-" + "a" * 21, "--" + "h" * 20, "-h" + "_" * 20]
+)
 def test_what_new_request_id_makes_is_a_request_id(capsys: pytest.CaptureFixture[str], request_id: str) -> None:
     assert cli.main(["cancel", request_id, "--broker", "memory://"]) == 2
     assert cli.main(["cancel", "--broker", "memory://", "--", request_id]) == 2
@@ -339,3 +343,21 @@ def test_the_package_is_light() -> None:
     modules, light = done.stdout.splitlines()
     assert int(modules) < 100
     assert light == "light"
+
+
+class Fed(chains.ChainletBase):
+    source = chains.Source("declared", delivery="exactly_once")
+    sink = chains.Sink("written", key="name")
+
+    async def run_remote(self, inner: Inner) -> Inner:
+        return inner
+
+
+@pytest.mark.parametrize(("sinks", "written"), [((), ["written"]), (("a", "b"), ["a", "b"])])
+def test_a_source_that_is_told_leaves_the_rest_to_its_class(sinks: tuple[str, ...], written: list[str]) -> None:
+    fed: Any = type("Fed", (Fed,), {"__module__": __name__})
+    feeding.declare(Chain.of(fed), (), feeding.Declared("told", sinks, None, None))
+    assert (fed.source.topic, fed.source.delivery) == ("told", "exactly_once")
+    found = feed_of(fed)
+    assert found is not None
+    assert [sink.topic for sink in found.sinks] == written

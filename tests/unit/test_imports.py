@@ -43,6 +43,8 @@ ORDER = [
     "batches",
     "local",
     "broker",
+    "supply",
+    "log_range",
     "brokers",
     "control",
     "letters",

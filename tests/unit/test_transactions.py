@@ -3,13 +3,19 @@
 import asyncio
 from typing import Any
 
-from chains_stream.broker import Broker, Committed, TopicSpec
+from chains_stream.broker import Broker, Committed, Record, TopicSpec
 from chains_stream.brokers.memory import MemoryBroker
+from chains_stream.errors import BrokerError, RecordTooLargeError
 from chains_stream.offsets import Note
 from chains_stream.settings import Settings
 from chains_stream.transactions import MOST_BYTES, MOST_UNSENT, Transactions, Unsent
 
 HOUR = 3_600_000
+EVENT = Record("in", 0, 0, 0, None, b"", ())
+
+
+async def _bury_nothing(_record: Record, error: BrokerError) -> bool:
+    raise error
 
 
 class _Slow:
@@ -47,7 +53,7 @@ async def test_a_commit_under_way_of_a_partition_that_is_lost_fences_nobody() ->
     broker = _SlowBroker()
     await broker.ensure_topics([TopicSpec("in", 1, HOUR)])
     ours: Broker = broker
-    transactions = Transactions(ours, "in", "group", lambda: None)
+    transactions = Transactions(ours, "in", "group", lambda: None, _bury_nothing)
     await transactions.take_over([0])
     commit = asyncio.ensure_future(transactions.commit({0: Committed(1, Note(epoch=1).write())}))
     await broker.made[0].committing.wait()
@@ -60,14 +66,67 @@ async def test_it_is_full_until_what_was_given_is_stored() -> None:
     broker = MemoryBroker(Settings())
     await broker.ensure_topics([TopicSpec("in", 1, HOUR), TopicSpec("out", 1, HOUR, ring=True)])
     emptied = asyncio.Event()
-    transactions = Transactions(broker, "in", "group", emptied.set)
+    transactions = Transactions(broker, "in", "group", emptied.set, _bury_nothing)
     await transactions.take_over([0])
     large = b"x" * (MOST_BYTES // 100)
     for count, value in ((MOST_UNSENT, b""), (100, large)):
-        transactions.add(0, [Unsent("out", 0, None, value, ())] * (count - 1))
+        transactions.add(EVENT, [Unsent("out", 0, None, value, ())] * (count - 1))
         before = transactions.full
-        transactions.add(0, [Unsent("out", 0, None, value + b"x" * 100, ())])
+        transactions.add(EVENT, [Unsent("out", 0, None, value + b"x" * 100, ())])
         assert (before, transactions.full) == (False, True)
         emptied.clear()
         await transactions.commit({0: Committed(count, Note(epoch=1).write())})
         assert (transactions.full, emptied.is_set()) == (False, True)
+
+
+class _Narrow:
+    """A transactor at a broker that refuses large records, and says so when a record is stored."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._refused: RecordTooLargeError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    async def publish(self, topic: str, value: bytes, **rest: Any) -> asyncio.Future[int]:
+        stored: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        if len(value) > 100:
+            self._refused = RecordTooLargeError("too large")
+            stored.set_exception(self._refused)
+            stored.exception()
+            return stored
+        return await self._inner.publish(topic, value, **rest)  # type: ignore[no-any-return] # whatever it is
+
+    async def commit(self) -> None:
+        if self._refused is not None:
+            raise self._refused
+        await self._inner.commit()
+
+
+class _NarrowBroker(MemoryBroker):
+    def transactor(self, transactional_id: str, **options: Any) -> Any:
+        return _Narrow(super().transactor(transactional_id, **options))
+
+
+async def test_events_that_gave_what_can_t_be_stored_are_put_aside_and_others_are_stored() -> None:
+    broker = _NarrowBroker(Settings())
+    await broker.ensure_topics([TopicSpec("in", 1, HOUR), TopicSpec("out", 1, HOUR)])
+    buried: list[int] = []
+
+    async def bury(record: Record, _error: BrokerError) -> bool:
+        buried.append(record.offset)
+        return True
+
+    transactions = Transactions(broker, "in", "group", lambda: None, bury)
+    await transactions.take_over([0])
+    for offset, sizes in enumerate([(1,), (2, 200, 3), (), (4,), (300,), (5,)]):
+        given = [Unsent("out", 0, None, bytes(size), ()) for size in sizes]
+        transactions.add(Record("in", 0, offset, 0, None, b"", ()), given)
+    done = Committed(6, Note(epoch=1).write())
+    assert await transactions.commit({0: done}) == {0}
+    reader = await broker.read("out", {0: 0}, isolation="read_committed")
+    assert [len(record.value) for record in await reader.fetch()] == [1, 4, 5]
+    await reader.close()
+    assert buried == [1, 4]
+    assert await broker.committed("in", "group", [0]) == {0: done}
