@@ -13,13 +13,15 @@ from chains_stream.errors import (
     RecordTooLargeError,
     SchemaRegistryError,
     UnknownSchemaError,
+    message_of,
+    user_frames,
 )
 from chains_stream.events import Event, Feed, Output, Sink, partition_of, takes_none
 from chains_stream.formats import Registry, keying, named
-from chains_stream.letters import dead_letter_spec
+from chains_stream.letters import dead_letter_spec, send_letter
 from chains_stream.local import Callee
 from chains_stream.log import get_logger
-from chains_stream.patience import place_of
+from chains_stream.patience import persist, place_of
 from chains_stream.settings import Settings
 from chains_stream.transactions import Unsent
 
@@ -152,6 +154,24 @@ class EventService:
         except (InvalidArgumentError, UnknownSchemaError) as error:
             raise Unreadable from error
         return _event(record, value, headers)
+
+    async def put_aside(self, record: Record, error: BaseException, reason: str) -> None:
+        """Put an event into the dead-letter topic; `reason` is the kind of error, of metrics. Raises BrokerError."""
+        metrics.DEAD_LETTERED.labels(self.name, reason).inc()
+        topic, offset = await persist(lambda: send_letter(self.broker, record, self.group, error), record)
+        log.warning("event.dead_lettered", letter=f"{topic}@{offset}", reason=message_of(error), **place_of(record))
+
+    def tell(self, error: BaseException, attempt: int) -> None:
+        """Log that an attempt has failed."""
+        frames = user_frames(error.__traceback__)
+        log.warning(
+            "event.failed",
+            chainlet=self.callee.name,
+            attempt=attempt,
+            error=type(error).__name__,
+            message=message_of(error),
+            at=f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None,
+        )
 
     async def keyed(self, record: Record) -> Keyed:
         """Find what an event is kept in order by, where that is in its value. What fails here fails in its run."""

@@ -24,57 +24,23 @@ from chains_stream.errors import (
     BrokerError,
     DeadLetteredError,
     is_retryable,
-    message_of,
-    user_frames,
 )
+from chains_stream.event_lines import WAITING, EventJob, Lines
 from chains_stream.event_service import EventService, Given, Keyed, Unreadable
 from chains_stream.events import Event
-from chains_stream.letters import send_letter
 from chains_stream.log import get_logger
 from chains_stream.messages import now_ms
 from chains_stream.offsets import Ledger
-from chains_stream.outcome import Stop
-from chains_stream.patience import persist, place_of
+from chains_stream.patience import place_of
 from chains_stream.policy import Scope
 from chains_stream.quarantine import Quarantine
 from chains_stream.taking import Places, Taker
 from chains_stream.timeouts import Timeout
-from chains_stream.transactions import Transactions, Unsent
+from chains_stream.transactions import Transactions
 
-WAITING = 1_000  # events that are taken, running or in the line of their key: as many as a ledger can tell of
 MOST_AT_ONCE = 32  # events that are run one after the other while nothing else of the process is
-SHORTEST_LINE = 16  # of those that may stand in the line of one key, however many partitions there are
-
-Lane = tuple[int, bytes]  # a partition, and a key in it
 
 log = get_logger(__name__)
-
-
-class EventJob:
-    """One event that is taken, until all that it gives is stored."""
-
-    def __init__(self, record: Record, ledger: Ledger, lane: Lane | None, keyed: Keyed | None = None) -> None:
-        self.record = record
-        self.ledger = ledger
-        self.lane = lane
-        self.keyed = keyed  # until it is run
-        self.id = f"{record.topic}/{record.partition}/{record.offset}"
-        self.task: asyncio.Task[None] | None = None  # that runs it now
-        self.stop: Stop | None = None
-        self.attempt = 1
-        self.number = 0  # of its last run
-        self.failed = 0  # how many runs had begun when it failed first
-        self.storing = 0  # of what it gave, in its last run
-        self.error: BaseException | None = None  # met in storing it
-        self.placed = False  # it has one of the places
-        self.put_off = False  # to be tried again later
-        self.unsent: list[Unsent] = []  # that the transaction of its offset is to hold
-
-    def cancel(self, stop: Stop) -> None:
-        if self.stop is None:
-            self.stop = stop
-            if self.task is not None:
-                self.task.cancel()
 
 
 class EventWorker(Taker[EventJob]):
@@ -102,15 +68,13 @@ class EventWorker(Taker[EventJob]):
         super().__init__(service.name, assignment, settings, quarantine, places=places)
         self.callee = service.callee
         self._service = service
-        self._lanes: dict[Lane, deque[EventJob]] = {}  # the first of each runs, or is ready to
-        self._long: set[Lane] = set()  # that so many stand in that no more is taken of their partitions
-        self._ready: deque[EventJob] = deque()
+        self._lines = Lines(assignment)
+        self._ready = self._lines.ready
         self._returning: deque[asyncio.Future[None]] = deque()  # events that were put off, and need a place again
         self._storing: set[EventJob] = set()  # events that don't run any more, and are not done
         self._due = False  # one more of those that are ready is about to begin
         self._left: list[EventJob] = []  # to others: those behind them in their lines don't run either
         self._keyed: dict[tuple[int, int], Keyed] = {}  # what is about to begin, where values have the keys
-        self._taken = 0
         self._gave_way = False  # to a request, with the last place
         self._leaving = False  # what it has not done to others
         self._breaker = Breaker(service.name)
@@ -167,31 +131,22 @@ class EventWorker(Taker[EventJob]):
             return int(self._may_begin())
         if self._transactions is not None and self._transactions.full:
             return 0
-        return WAITING - self._taken
+        return WAITING - self._lines.taken
 
     def _may_begin(self) -> bool:
         if self._breaker.open and (self._ready or not self._breaker.may_try(self.in_flight)):
             return False
-        return self._taken < WAITING
+        return self._lines.taken < WAITING
 
     def _id(self, record: Record) -> str:
         return f"{record.topic}/{record.partition}/{record.offset}"
 
     def _begin(self, record: Record, ledger: Ledger) -> "asyncio.Task[None] | None":
-        keyed = self._keyed.pop((record.partition, record.offset), None)
-        key = record.key if keyed is None else keyed.key
-        job = EventJob(record, ledger, None if key is None else (record.partition, key), keyed)
-        self._taken += 1
+        job = EventJob(record, ledger, self._keyed.pop((record.partition, record.offset), None))
         if ledger.redelivered_to > record.offset:
             self._metrics.redelivered.inc()
-        if job.lane is not None:
-            line = self._lanes.setdefault(job.lane, deque())
-            line.append(job)
-            if len(line) > self._longest and job.lane not in self._long:
-                self._long.add(job.lane)
-                self._assignment.hold_back(record.partition)
-            if len(line) > 1:
-                return None
+        if not self._lines.join(job):
+            return None
         if self._quarantine.busy and self.places.taken < self.places.size:
             self.in_flight += 1
             self._begin_task(job)  # whoever has it run alone waits for its task
@@ -211,14 +166,7 @@ class EventWorker(Taker[EventJob]):
 
     def _waiting(self) -> Iterator[EventJob]:
         yield from tuple(self._jobs.values())
-        yield from tuple(self._ready)
-        for line in tuple(self._lanes.values()):
-            yield from tuple(line)
-
-    @property
-    def _longest(self) -> int:
-        """How many of one key are taken, so that one that is slow in each partition leaves room for others."""
-        return max(SHORTEST_LINE, WAITING // (1 + len(self._assignment.held)))
+        yield from self._lines
 
     # --- in the order of their keys
 
@@ -296,20 +244,8 @@ class EventWorker(Taker[EventJob]):
 
     def _next(self, job: EventJob) -> None:
         """Let the next one of its line go ahead."""
-        self._taken -= 1
+        self._lines.leave(job)
         self.places.changed.set()  # there is room for another
-        if job.lane is None:
-            return
-        line = self._lanes[job.lane]
-        line.popleft()
-        if job.lane in self._long and len(line) <= self._longest // 2:
-            self._long.discard(job.lane)
-            if not any(partition == job.record.partition for partition, _ in self._long):
-                self._assignment.let_go(job.record.partition)
-        if line:
-            self._ready.append(line[0])
-        else:
-            del self._lanes[job.lane]
 
     # --- one event
 
@@ -433,7 +369,7 @@ class EventWorker(Taker[EventJob]):
             return False  # and what it made of its cancellation is no failure
         if not self._settings.embedded and await self.callee.dead():
             return False
-        self._log(error, job.attempt)
+        self._service.tell(error, job.attempt)
         job.failed = job.failed or self._breaker.begun
         if not await self._again(job, error):
             return await self._bury(job, error, "failed")
@@ -546,29 +482,15 @@ class EventWorker(Taker[EventJob]):
 
     async def _put_aside(self, record: Record, error: BaseException, reason: str) -> bool:
         """Put an event into the dead-letter topic. False if that can't be done, which ends this worker."""
-        metrics.DEAD_LETTERED.labels(self._service.name, reason).inc()
-        group = self._service.group
         try:
-            topic, offset = await persist(lambda: send_letter(self._service.broker, record, group, error), record)
+            await self._service.put_aside(record, error, reason)
         except BrokerError as unsent:
             log.error("letter.unsent", **place_of(record), reason=str(unsent))  # noqa: TRY400 - it says it all
             if not self._stuck.done():
                 self._stuck.set_exception(unsent)
             return False
         self._metrics.finished["dead_lettered"].inc()
-        log.warning("event.dead_lettered", letter=f"{topic}@{offset}", reason=message_of(error), **place_of(record))
         return True
-
-    def _log(self, error: BaseException, attempt: int) -> None:
-        frames = user_frames(error.__traceback__)
-        log.warning(
-            "event.failed",
-            chainlet=self.callee.name,
-            attempt=attempt,
-            error=type(error).__name__,
-            message=message_of(error),
-            at=f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None,
-        )
 
 
 def _retrieved(stuck: "asyncio.Future[None]") -> None:

@@ -69,6 +69,7 @@ ORDER = [
     "transactions",
     "breaker",
     "event_service",
+    "event_lines",
     "event_worker",
     "worker",
     "http_target",
