@@ -157,7 +157,7 @@ class Assignment:
         if partition not in self.paused or partition in self._held_back:
             return
         ledger = self.ledgers.get(partition)
-        if ledger is not None and ledger.span <= self._limit // 2:
+        if ledger is not None and not ledger.full(self._limit // 2 + 1):
             assert self._consumer is not None, "records come from it"
             self.paused.discard(partition)
             self._consumer.resume(partition)

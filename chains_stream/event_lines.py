@@ -34,6 +34,7 @@ class EventJob:
         self.failed = 0  # how many runs had begun when it failed first
         self.storing = 0  # of what it gave, in its last run
         self.error: BaseException | None = None  # met in storing it
+        self.stored: asyncio.Future[None] | None = None  # for who waits until that is over
         self.placed = False  # it has one of the places
         self.put_off = False  # to be tried again later
         self.unsent: list[Unsent] = []  # that the transaction of its offset is to hold

@@ -20,11 +20,7 @@ from chains_stream import metrics, policy
 from chains_stream.assignment import Assignment
 from chains_stream.breaker import Breaker, of_others, of_the_topics
 from chains_stream.broker import Record
-from chains_stream.errors import (
-    BrokerError,
-    DeadLetteredError,
-    is_retryable,
-)
+from chains_stream.errors import BrokerError, DeadLetteredError, is_retryable
 from chains_stream.event_lines import WAITING, EventJob, Lines
 from chains_stream.event_service import EventService, Given, Keyed, Unreadable
 from chains_stream.events import Event
@@ -37,8 +33,9 @@ from chains_stream.quarantine import Quarantine
 from chains_stream.taking import Places, Taker
 from chains_stream.timeouts import Timeout
 from chains_stream.transactions import Transactions
+from chains_stream.turns import Turns
 
-MOST_AT_ONCE = 32  # events that are run one after the other while nothing else of the process is
+HOLD = 0.005  # seconds that events are run one after the other while nothing else of the process is
 
 log = get_logger(__name__)
 
@@ -50,9 +47,8 @@ class EventWorker(Taker[EventJob]):
         source, settings = service.feed.source, service.settings
         self._transactions: Transactions | None = None
         if source.delivery == "exactly_once":
-            self._transactions = Transactions(
-                service.broker, source.topic, service.group, places.changed.set, self._bury_given
-            )
+            bury = functools.partial(self._put_aside, reason="failed")  # late, as what it gave can't be stored
+            self._transactions = Transactions(service.broker, source.topic, service.group, places.changed.set, bury)
         start = source.start if isinstance(source.start, str) else int(source.start.timestamp() * 1000)
         assignment = Assignment(
             service.name,
@@ -73,6 +69,7 @@ class EventWorker(Taker[EventJob]):
         self._returning: deque[asyncio.Future[None]] = deque()  # events that were put off, and need a place again
         self._storing: set[EventJob] = set()  # events that don't run any more, and are not done
         self._due = False  # one more of those that are ready is about to begin
+        self._turns = Turns(HOLD)
         self._left: list[EventJob] = []  # to others: those behind them in their lines don't run either
         self._keyed: dict[tuple[int, int], Keyed] = {}  # what is about to begin, where values have the keys
         self._gave_way = False  # to a request, with the last place
@@ -147,7 +144,7 @@ class EventWorker(Taker[EventJob]):
             self._metrics.redelivered.inc()
         if not self._lines.join(job):
             return None
-        if self._quarantine.busy and self.places.taken < self.places.size:
+        if self._quarantine.busy and self.places.taken - self._turns.aside < self.places.size:
             self.in_flight += 1
             self._begin_task(job)  # whoever has it run alone waits for its task
             return job.task
@@ -166,7 +163,14 @@ class EventWorker(Taker[EventJob]):
 
     def _waiting(self) -> Iterator[EventJob]:
         yield from tuple(self._jobs.values())
+        yield from tuple(self._storing)
         yield from self._lines
+
+    def _running(self) -> Iterator[tuple[str, "asyncio.Future[None]"]]:
+        yield from super()._running()
+        for job in tuple(self._storing):
+            job.stored = job.stored or self._loop.create_future()
+            yield job.id, job.stored
 
     # --- in the order of their keys
 
@@ -178,8 +182,9 @@ class EventWorker(Taker[EventJob]):
         if self._service.key is not None:
             for record, _ in taken:
                 self._keyed[record.partition, record.offset] = await self._service.keyed(record)
+        still = [(record, ledger) for record, ledger in taken if self._assignment.of(record) is ledger]
         try:
-            await super()._start(taken)
+            await super()._start(still)
         finally:
             self._keyed.clear()  # of those too that went to others before they could begin
 
@@ -200,9 +205,11 @@ class EventWorker(Taker[EventJob]):
             self._loop.call_soon(self._begin_one, context=self._context)
 
     def _begin_one(self) -> None:
-        """Run what is ready beside what runs: it has come to where it waits, or would itself have gone on with it."""
+        """Run what is ready beside what runs: it has come to where it waits, or would itself go on with it."""
         self._due = False
-        if self.places.taken < self.places.size and (job := self._next_ready()) is not None:
+        if self._turns.aside or self._returning or self.places.taken >= self.places.size:
+            return
+        if (job := self._next_ready()) is not None:
             self._begin_task(job)
 
     def _begin_task(self, job: EventJob) -> None:
@@ -256,17 +263,16 @@ class EventWorker(Taker[EventJob]):
         """
         task, context = job.task, contextvars.copy_context()
         assert task is not None, "this one"
-        run = 0
         try:
             while True:
                 await self._serve(job, error)
                 # The next one must find all as if the task were its own.
                 used = job.stop is not None or task.cancelling() or contextvars.copy_context() != context
-                if used or not job.placed or self._quarantine.busy:
+                if used or not job.placed or self._returning:
                     return
-                run += 1
-                if run % MOST_AT_ONCE == 0:
-                    await asyncio.sleep(0)
+                await self._turns.over()
+                if self._quarantine.busy:
+                    return
                 following = self._next_ready()
                 if following is None:
                     return
@@ -276,6 +282,7 @@ class EventWorker(Taker[EventJob]):
                 self._jobs[task] = job
         finally:
             self._give_place_back(job)
+            self._run_ready()  # first what comes back to be tried again
 
     async def _serve(self, job: EventJob, error: BaseException | None) -> None:
         self._run_ready()  # others, as soon as this one waits
@@ -331,6 +338,9 @@ class EventWorker(Taker[EventJob]):
             self._over(job)
         else:
             self._begin_work(job, job.error)  # which has no place until it is tried again
+        if job.stored is not None:
+            job.stored.set_result(None)
+            job.stored = None
 
     def _end(self, job: EventJob) -> None:
         """Note an event as finished, with what is yet to be stored of it."""
@@ -409,6 +419,7 @@ class EventWorker(Taker[EventJob]):
         """Wait without a place, which others may use, until something is over, and then for a place."""
         turn: asyncio.Future[None] = self._loop.create_future()
         self._give_place_back(job)
+        self.places.changed.set()  # the breaker may let one begin, if this had no place
         job.put_off = True
         if self._leaving:
             job.cancel("drained")
@@ -470,10 +481,6 @@ class EventWorker(Taker[EventJob]):
             else:
                 running.cancel()
             raise
-
-    async def _bury_given(self, record: Record, error: BrokerError) -> bool:
-        """Put an event aside of which it shows late that what it gave can't be stored."""
-        return await self._put_aside(record, error, "failed")
 
     async def _bury(self, job: EventJob, error: BaseException, reason: str) -> bool:
         """Put an event aside. False if that can't be done."""

@@ -13,7 +13,7 @@ from chains_stream.log import get_logger
 STAND_ASIDE = 10.0  # seconds that requests of other Chainlets wait for a suspect to end
 CLEAR = 60.0  # seconds that a suspect waits for what runs to end
 
-Running = Callable[[], Iterator[tuple[str, "asyncio.Task[None]"]]]  # a worker's requests: their ids and tasks
+Running = Callable[[], Iterator[tuple[str, "asyncio.Future[None]"]]]  # a worker's requests: their ids and ends
 
 log = get_logger(__name__)
 

@@ -254,7 +254,7 @@ class Taker(Generic[JobT]):
                     over.cancel()
                     await asyncio.wait([over])
 
-    def _running(self) -> Iterator[tuple[str, "asyncio.Task[None]"]]:
+    def _running(self) -> Iterator[tuple[str, "asyncio.Future[None]"]]:
         return ((self._id(job.record), task) for task, job in self._jobs.items())
 
     def _lose(self, partitions: Collection[int]) -> None:

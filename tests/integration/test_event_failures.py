@@ -310,3 +310,74 @@ async def test_a_thread_that_takes_too_long_does_not_run_beside_its_next_try(str
     await stream.host(stream.chainlet(Blocking))
     assert values(await stream.read(stream.scored, 1)) == [{"id": "slow", "score": 2.0}]
     assert Blocking.most == 1
+
+
+class Once(chains.ChainletBase):
+    """Fails once for a ticket that says so; runs one after another."""
+
+    async def run_remote(self, ticket: Ticket) -> Scored | None:
+        await asyncio.sleep(0.001)
+        Seen.note(ticket.act or "another")
+        if ticket.act and Seen.counts[ticket.act] == 1:
+            raise ValueError("the first time")
+        return None
+
+
+async def test_what_is_tried_again_goes_before_what_has_not_begun(stream: Stream) -> None:
+    await stream.send(Ticket("a", act="again"), partition=0)
+    for number in range(2_000):
+        await stream.send(Ticket(f"{number}"), partition=1 + number % (PARTITIONS - 1))
+    await stream.host(stream.chainlet(Once))
+    async with asyncio.timeout(30):
+        await Seen.until("again", times=2)
+    assert Seen.counts["another"] < 2_000
+
+
+class Slow(chains.ChainletBase):
+    """Takes its time, and lets nobody else have any meanwhile."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, ticket: Ticket) -> Scored | None:
+        time.sleep(0.01)  # noqa: ASYNC251 - what it is about
+        Seen.note("run")
+        return Scored(ticket.id, 1.0)
+
+
+async def test_events_that_wait_for_nothing_leave_the_rest_of_the_process_its_turn(stream: Stream) -> None:
+    await stream.send(*(Ticket(f"{number}") for number in range(60)))
+    host = asyncio.create_task(stream.host(stream.chainlet(Slow)))
+    seen, most = 0, 0
+    async with asyncio.timeout(20):
+        while seen < 60:
+            await asyncio.sleep(0)
+            most, seen = max(most, Seen.counts["run"] - seen), Seen.counts["run"]
+    await host
+    assert most <= 2, "events in one turn of the loop"
+
+
+async def test_a_partition_that_is_taken_over_goes_on_after_the_long_line_of_a_key(stream: Stream) -> None:
+    open_, count = 400, 800  # every second one was done by the worker before
+    for number in range(count):
+        await stream.send(Ticket(f"{number}"), key=b"hot" if number % 2 == 0 else str(number).encode(), partition=0)
+    group = f"{stream.settings.namespace}.Slowly.Slowly.events"
+
+    async def nothing(_: frozenset[int]) -> None: ...
+
+    before = await stream.broker.consume(stream.tickets, group, on_assigned=nothing, on_revoked=nothing)
+    await before.commit({0: Committed(0, Note(epoch=1, clean=True, runs=[1, 1] * open_).write())})
+    await before.close()
+    await stream.host(stream.chainlet(Slowly))
+    async with asyncio.timeout(30):
+        await Seen.until("run", times=open_)
+
+
+class Slowly(chains.ChainletBase):
+    """Waits a little for each."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, ticket: Ticket) -> Scored | None:
+        await asyncio.sleep(0.001)
+        Seen.note("run")
+        return Scored(ticket.id, 1.0)

@@ -33,6 +33,7 @@ ORDER = [
     "codec",
     "formats",
     "timeouts",
+    "turns",
     "policy",
     "stub",
     "chainlet",
