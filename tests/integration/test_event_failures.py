@@ -357,19 +357,19 @@ async def test_events_that_wait_for_nothing_leave_the_rest_of_the_process_its_tu
 
 
 async def test_a_partition_that_is_taken_over_goes_on_after_the_long_line_of_a_key(stream: Stream) -> None:
-    open_, count = 400, 800  # every second one was done by the worker before
-    for number in range(count):
+    pairs, more = 625, 50  # every second one of the pairs was done by the worker before
+    for number in range(2 * pairs + more):
         await stream.send(Ticket(f"{number}"), key=b"hot" if number % 2 == 0 else str(number).encode(), partition=0)
     group = f"{stream.settings.namespace}.Slowly.Slowly.events"
 
     async def nothing(_: frozenset[int]) -> None: ...
 
     before = await stream.broker.consume(stream.tickets, group, on_assigned=nothing, on_revoked=nothing)
-    await before.commit({0: Committed(0, Note(epoch=1, clean=True, runs=[1, 1] * open_).write())})
+    await before.commit({0: Committed(0, Note(epoch=1, clean=True, runs=[1, 1] * pairs).write())})
     await before.close()
     await stream.host(stream.chainlet(Slowly))
     async with asyncio.timeout(30):
-        await Seen.until("run", times=open_)
+        await Seen.until("run", times=pairs + more)
 
 
 class Slowly(chains.ChainletBase):
