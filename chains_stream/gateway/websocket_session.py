@@ -332,7 +332,7 @@ class Session:
             return
         self._ping = True
         transport = self._tunnel.transport
-        if not (self._tunnel.buffers or transport.is_closing()):
+        if not (self._over or self._tunnel.buffers or transport.is_closing()):  # nothing comes after a close frame
             transport.write(self._controls())
         if self._beating is None or self._beating.done():
             self._beating = asyncio.create_task(self._beat(), name="websocket beat")

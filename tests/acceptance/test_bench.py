@@ -91,8 +91,8 @@ def test_a_sweep_looks_for_the_highest_rate() -> None:
     """The bound of what it asks for is the machine's business; that it rises until it can't is ours."""
     report = measured(ABOVE, "--in-flight", "8", "--sweep", *BRIEF)
     offered = [step.offered_per_s or 0.0 for step in report.sweep]
-    assert len(offered) >= 2
-    assert offered[1] > offered[0] or report.knee_per_s is None
+    rises = len(offered) > 1 and offered[1] > offered[0]
+    assert rises or (offered and report.knee_per_s is None)
     assert all(step.loop == "open" for step in report.sweep)
     done = chains("bench", ABOVE, "--rate", "20", "--sweep", *BRIEF)
     assert done.returncode == 0
