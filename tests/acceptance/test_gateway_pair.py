@@ -71,7 +71,7 @@ class Reader:
         return self.words == [f"{self._name} {number}\n" for number in range(WORDS)] and self.done == {"chunks": WORDS}
 
     async def begin(self, url: str) -> None:
-        body = {"name": self._name, "words": WORDS, "pause": 0.02}
+        body = {"name": self._name, "words": WORDS, "pause": 0.04}
         headers = {"accept": "text/event-stream"}
         async with self._http.stream("POST", f"{url}/run_remote", json=body, headers=headers) as answer:
             self._id = answer.headers["x-request-id"]
