@@ -117,6 +117,10 @@ def _pause(number: int) -> float:
     return min(LONGEST_PAUSE, SHORTEST_PAUSE * 2.0 ** max(0, min(number, 10)))
 
 
+# What these say of a file, they say of one that the event names, far more often than of a disk that is gone.
+_OF_FILES = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
 def of_others(error: BaseException) -> bool:
     """Tell whether an error is, or came of, one of something that the Chainlet depends on, and not of the event.
 
@@ -124,7 +128,7 @@ def of_others(error: BaseException) -> bool:
     """
     return any(
         isinstance(each, OSError | TimeoutError | ChainsRuntimeError)
-        and not isinstance(each, InvalidArgumentError | InvalidResultError | RecordTooLargeError)
+        and not isinstance(each, (InvalidArgumentError, InvalidResultError, RecordTooLargeError, *_OF_FILES))
         for each in causes(error)
     )
 
