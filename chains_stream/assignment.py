@@ -29,6 +29,12 @@ class Commits(Protocol):
     async def lose(self, partitions: Collection[int]) -> None:
         """Let go of partitions."""
 
+    def begin_move(self) -> None:
+        """Have commits wait for nothing but what they store, as partitions may go to others."""
+
+    def end_move(self) -> None:
+        """It is known who has them."""
+
 
 class Assignment:
     """The ledgers of the partitions that are held, and what of them the broker has stored.
@@ -277,8 +283,9 @@ class Assignment:
         self._lose(lost)
         for number in lost:
             del self.ledgers[number]
-        if self._through is not None and lost:
+        if self._through is not None:
             await self._through.lose(lost)
+            self._through.end_move()
         # It is stored that they were given back in order, with what was open then: nothing else may run until it isn't.
         self._claims = set(self.ledgers)
         self.held = partitions
@@ -310,6 +317,8 @@ class Assignment:
         """Say how far the work is, and that it is given back in order; it goes on until we know who has it next."""
         self._generation += 1
         self._settled.clear()
+        if self._through is not None:
+            self._through.begin_move()
         if self._consumer is not None:
             self._change(self.ledgers.keys())
             await self._commit(clean=self._clean)

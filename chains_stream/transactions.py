@@ -5,7 +5,7 @@ earlier holder can come in between (Kafka's KIP-98, and KIP-447 for what could b
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from chains_stream.broker import Broker, Committed, Record, Transactor
@@ -14,7 +14,8 @@ from chains_stream.log import get_logger
 from chains_stream.messages import Headers
 from chains_stream.offsets import Note
 
-MOST_UNSENT, MOST_BYTES = 10_000, 64 << 20  # records, and their values, that wait for a commit: no more events then
+# Records, and their values and those of the events that gave them, that wait for a commit: no more events then.
+MOST_UNSENT, MOST_BYTES = 10_000, 64 << 20
 
 Bury = Callable[[Record, BrokerError], Awaitable[bool]]
 
@@ -57,12 +58,13 @@ class _Partition:
         self._unsent: list[Unsent] = []
         self._events: list[Record] = []  # that gave them, one after the other
         self._written = 0  # records before those
-        self.bytes = 0  # of the values of those that are not written
+        self.bytes = 0  # of the values of those that are not written, and of their events
 
     def add(self, records: Collection[Unsent], event: Record) -> None:
         self._unsent += records
-        self._events += [event] * len(records)
-        self.bytes += sum(len(record.value) for record in records)
+        events = [event] * len(records)
+        self._events += events
+        self.bytes += _held(records, events)
 
     def __len__(self) -> int:
         """How many records are not written yet."""
@@ -92,8 +94,14 @@ class _Partition:
     def _drop(self, these: slice) -> None:
         gone = self._unsent[these]
         self._written += len(gone)
-        self.bytes -= sum(len(record.value) for record in gone)
+        self.bytes -= _held(gone, self._events[these])
         del self._unsent[these], self._events[these]
+
+
+def _held(records: Collection[Unsent], events: Sequence[Record]) -> int:
+    """Give the bytes of the values of records, and of the events that gave them, each of which counts once."""
+    firsts = (event for at, event in enumerate(events) if at == 0 or event is not events[at - 1])
+    return sum(len(record.value) for record in records) + sum(len(event.value) for event in firsts)
 
 
 class Transactions:
@@ -110,6 +118,7 @@ class Transactions:
         self._topic = topic
         self._group = group
         self._partitions: dict[int, _Partition] = {}
+        self._moving = asyncio.Event()  # partitions may go to others: the group waits for our commit
 
     def add(self, event: Record, records: Collection[Unsent]) -> None:
         """Have the commits of its partition from now on write what an event gave, which is finished by then."""
@@ -131,6 +140,12 @@ class Transactions:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+
+    def begin_move(self) -> None:
+        self._moving.set()
+
+    def end_move(self) -> None:
+        self._moving.clear()
 
     async def commit(self, positions: Mapping[int, Committed]) -> frozenset[int]:
         """Write what is finished of partitions, and how far they are done. Raises BrokerError if one of them failed."""
@@ -182,6 +197,8 @@ class Transactions:
                     if await self._settle(number, partition):
                         break
                     await self._mend(partition, error, found=one_by_one)
+                    if self._partitions.get(number) is not partition:
+                        return False  # as above
                     one_by_one = True  # so that it shows which record is to blame
                 else:
                     partition.doubt = None
@@ -202,9 +219,24 @@ class Transactions:
             raise error
 
     async def _bury_giver(self, partition: _Partition, refused: _RefusedError) -> None:
-        """Put the event aside that gave a record which will never be stored. Raises BrokerError."""
+        """Put the event aside that gave a record which will never be stored. Raises BrokerError.
+
+        That takes as long as its topic is away, for which those who move partitions must not wait: then it is left to
+        whoever has the partition next.
+        """
         event = partition.event(refused.at)
-        if not await self._bury(event, refused.reason):
+        if self._moving.is_set():
+            raise refused.reason
+        burying = asyncio.ensure_future(self._bury(event, refused.reason))
+        moving = asyncio.ensure_future(self._moving.wait())
+        try:
+            await asyncio.wait([burying, moving], return_when=asyncio.FIRST_COMPLETED)
+            buried = burying.done() and burying.result()
+        finally:
+            burying.cancel()
+            moving.cancel()
+            await asyncio.wait([burying, moving])
+        if not buried:
             raise refused.reason
         partition.forget(event)
 

@@ -3,6 +3,8 @@
 import asyncio
 from typing import Any
 
+import pytest
+
 from chains_stream.broker import Broker, Committed, Record, TopicSpec
 from chains_stream.brokers.memory import MemoryBroker
 from chains_stream.errors import BrokerError, RecordTooLargeError
@@ -79,6 +81,23 @@ async def test_it_is_full_until_what_was_given_is_stored() -> None:
         assert (transactions.full, emptied.is_set()) == (False, True)
 
 
+async def test_events_count_as_long_as_what_they_gave_is_not_stored() -> None:
+    broker = MemoryBroker(Settings())
+    await broker.ensure_topics([TopicSpec("in", 1, HOUR), TopicSpec("out", 1, HOUR, ring=True)])
+    transactions = Transactions(broker, "in", "group", lambda: None, _bury_nothing)
+    await transactions.take_over([0])
+    value = bytes(MOST_BYTES // 100)
+    before = []
+    for offset in range(100):
+        before.append(transactions.full)
+        small = Unsent("out", 0, None, b"small", ())
+        transactions.add(Record("in", 0, offset, 0, None, value, ()), [small, small])
+    assert (any(before), transactions.full) == (False, True)
+    await transactions.commit({0: Committed(100, Note(epoch=1).write())})
+    assert not transactions.full
+    await transactions.lose([0])
+
+
 class _Narrow:
     """A transactor at a broker that refuses large records, and says so when a record is stored."""
 
@@ -130,3 +149,48 @@ async def test_events_that_gave_what_can_t_be_stored_are_put_aside_and_others_ar
     await reader.close()
     assert buried == [1, 4]
     assert await broker.committed("in", "group", [0]) == {0: done}
+
+
+async def test_partitions_that_move_do_not_wait_for_an_event_that_can_t_be_put_aside() -> None:
+    broker = _NarrowBroker(Settings())
+    await broker.ensure_topics([TopicSpec("in", 1, HOUR), TopicSpec("out", 1, HOUR)])
+    burying, away, buried = asyncio.Event(), asyncio.Event(), list[int]()
+
+    async def bury(record: Record, _error: BrokerError) -> bool:
+        burying.set()
+        await away.wait()
+        buried.append(record.offset)
+        return True
+
+    transactions = Transactions(broker, "in", "group", lambda: None, bury)
+    await transactions.take_over([0])
+    transactions.add(EVENT, [Unsent("out", 0, None, bytes(200), ())])
+    done = {0: Committed(1, Note(epoch=1).write())}
+    commit = asyncio.ensure_future(transactions.commit(done))
+    async with asyncio.timeout(10):
+        await burying.wait()
+        transactions.begin_move()
+        with pytest.raises(RecordTooLargeError):
+            await commit
+        with pytest.raises(RecordTooLargeError):
+            await transactions.commit(done)
+    assert buried == []
+    transactions.end_move()
+    away.set()
+    assert await transactions.commit(done) == {0}
+    assert buried == [0]
+    await transactions.lose([0])
+
+
+async def test_nothing_is_written_for_a_partition_that_was_lost_while_an_event_was_put_aside() -> None:
+    broker = _NarrowBroker(Settings())
+    await broker.ensure_topics([TopicSpec("in", 1, HOUR), TopicSpec("out", 1, HOUR)])
+
+    async def bury(_record: Record, _error: BrokerError) -> bool:
+        await transactions.lose([0])
+        return True
+
+    transactions = Transactions(broker, "in", "group", lambda: None, bury)
+    await transactions.take_over([0])
+    transactions.add(EVENT, [Unsent("out", 0, None, bytes(200), ())])
+    assert await transactions.commit({0: Committed(1, Note(epoch=1).write())}) == frozenset()
