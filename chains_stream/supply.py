@@ -41,6 +41,9 @@ class Outlet(Protocol):
     async def partitions(self) -> int:
         """Give how many partitions it has. Raises BrokerError."""
 
+    async def record_limit(self) -> int | None:
+        """Give how many bytes a record may have, as `Broker.record_limit` does; None if any. Raises BrokerError."""
+
     async def publish(
         self, value: bytes, *, partition: int, key: bytes | None, headers: Headers
     ) -> "asyncio.Future[int]":
@@ -192,6 +195,9 @@ class TopicOutlet:
 
     async def partitions(self) -> int:
         return await self._broker.partitions(self._topic)
+
+    async def record_limit(self) -> int:
+        return await self._broker.record_limit(self._topic)
 
     async def publish(
         self, value: bytes, *, partition: int, key: bytes | None, headers: Headers

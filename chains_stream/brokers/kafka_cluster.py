@@ -87,6 +87,7 @@ class Cluster:
         self.url = f"kafka://{','.join(servers)}"
         self.patience = settings.connect_timeout
         self.counts: dict[str, int] = {}  # of the partitions of topics that are known to exist
+        self.limits: dict[str, int] = {}  # bytes of records that topics take at once, where that was asked
         self._servers = list(servers)
         self._user = settings.sasl_username
         self._security = security_arguments(settings)
@@ -252,20 +253,24 @@ class Cluster:
                 checked(code, message or name)
 
     async def record_limit(self, topic: str) -> int | None:
-        """Give how many bytes of records a topic takes at once; None if we have no right to know."""
+        """Give how many bytes of records a topic takes at once; None if we have no right to know, or are not told."""
 
-        async def describe() -> int:
+        async def describe() -> int | None:
             resource = (_TOPIC_RESOURCE, topic, [_RECORD_LIMIT])
             response = await self._send(None, DescribeConfigsRequest([resource]))
             described = response.to_object()["resources"][0]
             checked(described["error_code"], topic)
-            return int(described["config_entries"][0]["config_value"])
+            told = [entry["config_value"] for entry in described["config_entries"]]
+            return int(told[0]) if told and told[0] else None  # not every broker that speaks Kafka's protocol has it
 
         try:
-            return await self._ask(describe, "read the settings of", topic, right="DESCRIBE_CONFIGS")
+            limit = await self._ask(describe, "read the settings of", topic, right="DESCRIBE_CONFIGS")
         except BrokerAuthorizationError as error:
             log.info("topic.limit_unknown", topic=topic, reason=str(error))
             return None
+        if limit is not None:
+            self.limits[topic] = limit
+        return limit
 
     async def members(self, group: str) -> int:
         """Give the number of members of a group."""

@@ -6,12 +6,12 @@
 import asyncio
 import copy
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka import errors as kafka
-from aiokafka.producer.message_accumulator import MessageBatch
+from aiokafka.producer.message_accumulator import BatchBuilder, MessageBatch
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from chains_stream.brokers.kafka_cluster import PAUSE, Cluster, said, stop
@@ -38,9 +38,16 @@ class Batch(MessageBatch):  # type: ignore[misc] # aiokafka has no types
     """Records of one partition that are sent together, and the futures of their offsets."""
 
     def __init__(
-        self, place: TopicPartition, accumulator: Any, failed: Callable[[str, BaseException], BrokerError]
+        self,
+        place: TopicPartition,
+        accumulator: Any,
+        failed: Callable[[str, BaseException], BrokerError],
+        limit: int | None,
     ) -> None:
-        super().__init__(place, accumulator.create_builder(), accumulator._batch_ttl, linger_time=0)  # noqa: SLF001 - it has no other way
+        """Hold as many bytes as its topic takes at once, if that `limit` is known: else the broker refuses them all."""
+        size = accumulator._batch_size  # noqa: SLF001 - it has no other way
+        builder = _builder(accumulator, size if limit is None else min(size, limit))
+        super().__init__(place, builder, accumulator._batch_ttl, linger_time=0)  # noqa: SLF001 - as above
         self._failed = failed
         self._create_future = asyncio.get_running_loop().create_future
         self._stored: list[asyncio.Future[int]] = []
@@ -70,13 +77,24 @@ class Batch(MessageBatch):  # type: ignore[misc] # aiokafka has no types
                 stored.exception()  # as above
 
 
+def _builder(accumulator: Any, size: int) -> BatchBuilder:
+    """Make what `accumulator.create_builder` does, but for so many bytes."""
+    manager = accumulator._txn_manager  # noqa: SLF001 - as above
+    transactional = manager is not None and manager.transactional_id is not None
+    return BatchBuilder(size, accumulator._compression_type, is_transactional=transactional)  # noqa: SLF001 - as above
+
+
 def last_batch(
     producer: AIOKafkaProducer,
     place: TopicPartition,
     record: tuple[bytes | None, bytes, Headers],
     failed: Callable[[str, BaseException], BrokerError],
+    limits: Mapping[str, int],
 ) -> Batch:
-    """Give the batch that waits to be sent to a place, or a new one that has room for a record. Raises KafkaError."""
+    """Give the batch that waits to be sent to a place, or a new one that has room for a record. Raises KafkaError.
+
+    `limits` are the bytes that topics take at once, where that is known.
+    """
     accumulator = producer._message_accumulator  # noqa: SLF001 - it has no other way
     if accumulator._exception is not None:  # noqa: SLF001 - as above
         raise copy.copy(accumulator._exception)  # noqa: SLF001 - as above
@@ -89,7 +107,7 @@ def last_batch(
     size = DefaultRecordBatchBuilder.estimate_size_in_bytes(key, value, list(headers))
     if size > producer._max_request_size:  # noqa: SLF001 - as above
         raise kafka.MessageSizeTooLargeError(f"it has {size} bytes with its key and headers")
-    batch = Batch(place, accumulator, failed)
+    batch = Batch(place, accumulator, failed, limits.get(place.topic))
     manager = producer._txn_manager  # noqa: SLF001 - as above
     if manager is not None:
         manager.maybe_add_partition_to_txn(place)
@@ -153,7 +171,7 @@ class Sender:
             replaced = producer is not self.producer
             if replaced:
                 continue
-            batch = last_batch(producer, place, (key, value, headers), self._failed)
+            batch = last_batch(producer, place, (key, value, headers), self._failed, self._cluster.limits)
             stored = batch.put(key, value, headers)
             if stored is not None:
                 return stored

@@ -126,7 +126,7 @@ class KafkaTransactor:
             while True:
                 await heard_of(producer, place)
                 self._same(transaction)
-                batch = last_batch(producer, place, (key, value, headers), self._failed)
+                batch = last_batch(producer, place, (key, value, headers), self._failed, self._cluster.limits)
                 stored = batch.put(key, value, headers)
                 if stored is not None:
                     return stored

@@ -34,6 +34,13 @@ class SuppliedBroker(MemoryBroker):
         return await (super().partitions(topic) if outlet is None else outlet.partitions())
 
     @override
+    async def record_limit(self, topic: str) -> int:
+        ours = await super().record_limit(topic)
+        outlet = self._outlets.get(topic)
+        its = None if outlet is None else await outlet.record_limit()
+        return ours if its is None else min(ours, its)
+
+    @override
     async def publish(
         self,
         topic: str,

@@ -153,6 +153,9 @@ class LineOutlet:
     async def partitions(self) -> int:
         return 1
 
+    async def record_limit(self) -> None:
+        """Any line can be written."""
+
     async def publish(
         self,
         value: bytes,

@@ -114,6 +114,9 @@ class Failures:
     async def partitions(self) -> int:
         return 1 if self.also is None else await self.also.partitions()
 
+    async def record_limit(self) -> int | None:
+        return None if self.also is None else await self.also.record_limit()
+
     async def publish(
         self, value: bytes, *, partition: int, key: bytes | None, headers: Headers
     ) -> "asyncio.Future[int]":

@@ -133,6 +133,16 @@ class Copy(chains.ChainletBase):
         return Scored(ticket.id + "x" * ticket.number, 0)
 
 
+class Burst(chains.ChainletBase):
+    """Gives 30 at once."""
+
+    remote_config = WIDE
+
+    async def run_remote(self, ticket: Ticket) -> AsyncIterator[Scored]:
+        for number in range(30):
+            yield Scored(ticket.id + "x" * ticket.number, number)
+
+
 @pytest.mark.kafka
 @pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
 async def test_what_a_topic_takes_no_record_of_is_put_aside(kafka_url: str, delivery: str) -> None:
@@ -150,6 +160,18 @@ async def test_what_a_topic_takes_no_record_of_is_put_aside(kafka_url: str, deli
             assert b"takes no record of this size" in (dict(record.headers)[EXCEPTION_MESSAGE] or b"")
         await stream.send(Ticket("6"), partition=0)
         assert len(await stream.read(stream.scored, 5)) == 5
+
+
+@pytest.mark.kafka
+async def test_what_fits_is_not_put_aside_with_what_it_goes_out_with(kafka_url: str) -> None:
+    async with AsyncExitStack() as stack:
+        stream = Stream(kafka_url, stack, "at_least_once")
+        await _narrow(kafka_url, stream.scored)
+        await stream.start()
+        await stream.send(*(Ticket(f"{n}", 300) for n in range(10)), key=b"k")
+        await stream.host(stream.chainlet(Burst))
+        assert len(await stream.read(stream.scored, 10 * 30)) == 10 * 30
+        assert await letters(stream) == 0
 
 
 async def _narrow(url: str, topic: str) -> None:
