@@ -46,6 +46,7 @@ class Breaker:
         self._aside = 0  # events that were put aside in a row
         self._next_aside = 0.0  # by `time.monotonic`: when another one may be
         self._closed = asyncio.Event()
+        self._ended = False  # nothing comes after what has begun, or waits to
 
     def begin(self) -> int:
         """Count a run; give its number."""
@@ -65,7 +66,17 @@ class Breaker:
 
         What had begun before may have had what they all depend on when it was still there, and tells nothing.
         """
-        return self._succeeded > max(failed, self._opened)
+        return self._ended or self._succeeded > max(failed, self._opened)
+
+    def end(self) -> bool:
+        """Have those that wait, after which nothing comes, tried once more, and blame each for what it fails of then.
+
+        False if none has ever succeeded, which would show that what they depend on was there.
+        """
+        if self._succeeded:
+            self._ended, self.open = True, False
+            self._closed.set()
+        return self._ended
 
     def may_put_aside(self) -> bool:
         """Tell whether one more event may be put aside whose error does not tell whose fault it is; it counts as such.

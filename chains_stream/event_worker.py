@@ -74,7 +74,7 @@ class EventWorker(Taker[EventJob]):
         self._keyed: dict[tuple[int, int], Keyed] = {}  # what is about to begin, where values have the keys
         self._gave_way = False  # to a request, with the last place
         self._leaving = False  # what it has not done to others
-        self._breaker = Breaker(service.name)
+        self.breaker = self._breaker = Breaker(service.name)
         self._metrics = metrics.OfWorker(service.name)
 
     async def failed(self) -> None:

@@ -114,6 +114,11 @@ class SupplyConsumer:
         self._on_revoked: PartitionsChanged | None = None
 
     @property
+    def exhausted(self) -> bool:
+        """Whether all that there is was given."""
+        return self._exhausted and not self._held
+
+    @property
     def passed(self) -> int:
         """How many offsets are worked off, whether there was a record or not."""
         return sum(self.positions.values()) - self._begun

@@ -198,7 +198,10 @@ class Run:
         patience: float,
         bar: bool = False,
     ) -> None:
-        """Run what `open_` gives; give up once no event has succeeded for `patience` seconds."""
+        """Run what `open_` gives; give up once no event has succeeded for `patience` seconds.
+
+        If no more come, and some have succeeded, those that are left have failed by then, and it ends in order.
+        """
         self._chain = chain
         self._feed = feed
         self._settings = settings.model_copy(update={"broker": "memory://"})
@@ -281,7 +284,7 @@ class Run:
             elif since is None:
                 since = time.monotonic()
                 self._say(f"waiting, as no event succeeds: {reason}")
-            elif time.monotonic() - since >= self._patience:
+            elif time.monotonic() - since >= self._patience and not (consumer.exhausted and worker.breaker.end()):
                 raise ChainsRuntimeError(f"no event has succeeded for {self._patience:g} s: {reason}")
 
     def _show(self, consumer: SupplyConsumer) -> None:

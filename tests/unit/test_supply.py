@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import pytest
 
 import chains_stream as chains
@@ -253,3 +254,31 @@ def test_one_whose_events_all_fail_is_given_up(
         "waiting, as no event succeeds: nobody is there",
         f"all lines before {file}:1 are done",
     ]
+
+
+def test_those_that_fail_at_the_end_after_others_succeeded_are_told_and_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Picky(chains.ChainletBase):
+        remote_config = chains.RemoteConfig(compute=chains.Compute(predict_concurrency=4))
+        source = chains.Source("t", retries=1)
+        sink = chains.Sink("t.out")
+
+        async def run_remote(self, text: str) -> str:
+            if text.startswith("bad"):
+                raise ConnectionRefusedError(f"nobody is there for {text}")
+            return text
+
+    monkeypatch.setattr(replaying, "LINES_PATIENCE", 0.2)
+    file, results = tmp_path / "lines", tmp_path / "results"
+    file.write_text('"a"\n"b"\n"bad c"\n"bad d"\n', encoding="utf-8")
+    with pytest.raises(click.exceptions.Exit) as ended:
+        replaying.run_lines(Chain.of(Picky), str(file), None, str(results), Settings(grace_period=1))
+    told = capfd.readouterr().err.splitlines()
+    assert ended.value.exit_code == 1
+    assert sorted(told[-3:-1]) == [
+        f"{file}:3: ConnectionRefusedError: nobody is there for bad c",
+        f"{file}:4: ConnectionRefusedError: nobody is there for bad d",
+    ]
+    assert told[-1] == f"2 events done, 2 failed; 2 results written to {results}"
+    assert sorted(results.read_text(encoding="utf-8").split()) == ['"a"', '"b"']
