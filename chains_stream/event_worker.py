@@ -72,7 +72,7 @@ class EventWorker(Taker[EventJob]):
         self._turns = Turns(HOLD)
         self._left: list[EventJob] = []  # to others: those behind them in their lines don't run either
         self._keyed: dict[tuple[int, int], Keyed] = {}  # what is about to begin, where values have the keys
-        self._gave_way = False  # to a request, with the last place
+        self._begun_before = -1  # requests, by the time when the last event began
         self._leaving = False  # what it has not done to others
         self.breaker = self._breaker = Breaker(service.name)
         self._metrics = metrics.OfWorker(service.name)
@@ -195,14 +195,18 @@ class EventWorker(Taker[EventJob]):
             self._run_ready()
 
     def _run_ready(self) -> None:
+        self._take_back()
+        if self._ready and not self._due:
+            self._due = True
+            self._loop.call_soon(self._begin_one, context=self._context)
+
+    def _take_back(self) -> None:
+        """Give those a place that were put off, and are to be tried again."""
         while self._returning and self.places.taken < self.places.size:
             turn = self._returning.popleft()
             if not turn.done():
                 self.places.taken += 1
                 turn.set_result(None)
-        if self._ready and not self._due:
-            self._due = True
-            self._loop.call_soon(self._begin_one, context=self._context)
 
     def _begin_one(self) -> None:
         """Run what is ready beside what runs: it has come to where it waits, or would itself go on with it."""
@@ -233,14 +237,14 @@ class EventWorker(Taker[EventJob]):
                 continue
             if self._gives_way() or (self._breaker.open and not self._breaker.may_try(self.in_flight)):
                 return None
+            self._begun_before = self.places.begun
             self.in_flight += 1
             return self._ready.popleft()
         return None
 
     def _gives_way(self) -> bool:
         """Leave every second place that is freed to requests, while there are any."""
-        self._gave_way = self.places.asking > 0 and not self._gave_way
-        return self._gave_way
+        return self.places.asking > 0 and self.places.begun == self._begun_before
 
     def _give_place_back(self, job: EventJob) -> None:
         """Let others have the place of an event that does not run any more, or not now."""
@@ -282,7 +286,7 @@ class EventWorker(Taker[EventJob]):
                 self._jobs[task] = job
         finally:
             self._give_place_back(job)
-            self._run_ready()  # first what comes back to be tried again
+            self._take_back()  # before what has not begun, which `_dispatch` sees to
 
     async def _serve(self, job: EventJob, error: BaseException | None) -> None:
         self._run_ready()  # others, as soon as this one waits

@@ -32,6 +32,7 @@ class Places:
         self.size = size
         self.taken = 0
         self.asking = 0  # requests that are taken, and wait for one that events have
+        self.begun = 0  # requests, in all
         self.changed = asyncio.Event()  # some place was freed, or a worker has nothing more to take
 
     async def change(self, seconds: float | None = None) -> None:

@@ -128,6 +128,7 @@ class Worker(Taker[Job]):
     def _begin(self, record: Record, ledger: Ledger) -> "asyncio.Task[None]":
         self.in_flight += 1
         self.places.taken += 1
+        self.places.begun += 1
         job = Job(record, ledger, self._service)
         task = job.task = self._loop.create_task(self._serve(job, ledger))
         self._jobs[task] = job
