@@ -208,6 +208,7 @@ class Below(chains.ChainletBase):
 
     async def run_remote(self, ticket: Ticket) -> float:
         if ticket.act == "poison":
+            Seen.note("poison")
             raise OverloadedError("always too much", retry_after=0.01)
         if not Seen.counts["back"]:
             Seen.note("away")
@@ -240,8 +241,10 @@ async def test_while_what_it_depends_on_is_away_nothing_is_put_aside(stream: Str
 
 async def test_one_that_alone_fails_so_is_put_aside(stream: Stream) -> None:
     Seen.note("back")
-    await stream.send(Ticket("p", act="poison"), *(Ticket(f"{number}", number) for number in range(30)))
+    await stream.send(Ticket("p", act="poison"))
     await stream.host(stream.chainlet(Calling, retries=2))
+    await Seen.until("poison", times=2)  # its first try has failed: what begins now shows that it is to blame
+    await stream.send(*(Ticket(f"{number}", number) for number in range(30)))
     assert len(await stream.read(stream.scored, 30)) == 30
     (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
     assert dict(letter.headers)[EXCEPTION_MESSAGE] == b"always too much"
