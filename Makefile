@@ -35,7 +35,7 @@ VLLM_TESTS := tests/vllm/test_generation.py tests/vllm/test_resume.py
 CRASHES := tests/acceptance/test_event_crashes.py
 .PHONY: test-parts test-vllm test-triton
 test-parts:
-	@$(BIN)/pytest --numprocesses=4 --dist=loadgroup --durations=20 --durations-min=5 $(PARTS) --ignore=$(CRASHES)
+	@$(BIN)/pytest --numprocesses=3 --dist=loadfile --durations=20 --durations-min=5 $(PARTS) --ignore=$(CRASHES)
 test-vllm:
 	@if [ -e $(VLLM_READY) ]; then .venv-vllm/bin/pytest $(VLLM_TESTS); else $(call not-run,tests/vllm,vLLM); fi
 test-triton:
