@@ -261,8 +261,8 @@ async def test_a_ping_is_answered_once_a_client_has_read_what_it_was_sent_before
 
 async def test_a_client_that_is_busy_reading_is_not_lost(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no chance to answer a ping: one stands behind all that was sent before."""
-    monkeypatch.setattr(websocket_session, "BEAT", 0.2)
-    monkeypatch.setattr(websocket_session, "SILENCE", 0.4)
+    monkeypatch.setattr(websocket_session, "BEAT", 0.3)
+    monkeypatch.setattr(websocket_session, "SILENCE", 1.0)
     async with Frames(served.url, narrow=True) as client:
         await client.open(b"name=slow&do=push_and_wait&size=%d" % LARGE)
         while (await client.reader.readexactly(2))[0] & 0xF == PING:
