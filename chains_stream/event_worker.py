@@ -35,6 +35,7 @@ from chains_stream.timeouts import Timeout
 from chains_stream.transactions import Transactions
 from chains_stream.turns import Turns
 
+LEAST = 128  # records that are taken at once, if they are there: each time costs, and with at_most_once a commit
 HOLD = 0.005  # seconds that events are run one after the other while nothing else of the process is
 
 log = get_logger(__name__)
@@ -128,7 +129,8 @@ class EventWorker(Taker[EventJob]):
             return int(self._may_begin())
         if self._transactions is not None and self._transactions.full:
             return 0
-        return WAITING - self._lines.taken
+        free = WAITING - self._lines.taken
+        return free if free >= LEAST else 0
 
     def _may_begin(self) -> bool:
         if self._breaker.open and (self._ready or not self._breaker.may_try(self.in_flight)):
