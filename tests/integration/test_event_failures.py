@@ -13,7 +13,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 import chains_stream as chains
 from chains_stream.breaker import MOST_FAILING
 from chains_stream.broker import Committed
-from chains_stream.errors import BrokerAuthorizationError
+from chains_stream.errors import BrokerAuthorizationError, BrokerError
 from chains_stream.letters import EXCEPTION_MESSAGE, dead_letter_topic
 from chains_stream.offsets import Note
 from tests.sample import Seen
@@ -403,3 +403,34 @@ class Slowly(chains.ChainletBase):
         await asyncio.sleep(0.001)
         Seen.note("run")
         return Scored(ticket.id, 1.0)
+
+
+@pytest.mark.parametrize("key", [None, b"k"])
+async def test_what_is_lost_while_it_is_stored_is_not_run_again_here(
+    monkeypatch: pytest.MonkeyPatch, key: bytes | None
+) -> None:
+    async with AsyncExitStack() as stack:
+        stream = Stream("memory://", stack, "at_least_once")
+        await stream.start()
+        (worker,) = (await stream.host(stream.chainlet(Slowly))).feeds
+        storing: asyncio.Future[asyncio.Future[int]] = asyncio.get_running_loop().create_future()
+        publish = stream.broker.publish
+
+        async def held_up(topic: str, *args: Any, **more: Any) -> "asyncio.Future[int]":
+            if topic != stream.scored or storing.done():
+                return await publish(topic, *args, **more)
+            stored: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            storing.set_result(stored)
+            return stored
+
+        monkeypatch.setattr(stream.broker, "publish", held_up)
+        await (await publish(stream.tickets, b'{"id":"a"}', partition=0, key=key))
+        async with asyncio.timeout(10):
+            stored = await storing
+            while not worker._storing:  # noqa: ASYNC110 - it has no event for it
+                await asyncio.sleep(0)
+            worker._lose([0])
+            stored.set_exception(BrokerError("not stored"))
+            while worker.in_flight:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0)
+        assert Seen.counts["run"] == 1
