@@ -116,8 +116,8 @@ class Assignment:
             ledger = self.ledgers.get(record.partition)
             if ledger is not None and ledger.take(record.offset):
                 taken.append((record, ledger))
-                if ledger.span >= self._limit:
-                    self._pause_if_full(record.partition, ledger)
+        for partition, ledger in {record.partition: ledger for record, ledger in taken}.items():
+            self._pause_if_full(partition, ledger)
         return taken
 
     def done(self, partition: int, offset: int) -> bool:

@@ -142,6 +142,17 @@ class Transactor(Protocol):
     def begin(self) -> None:
         """Begin a transaction. Raises FencedError, BrokerError."""
 
+    def put(
+        self,
+        topic: str,
+        value: bytes,
+        *,
+        partition: int,
+        key: bytes | None = None,
+        headers: Headers = (),
+    ) -> asyncio.Future[int] | None:
+        """As `publish` does, append a record, if that takes no waiting; else None. Raises what is wrong at once."""
+
     async def publish(
         self,
         topic: str,
@@ -198,6 +209,18 @@ class Broker(Protocol):
 
     async def partitions(self, topic: str) -> int:
         """Give the number of partitions of a topic. Raises UnknownTopicError, BrokerError."""
+
+    def put(
+        self,
+        topic: str,
+        value: bytes,
+        *,
+        partition: int,
+        key: bytes | None = None,
+        headers: Headers = (),
+        durable: bool = True,
+    ) -> asyncio.Future[int] | None:
+        """As `publish` does, append a record, if that takes no waiting; else None, also where `publish` would raise."""
 
     async def publish(
         self,

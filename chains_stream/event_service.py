@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Collection
+from collections.abc import Awaitable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from chains_stream import metrics, policy
@@ -18,12 +18,15 @@ from chains_stream.errors import (
 )
 from chains_stream.events import Event, Feed, Output, Sink, partition_of, takes_none
 from chains_stream.formats import Registry, keying, named
+from chains_stream.formats.format import NO_HEADERS
 from chains_stream.letters import dead_letter_spec, send_letter
 from chains_stream.local import Callee
 from chains_stream.log import get_logger
 from chains_stream.patience import persist, place_of
 from chains_stream.settings import Settings
 from chains_stream.transactions import Unsent
+
+Storing = tuple[tuple[str, int], asyncio.Future[int]]  # a topic's partition, and what is done once it is stored there
 
 MOST_GIVEN, MOST_GIVEN_BYTES = 10_000, 32 << 20  # by one event with `exactly_once`, of records and their bytes
 
@@ -38,7 +41,7 @@ class Written:
         self._sinks: dict[str, _SinkWriter] = {
             sink.topic: _SinkWriter(sink, feed.gives, registry) for sink in feed.sinks
         }
-        self._first = feed.sinks[0].topic if feed.sinks else ""
+        self._first = self._sinks[feed.sinks[0].topic] if feed.sinks else None
 
     async def start(self) -> None:
         """Find out how many partitions the topics have, and what they take. Raises BrokerError."""
@@ -46,14 +49,18 @@ class Written:
             sink.partitions = await self._broker.partitions(topic)
             sink.limit = await self._broker.record_limit(topic)
 
-    def sink(self, output: Output[Any]) -> "_SinkWriter":
-        """Give the sink that an output goes to. Raises InvalidResultError if it names none."""
-        sink = self._sinks.get(output.topic or self._first)
+    def sink(self, topic: str | None) -> "_SinkWriter":
+        """Give the sink of a topic, or the first one. Raises InvalidResultError if there is none."""
+        sink = self._sinks.get(topic) if topic else self._first
         if sink is None:
             known = ", ".join(self._sinks) or "none"
-            topic = output.topic or self._first
-            raise InvalidResultError(f"an Output names the topic `{topic}`, which is no sink: there are {known}")
+            raise InvalidResultError(f"an Output names the topic `{topic or ''}`, which is no sink: there are {known}")
         return sink
+
+    def put(self, record: Unsent) -> asyncio.Future[int] | None:
+        """As `store` does, write a record, if that takes no waiting; else None."""
+        topic, partition, key, value, headers = record
+        return self._broker.put(topic, value, partition=partition, key=key, headers=headers)
 
     async def store(self, record: Unsent) -> asyncio.Future[int]:
         """Write a record, in the order of these calls; the future is done once it is stored. Raises BrokerError."""
@@ -76,13 +83,17 @@ class _SinkWriter:
         """Give what must be awaited before a record can be made, if anything. It raises SchemaRegistryError."""
         return self._writer.missing(self._topic)
 
-    def record(self, output: Output[Any], event: Event[Any]) -> Unsent:
-        """Make a record of what was given. Raises InvalidResultError for what can't be written, RecordTooLargeError."""
-        value, headers = self._writer.write(output.value, self._topic, output.headers)
-        key = output.key
+    def record(
+        self, given: Any, of_event: bytes | None, key: bytes | None = None, headers: Mapping[str, bytes] = NO_HEADERS
+    ) -> Unsent:
+        """Make a record of what was given, with a key of its own, or the event's.
+
+        Raises InvalidResultError for what can't be written, RecordTooLargeError.
+        """
+        value, written = self._writer.write(given, self._topic, headers)
         if key is None:
-            key = event.key if self._key is None else self._key(output.value)
-        record = Unsent(self._topic, self._partition(key), key, value, headers)
+            key = of_event if self._key is None else self._key(given)
+        record = Unsent(self._topic, self._partition(key), key, value, written)
         # Told later by the broker, it would fail for all that goes out with it, or for a whole transaction.
         if record.size > self.limit:
             reason = f"takes no record of this size: it has {record.size} bytes, and may have {self.limit}"
@@ -101,10 +112,10 @@ class Unreadable(Exception):  # noqa: N818 - it says of its cause what it is of
 
 
 class Keyed(NamedTuple):
-    """A record that was read for its key: the key, the event, and what was wrong with it."""
+    """A record that was read for its key: the key, what its run gets, and what was wrong with it."""
 
     key: bytes | None = None
-    event: Event[Any] | None = None
+    item: Any = None
     fault: Exception | None = None
 
 
@@ -142,18 +153,24 @@ class EventService:
         await self.broker.ensure_topics([*specs, dead_letter_spec(topic, settings)])
         await self.written.start()
 
-    async def event(self, record: Record) -> Event[Any]:
-        """Read a record. Raises Unreadable, SchemaRegistryError."""
-        headers = {name: value or b"" for name, value in record.headers}
+    def missing(self, record: Record) -> Awaitable[None] | None:
+        """Give what must be awaited before a record can be read, if anything. It raises as `read` does."""
         if not record.value and self._optional:
-            return _event(record, None, headers)
-        try:
-            if (missing := self._reader.missing(record.value)) is not None:
-                await missing
-            value = self._reader.read(record.value, headers, record.topic)
-        except (InvalidArgumentError, UnknownSchemaError) as error:
-            raise Unreadable from error
-        return _event(record, value, headers)
+            return None
+        missing = self._reader.missing(record.value)
+        return None if missing is None else _found(missing)
+
+    def read(self, record: Record) -> Any:
+        """Read a record: give the value, or the `Event`, as `run_remote` takes it. Raises Unreadable."""
+        headers = {name: value or b"" for name, value in record.headers} if record.headers else {}
+        if not record.value and self._optional:
+            value = None
+        else:
+            try:
+                value = self._reader.read(record.value, headers, record.topic)
+            except (InvalidArgumentError, UnknownSchemaError) as error:
+                raise Unreadable from error
+        return _event(record, value, headers) if self.feed.whole else value
 
     async def put_aside(self, record: Record, error: BaseException, reason: str) -> None:
         """Put an event into the dead-letter topic; `reason` is the kind of error, of metrics. Raises BrokerError."""
@@ -161,7 +178,7 @@ class EventService:
         topic, offset = await persist(lambda: send_letter(self.broker, record, self.group, error), record)
         log.warning("event.dead_lettered", letter=f"{topic}@{offset}", reason=message_of(error), **place_of(record))
 
-    def tell(self, error: BaseException, attempt: int) -> None:
+    def tell(self, record: Record, error: BaseException, attempt: int) -> None:
         """Log that an attempt has failed."""
         frames = user_frames(error.__traceback__)
         log.warning(
@@ -171,6 +188,7 @@ class EventService:
             error=type(error).__name__,
             message=message_of(error),
             at=f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None,
+            **place_of(record),
         )
 
     async def keyed(self, record: Record) -> Keyed:
@@ -179,14 +197,23 @@ class EventService:
         attempt = 1
         while True:
             try:
-                event = await self.event(record)
-                return Keyed(self.key(event.value), event)
+                if (missing := self.missing(record)) is not None:
+                    await missing
+                item = self.read(record)
+                return Keyed(self.key(item.value if self.feed.whole else item), item)
             except SchemaRegistryError as error:  # without its key it would run beside others of its key
                 log.warning("key.retry", chainlet=self.callee.name, **place_of(record), reason=str(error))
                 await asyncio.sleep(policy.backoff(attempt))
                 attempt += 1
             except Exception as error:  # noqa: BLE001 - whatever user code raises
                 return Keyed(fault=error)
+
+
+async def _found(missing: Awaitable[None]) -> None:
+    try:
+        await missing
+    except (InvalidArgumentError, UnknownSchemaError) as error:
+        raise Unreadable from error
 
 
 def _event(record: Record, value: Any, headers: dict[str, bytes]) -> Event[Any]:
@@ -209,40 +236,63 @@ class Given:
         storing: what is written, and was not stored when it was last looked at, in the order in which it was given.
     """
 
-    __slots__ = ("_bytes", "_event", "_transactional", "_written", "held", "storing")
+    __slots__ = ("_bytes", "_key", "_transactional", "_written", "held", "storing")
 
-    def __init__(self, written: Written, event: Event[Any], *, transactional: bool) -> None:
+    def __init__(self, written: Written, key: bytes | None, *, transactional: bool) -> None:
+        """Take what an event gives that has this `key`."""
         self._written = written
-        self._event = event
+        self._key = key
         self._transactional = transactional
         self._bytes = 0  # of what is held
         self.held: list[Unsent] = []
-        self.storing: deque[asyncio.Future[int]] = deque()
+        self.storing: deque[Storing] = deque()
 
-    async def add(self, item: Any) -> None:
-        """Write a value or an `Output`; None is nothing.
+    def add(self, item: Any) -> Awaitable[None] | None:
+        """Write a value or an `Output`; None is nothing. Give what must be awaited until it is written, if anything.
 
-        Raises InvalidResultError, RecordTooLargeError, SchemaRegistryError, BrokerError.
+        That and this raise InvalidResultError, RecordTooLargeError, SchemaRegistryError, BrokerError.
         """
         if item is None:
-            return
-        output: Output[Any] = item if isinstance(item, Output) else Output(item)
-        sink = self._written.sink(output)
+            return None
+        output = item if isinstance(item, Output) else None
+        sink = self._written.sink(None if output is None else output.topic)
         if (missing := sink.missing()) is not None:
-            await missing
-        record = sink.record(output, self._event)
+            return self._add_after(missing, item)
+        if output is None:
+            record = sink.record(item, self._key)
+        else:
+            record = sink.record(output.value, self._key, output.key, output.headers)
         if self._transactional:
-            self.held.append(record)
-            self._bytes += record.size
-            if len(self.held) > MOST_GIVEN or self._bytes > MOST_GIVEN_BYTES:
-                most = f"{MOST_GIVEN:,} records or {MOST_GIVEN_BYTES >> 20} MiB"
-                raise InvalidResultError(f"one event gave more than {most}, the most that exactly_once writes at once")
-            return
-        self.storing.append(await self._written.store(record))
-        while self.storing and self.storing[0].done():
-            self.storing.popleft().result()
+            self._hold(record)
+            return None
+        stored = self._written.put(record)
+        if stored is None:
+            return self._store(record)
+        self._note(record, stored)
+        return None
+
+    async def _add_after(self, missing: Awaitable[None], item: Any) -> None:
+        await missing
+        if (rest := self.add(item)) is not None:
+            await rest
+
+    async def _store(self, record: Unsent) -> None:
+        self._note(record, await self._written.store(record))
+
+    def _note(self, record: Unsent, stored: asyncio.Future[int]) -> None:
+        storing = self.storing
+        storing.append(((record.topic, record.partition), stored))
+        while storing and storing[0][1].done():
+            storing.popleft()[1].result()
+
+    def _hold(self, record: Unsent) -> None:
+        self.held.append(record)
+        self._bytes += record.size
+        if len(self.held) > MOST_GIVEN or self._bytes > MOST_GIVEN_BYTES:
+            most = f"{MOST_GIVEN:,} records or {MOST_GIVEN_BYTES >> 20} MiB"
+            raise InvalidResultError(f"one event gave more than {most}, the most that exactly_once writes at once")
 
     async def stored(self) -> None:
         """Wait until all is stored. Raises BrokerError."""
         while self.storing:
-            await self.storing.popleft()
+            await self.storing.popleft()[1]

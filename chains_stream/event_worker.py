@@ -14,16 +14,13 @@ from collections.abc import Awaitable, Collection, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from structlog.contextvars import bind_contextvars, reset_contextvars
-
 from chains_stream import metrics, policy
 from chains_stream.assignment import Assignment
 from chains_stream.breaker import Breaker, of_others, of_the_topics
 from chains_stream.broker import Record
 from chains_stream.errors import BrokerError, DeadLetteredError, is_retryable
-from chains_stream.event_lines import WAITING, EventJob, Lines
-from chains_stream.event_service import EventService, Given, Keyed, Unreadable
-from chains_stream.events import Event
+from chains_stream.event_lines import WAITING, EventJob, Lines, Unstored
+from chains_stream.event_service import EventService, Given, Keyed, Storing, Unreadable
 from chains_stream.log import get_logger
 from chains_stream.messages import now_ms
 from chains_stream.offsets import Ledger
@@ -36,7 +33,9 @@ from chains_stream.transactions import Transactions
 from chains_stream.turns import Turns
 
 LEAST = 128  # records that are taken at once, if they are there: each time costs, and with at_most_once a commit
-HOLD = 0.005  # seconds that events are run one after the other while nothing else of the process is
+# Seconds that events are run one after the other while nothing else of the process is: each turn of the loop costs, and
+# Kafka most of it. Less where others are under way in the process.
+HOLD, HOLD_BESIDE = 0.02, 0.005
 
 log = get_logger(__name__)
 
@@ -68,9 +67,10 @@ class EventWorker(Taker[EventJob]):
         self._lines = Lines(assignment)
         self._ready = self._lines.ready
         self._returning: deque[asyncio.Future[None]] = deque()  # events that were put off, and need a place again
-        self._storing: set[EventJob] = set()  # events that don't run any more, and are not done
+        self._context = contextvars.copy_context()  # that each event begins with
+        self._storing = Unstored(self._stored, self._context)
         self._due = False  # one more of those that are ready is about to begin
-        self._turns = Turns(HOLD)
+        self._turns = Turns(self._stretch)
         self._left: list[EventJob] = []  # to others: those behind them in their lines don't run either
         self._keyed: dict[tuple[int, int], Keyed] = {}  # what is about to begin, where values have the keys
         self._begun_before = -1  # requests, by the time when the last event began
@@ -90,7 +90,6 @@ class EventWorker(Taker[EventJob]):
         """Join the group and begin to take events."""
         self._stuck: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stuck.add_done_callback(_retrieved)
-        self._context = contextvars.copy_context()  # that each event begins with
         await self._service.start()
         await super().start()
         self._tasks.append(asyncio.create_task(self._dispatch(), name=f"dispatch {self.name}"))
@@ -100,6 +99,9 @@ class EventWorker(Taker[EventJob]):
     def held_back(self) -> str | None:
         """Why all events wait, as none succeeds; None while that is not so."""
         return self._breaker.reason if self._breaker.open else None
+
+    def _stretch(self) -> float:
+        return HOLD_BESIDE if metrics.IN_HAND.beside(self) else HOLD
 
     # --- Taker's
 
@@ -151,7 +153,8 @@ class EventWorker(Taker[EventJob]):
             self._begin_task(job)  # whoever has it run alone waits for its task
             return job.task
         self._ready.append(job)
-        self._run_ready()
+        if not self._due:
+            self._run_ready()
         return None
 
     def _lose(self, partitions: Collection[int]) -> None:
@@ -165,12 +168,12 @@ class EventWorker(Taker[EventJob]):
 
     def _waiting(self) -> Iterator[EventJob]:
         yield from tuple(self._jobs.values())
-        yield from tuple(self._storing)
+        yield from self._storing
         yield from self._lines
 
     def _running(self) -> Iterator[tuple[str, "asyncio.Future[None]"]]:
         yield from super()._running()
-        for job in tuple(self._storing):
+        for job in self._storing:
             job.stored = job.stored or self._loop.create_future()
             yield job.id, job.stored
 
@@ -184,9 +187,8 @@ class EventWorker(Taker[EventJob]):
         if self._service.key is not None:
             for record, _ in taken:
                 self._keyed[record.partition, record.offset] = await self._service.keyed(record)
-        still = [(record, ledger) for record, ledger in taken if self._assignment.of(record) is ledger]
         try:
-            await super()._start(still)
+            await super()._start(taken)
         finally:
             self._keyed.clear()  # of those too that went to others before they could begin
 
@@ -237,7 +239,9 @@ class EventWorker(Taker[EventJob]):
                 self._ready.popleft()
                 self._next(job)
                 continue
-            if self._gives_way() or (self._breaker.open and not self._breaker.may_try(self.in_flight)):
+            if (self.places.asking and self._gives_way()) or (
+                self._breaker.open and not self._breaker.may_try(self.in_flight)
+            ):
                 return None
             self._begun_before = self.places.begun
             self.in_flight += 1
@@ -245,8 +249,8 @@ class EventWorker(Taker[EventJob]):
         return None
 
     def _gives_way(self) -> bool:
-        """Leave every second place that is freed to requests, while there are any."""
-        return self.places.asking > 0 and self.places.begun == self._begun_before
+        """While there are requests, leave every second place that is freed to them."""
+        return self.places.begun == self._begun_before
 
     def _give_place_back(self, job: EventJob) -> None:
         """Let others have the place of an event that does not run any more, or not now."""
@@ -276,7 +280,8 @@ class EventWorker(Taker[EventJob]):
                 used = job.stop is not None or task.cancelling() or contextvars.copy_context() != context
                 if used or not job.placed or self._returning:
                     return
-                await self._turns.over()
+                if self._turns.over:
+                    await self._turns.give_way()
                 if self._quarantine.busy:
                     return
                 following = self._next_ready()
@@ -291,8 +296,8 @@ class EventWorker(Taker[EventJob]):
             self._take_back()  # before what has not begun, which `_dispatch` sees to
 
     async def _serve(self, job: EventJob, error: BaseException | None) -> None:
-        self._run_ready()  # others, as soon as this one waits
-        bound = bind_contextvars(event=job.id)
+        if not self._due:
+            self._run_ready()  # others, as soon as this one waits
         over = left = False
         try:
             over = await self._finish(job, error)
@@ -307,7 +312,6 @@ class EventWorker(Taker[EventJob]):
             over = True
             self._end(job)
         finally:
-            reset_contextvars(**bound)
             assert job.task is not None, "this one"
             del self._jobs[job.task]
             job.task = None
@@ -319,23 +323,12 @@ class EventWorker(Taker[EventJob]):
         self.in_flight -= 1
         if left:
             self._left.append(job)
+            self.places.changed.set()
         else:
             self._next(job)
-        self.places.changed.set()
 
-    def _keep(self, job: EventJob, storing: Collection[asyncio.Future[int]]) -> None:
-        """Have an event be done once all is stored that it gave."""
-        job.storing, job.error = len(storing), None
-        self._storing.add(job)
-        for future in storing:
-            future.add_done_callback(functools.partial(self._stored, job), context=self._context)
-
-    def _stored(self, job: EventJob, future: asyncio.Future[int]) -> None:
-        job.storing -= 1
-        job.error = job.error or future.exception()
-        if job.storing:
-            return
-        self._storing.discard(job)
+    def _stored(self, job: EventJob) -> None:
+        """Go on with an event of which nothing is yet to be stored: there may have been an error in that."""
         if job.error is None:
             self._succeeded(job)
             self._end(job)
@@ -367,14 +360,14 @@ class EventWorker(Taker[EventJob]):
                 return over
             job.number = self._breaker.begin()
             try:
-                storing = await self._run(job, await self._read(job))
+                storing = await self._run(job)
             except Unreadable as unreadable:
                 return await self._bury(job, unreadable.__cause__ or unreadable, "undecodable")
             except Exception as raised:  # noqa: BLE001 - whatever user code raises
                 error = raised
                 continue
             if storing:
-                self._keep(job, storing)
+                self._storing.add(job, storing)
                 return False
             self._succeeded(job)
             return True
@@ -385,20 +378,12 @@ class EventWorker(Taker[EventJob]):
             return False  # and what it made of its cancellation is no failure
         if not self._settings.embedded and await self.callee.dead():
             return False
-        self._service.tell(error, job.attempt)
+        self._service.tell(job.record, error, job.attempt)
         job.failed = job.failed or self._breaker.begun
         if not await self._again(job, error):
             return await self._bury(job, error, "failed")
         job.attempt += 1
         return None
-
-    async def _read(self, job: EventJob) -> Event[Any]:
-        """Read an event, unless that was done for its key. Raises what is wrong with either."""
-        keyed = job.keyed
-        if keyed is not None and keyed.fault is not None:
-            raise keyed.fault
-        job.keyed = None  # what a run has made of it is for no other
-        return keyed.event if keyed is not None and keyed.event else await self._service.event(job.record)
 
     def _succeeded(self, job: EventJob) -> None:
         self._breaker.succeeded(job.number)
@@ -439,19 +424,36 @@ class EventWorker(Taker[EventJob]):
             job.placed = turn.done() and not turn.cancelled()
             turn.cancel()
 
-    async def _run(self, job: EventJob, event: Event[Any]) -> Collection[asyncio.Future[int]]:
-        """Run an event once; give what is yet to be stored of what it gives."""
-        service, deadline = self._service, self._settings.deadline
-        scope = Scope(job.id, now_ms() + int(deadline * 1000))
-        scope.traceparent, scope.tracestate = event.headers.get("traceparent"), event.headers.get("tracestate")
-        feed, item = service.feed, event if service.feed.whole else event.value
-        service.queue_wait.observe(max(0.0, time.time() - event.timestamp_ms / 1000))
+    async def _run(self, job: EventJob) -> Collection[Storing]:
+        """Run an event once; give what is yet to be stored of what it gives. Raises Unreadable, and what it raises."""
+        service, feed, record, callee = self._service, self._service.feed, job.record, self.callee
+        if (keyed := job.keyed) is None:
+            if (missing := service.missing(record)) is not None:
+                await missing
+            item = service.read(record)
+        elif keyed.fault is not None:
+            raise keyed.fault
+        else:
+            item, job.keyed = keyed.item, None  # what a run has made of it is for no other
+        now, deadline = now_ms(), self._settings.deadline
+        scope = Scope(job.id, now + int(deadline * 1000))
+        if record.headers:
+            headers = dict(record.headers)
+            scope.traceparent, scope.tracestate = headers.get("traceparent"), headers.get("tracestate")
+        service.queue_wait.observe(max(0, now - record.timestamp_ms) / 1000)
+        arguments = {feed.argument: [item] if feed.batched else item}
+        given = Given(service.written, record.key, transactional=self._transactions is not None)
         began = time.perf_counter()
-        given = Given(service.written, event, transactional=self._transactions is not None)
         token = policy.current.set(scope)
         try:
             with Timeout(deadline, job.task):
-                await self._invoke(job, {feed.argument: [item] if feed.batched else item}, given)
+                if callee.signature.streaming:
+                    await self._stream(arguments, given)
+                else:
+                    one = callee.invoke(arguments) if callee.signature.is_async else self._in_thread(job, arguments)
+                    result = await one
+                    if (rest := given.add(result[0] if feed.batched else result)) is not None:
+                        await rest
                 if self._quarantine.busy:
                     await given.stored()  # else its task would end, and others begin, before it is done
         except asyncio.CancelledError as error:
@@ -465,16 +467,11 @@ class EventWorker(Taker[EventJob]):
         job.unsent = given.held
         return given.storing
 
-    async def _invoke(self, job: EventJob, arguments: dict[str, Any], given: Given) -> None:
-        callee = self.callee
-        if callee.signature.streaming:
-            async with aclosing(callee.stream(arguments)) as items:
-                async for item in items:
-                    await given.add(item)
-            return
-        whole = callee.invoke(arguments) if callee.signature.is_async else self._in_thread(job, arguments)
-        result = await whole
-        await given.add(result[0] if self._service.feed.batched else result)
+    async def _stream(self, arguments: dict[str, Any], given: Given) -> None:
+        async with aclosing(self.callee.stream(arguments)) as items:
+            async for item in items:
+                if (rest := given.add(item)) is not None:
+                    await rest
 
     async def _in_thread(self, job: EventJob, arguments: dict[str, Any]) -> Any:
         """Run a sync `run_remote`, to its end even if it takes too long: it would run beside its next try."""
@@ -490,7 +487,7 @@ class EventWorker(Taker[EventJob]):
 
     async def _bury(self, job: EventJob, error: BaseException, reason: str) -> bool:
         """Put an event aside. False if that can't be done."""
-        job.unsent = []
+        job.unsent = ()
         return await self._put_aside(job.record, error, reason)
 
     async def _put_aside(self, record: Record, error: BaseException, reason: str) -> bool:

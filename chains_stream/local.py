@@ -6,7 +6,7 @@ A local call passes through the same codec and the same policy as a remote one: 
 import asyncio
 import contextvars
 import types
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, contextmanager, suppress
 from pathlib import Path
@@ -100,20 +100,21 @@ class Callee:
         """
         return self.codec.encode_result(await self.invoke(arguments))
 
-    async def invoke(self, arguments: Mapping[str, Any]) -> Any:
-        """Run a unary `run_remote`, a sync one in a thread, and give its result as it is. Raises what it raises."""
+    def invoke(self, arguments: Mapping[str, Any]) -> Coroutine[Any, Any, Any]:
+        """Run a unary `run_remote`, a sync one in a thread, once it is awaited: it gives the result as it is.
+
+        Raises what it raises.
+        """
         if self._batcher is not None:
             (items,) = arguments.values()
-            return await self._batcher.call(list(items))
-        return await self._invoke(arguments)
+            return self._batcher.call(list(items))
+        return self._invoke(arguments)
 
     async def _run_batch(self, items: list[Any]) -> Any:
         return await self._invoke({self.signature.parameters[0].name: items})
 
-    async def _invoke(self, arguments: Mapping[str, Any]) -> Any:
-        if self.signature.is_async:
-            return await self._method(**arguments)
-        return await self._in_thread(arguments)
+    def _invoke(self, arguments: Mapping[str, Any]) -> Coroutine[Any, Any, Any]:
+        return self._method(**arguments) if self.signature.is_async else self._in_thread(arguments)
 
     async def _in_thread(self, arguments: Mapping[str, Any]) -> Any:
         """Run a sync `run_remote`. A thread can't be cancelled: it takes one of the places until it has ended."""

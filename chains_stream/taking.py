@@ -201,7 +201,8 @@ class Taker(Generic[JobT]):
 
     async def _start(self, taken: Sequence[tuple[Record, Ledger]]) -> None:
         """Begin what was taken; what may have killed a worker goes first, and alone."""
-        if not self._quarantine.busy and all(self._assignment.ordinary(record, ledger) for record, ledger in taken):
+        ledgers = {ledger: record for record, ledger in taken}
+        if not self._quarantine.busy and all(self._assignment.ordinary(record, of) for of, record in ledgers.items()):
             if self._behind is None and self.places.taken + len(taken) <= self.places.size:
                 for record, ledger in taken:
                     self._begin(record, ledger)

@@ -23,6 +23,7 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from chains_stream.log import PlainEvent
+from chains_stream.policy import current
 
 Format = Literal["console", "json"]
 
@@ -111,12 +112,21 @@ def _formatter(log_format: Format, *, colors: bool, debug: bool) -> logging.Form
         processors=[
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             _origin,
+            _request,
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
             _mask_secrets,
             _exceptions(log_format, debug=debug),
             *renderers,
         ],
     )
+
+
+def _request(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Name the request that is being served, where nothing else has: for an event nothing is bound."""
+    served = current.get()
+    if served is not None:
+        event.setdefault("request_id", served.request_id)
+    return event
 
 
 class _Formatter(structlog.stdlib.ProcessorFormatter):

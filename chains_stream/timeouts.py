@@ -1,7 +1,8 @@
 """Bounds on waiting, for code that begins thousands of them a second and meets nearly all in time.
 
 `asyncio.timeout` sets a timer of the event loop for each, which costs about as much as a task does. Here one that is
-far off has none: it stands in a set of those that end in the same second, and gets its timer when that second comes.
+far off has none: it stands in a set of those that end in the same second, and gets its timer when that second comes. It
+is put there at the loop's next turn, so that a block which is over by then, as it waited for nothing, costs no more.
 And `fault_of` looks at what is waited for, without waiting.
 """
 
@@ -42,8 +43,8 @@ class Timeout:
         self._loop = task.get_loop()
         self._when = self._loop.time() + min(self._seconds, FOREVER)
         if self._seconds > FAR:
-            self._far = _far_of(self._loop)
-            self._far.add(self, self._when)
+            far = _here.far if _here.loop is self._loop else _far_of(self._loop)
+            far.begin(self)
         else:
             self.near()
         return self
@@ -73,6 +74,12 @@ class Timeout:
             self._expired = True
             self._task.cancel()
 
+    def far(self, sets: "_Far") -> None:
+        """Have a place in a set, unless the block is over."""
+        if self._task is not None:
+            self._far = sets
+            sets.add(self, self._when)
+
     def near(self) -> None:
         """Set the timer: the end is not far any more."""
         self._far = None
@@ -87,6 +94,17 @@ class _Far:
         self._seconds: dict[int, set[Timeout]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0  # the second for which the timer is set
+        self._begun: list[Timeout] = []  # in this turn of the loop
+
+    def begin(self, timeout: Timeout) -> None:
+        if not self._begun:
+            self._loop.call_soon(self._turn)
+        self._begun.append(timeout)
+
+    def _turn(self) -> None:
+        begun, self._begun = self._begun, []
+        for timeout in begun:
+            timeout.far(self)
 
     def add(self, timeout: Timeout, when: float) -> None:
         second = int(when)

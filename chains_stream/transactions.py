@@ -34,8 +34,8 @@ class Unsent(NamedTuple):
     @property
     def size(self) -> int:
         """Give its bytes: of value, key and headers."""
-        beside = sum(len(name) + len(value or b"") for name, value in self.headers)
-        return len(self.value) + len(self.key or b"") + beside
+        size = len(self.value) + len(self.key or b"")
+        return size + sum(len(name) + len(value or b"") for name, value in self.headers) if self.headers else size
 
 
 class _RefusedError(Exception):
@@ -61,10 +61,11 @@ class _Partition:
         self.bytes = 0  # of the values of those that are not written, and of their events
 
     def add(self, records: Collection[Unsent], event: Record) -> None:
+        if not records:
+            return
         self._unsent += records
-        events = [event] * len(records)
-        self._events += events
-        self.bytes += _held(records, events)
+        self._events += [event] * len(records)
+        self.bytes += len(event.value) + sum([len(record.value) for record in records])
 
     def __len__(self) -> int:
         """How many records are not written yet."""
@@ -251,11 +252,11 @@ class Transactions:
     ) -> None:
         assert transactor is not None, "started"
         transactor.begin()
-        for at, record in enumerate(records):
+        for at, (topic, partition, key, value, headers) in enumerate(records):
             try:
-                stored = await transactor.publish(
-                    record.topic, record.value, partition=record.partition, key=record.key, headers=record.headers
-                )
+                stored = transactor.put(topic, value, partition=partition, key=key, headers=headers)
+                if stored is None:
+                    stored = await transactor.publish(topic, value, partition=partition, key=key, headers=headers)
                 if one_by_one:
                     await stored
             except RecordTooLargeError as error:

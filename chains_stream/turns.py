@@ -1,25 +1,30 @@
 """Turns of the event loop, for tasks that may run long without waiting for anything."""
 
 import asyncio
+from collections.abc import Callable
 
 
 class Turns:
-    """Has tasks of one kind run for `seconds` at a stretch, all together, before all else has its turn.
+    """Has tasks of one kind run for a stretch, all together, before all else has its turn.
 
     Attributes:
         aside: how many of them let others have their turn now.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, stretch: Callable[[], float]) -> None:
+        """Ask for the seconds of a stretch when it begins."""
         self.aside = 0
-        self._seconds = seconds
-        self._began = 0.0  # by the loop's time
+        self._stretch = stretch
+        self._end = 0.0  # by the loop's time
 
-    async def over(self) -> None:
-        """Let all else of the event loop have its turn, if it has not had it for too long."""
+    @property
+    def over(self) -> bool:
+        """Whether the stretch is."""
+        return asyncio.get_running_loop().time() > self._end
+
+    async def give_way(self) -> None:
+        """Let all else of the event loop have its turn."""
         loop = asyncio.get_running_loop()
-        if loop.time() - self._began <= self._seconds:
-            return
         if not self.aside:
             loop.call_soon(self._begin, loop)
         self.aside += 1
@@ -29,4 +34,4 @@ class Turns:
             self.aside -= 1
 
     def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._began = loop.time()
+        self._end = loop.time() + self._stretch()

@@ -90,6 +90,21 @@ class KafkaBroker:
         await asyncio.gather(self._durable.close(), self._fast.close())
         await self._cluster.close()
 
+    def put(
+        self,
+        topic: str,
+        value: bytes,
+        *,
+        partition: int,
+        key: bytes | None = None,
+        headers: Headers = (),
+        durable: bool = True,
+    ) -> asyncio.Future[int] | None:
+        if len(value) > self._max_record_bytes:
+            return None
+        sender = self._durable if durable else self._fast
+        return sender.put((topic, partition), key, value, headers)
+
     async def publish(
         self,
         topic: str,
@@ -100,14 +115,14 @@ class KafkaBroker:
         headers: Headers = (),
         durable: bool = True,
     ) -> asyncio.Future[int]:
+        stored = self.put(topic, value, partition=partition, key=key, headers=headers, durable=durable)
+        if stored is not None:
+            return stored
         check_size(topic, value, self._max_record_bytes)
         if not 0 <= partition < self._cluster.counts.get(topic, 0):
             await self._cluster.require(topic, partition)
-        sender = self._durable if durable else self._fast
-        stored = sender.put((topic, partition), key, value, headers)
-        if stored is not None:
-            return stored
         try:
+            sender = self._durable if durable else self._fast
             return await sender.send(TopicPartition(topic, partition), key, value, headers)
         except kafka.UnknownTopicOrPartitionError as error:
             self._cluster.counts.pop(topic, None)

@@ -108,17 +108,26 @@ class KafkaTransactor:
         manager.begin_transaction()
         self._open = True
 
+    def put(
+        self, topic: str, value: bytes, *, partition: int, key: bytes | None = None, headers: Headers = ()
+    ) -> asyncio.Future[int] | None:
+        self._manager(open_=True)
+        assert self._producer is not None, "it has a manager"
+        waiting = self._producer._message_accumulator._batches.get((topic, partition))  # noqa: SLF001 - as in `kafka_sending`
+        if not waiting or len(value) > self._max_record_bytes:
+            return None
+        return waiting[-1].put(key, value, headers)  # type: ignore[no-any-return] # as above
+
     async def publish(
         self, topic: str, value: bytes, *, partition: int, key: bytes | None = None, headers: Headers = ()
     ) -> asyncio.Future[int]:
         check_size(topic, value, self._max_record_bytes)
+        stored = self.put(topic, value, partition=partition, key=key, headers=headers)
+        if stored is not None:
+            return stored
         manager = self._manager(open_=True)
         producer, transaction = self._producer, manager.wait_for_transaction_end()
         assert producer is not None, "it has a manager"
-        waiting = producer._message_accumulator._batches.get((topic, partition))  # noqa: SLF001 - as in `kafka_sending`
-        stored = waiting[-1].put(key, value, headers) if waiting else None
-        if stored is not None:
-            return stored  # type: ignore[no-any-return] # as above
         if not 0 <= partition < self._cluster.counts.get(topic, 0):
             await self._cluster.require(topic, partition)
         place = TopicPartition(topic, partition)

@@ -219,6 +219,19 @@ class MemoryBroker:
     async def partitions(self, topic: str) -> int:
         return len(self._topic(topic).partitions)
 
+    def put(
+        self,
+        topic: str,
+        value: bytes,
+        *,
+        partition: int,
+        key: bytes | None = None,
+        headers: Headers = (),
+        durable: bool = True,  # noqa: ARG002 - nothing here outlives the process
+    ) -> asyncio.Future[int] | None:
+        log = self.room(topic, partition, len(value))
+        return None if log is None else stored_at(log.append(key, value, headers))
+
     async def publish(
         self,
         topic: str,
@@ -231,6 +244,11 @@ class MemoryBroker:
     ) -> asyncio.Future[int]:
         log = await self.place(topic, partition, len(value))
         return stored_at(log.append(key, value, headers))
+
+    def room(self, topic: str, partition: int, size: int) -> Partition | None:
+        """Give a partition that has room for a value of so many bytes; a record is to be appended at once."""
+        log = self._logs.get((topic, partition))
+        return log if log is not None and size <= self._max_record_bytes and log.admits(size) else None
 
     async def place(self, topic: str, partition: int, size: int) -> Partition:
         """Wait until a partition has room for a value of so many bytes; a record is to be appended at once."""

@@ -13,6 +13,9 @@ from chains_stream.messages import Headers
 class Logs(Protocol):
     """What a transaction writes to: the broker."""
 
+    def room(self, topic: str, partition: int, size: int) -> Partition | None:
+        """Give a partition that has room for a value of so many bytes; a record is to be appended at once."""
+
     async def place(self, topic: str, partition: int, size: int) -> Partition:
         """Wait until a partition has room for a value of so many bytes; a record is to be appended at once."""
 
@@ -58,6 +61,13 @@ class MemoryTransactor:
             raise ChainsUsageError(f"a transaction of {self._id} is open: commit it, or abort it")
         self._open = _Transaction()
 
+    def put(
+        self, topic: str, value: bytes, *, partition: int, key: bytes | None = None, headers: Headers = ()
+    ) -> asyncio.Future[int] | None:
+        transaction = self._current()
+        log = self._logs.room(topic, partition, len(value))
+        return None if log is None else self._append(transaction, log, (key, value, headers))
+
     async def publish(
         self, topic: str, value: bytes, *, partition: int, key: bytes | None = None, headers: Headers = ()
     ) -> asyncio.Future[int]:
@@ -66,7 +76,12 @@ class MemoryTransactor:
         if transaction is not self._open:  # it ended while this one waited for room
             self._check()
             raise BrokerError(f"the transaction of {self._id} ended before a record for {topic} had its place")
-        offset = log.append(key, value, headers, transaction)
+        return self._append(transaction, log, (key, value, headers))
+
+    def _append(
+        self, transaction: _Transaction, log: Partition, record: tuple[bytes | None, bytes, Headers]
+    ) -> asyncio.Future[int]:
+        offset = log.append(*record, transaction)
         transaction.written.setdefault(log, []).append(offset)
         if transaction.timer is None:
             reason = f"a transaction of {self._id} was open for more than {self._timeout:g} s"

@@ -41,6 +41,21 @@ class SuppliedBroker(MemoryBroker):
         return ours if its is None else min(ours, its)
 
     @override
+    def put(
+        self,
+        topic: str,
+        value: bytes,
+        *,
+        partition: int,
+        key: bytes | None = None,
+        headers: Headers = (),
+        durable: bool = True,
+    ) -> "asyncio.Future[int] | None":
+        if topic in self._outlets:
+            return None
+        return super().put(topic, value, partition=partition, key=key, headers=headers, durable=durable)
+
+    @override
     async def publish(
         self,
         topic: str,

@@ -33,6 +33,28 @@ async def test_a_partition_keeps_the_order_of_publishing(broker: Broker, topic: 
     await reader.close()
 
 
+async def test_what_is_put_has_its_place_among_what_is_published(broker: Broker, topic: str) -> None:
+    reader = await broker.read(topic, {0: 0})
+    values = [str(number).encode() for number in range(500)]
+    stored, at_once = [], 0
+    for value in values:
+        put = broker.put(topic, value, partition=0)
+        at_once += put is not None
+        stored.append(put or await broker.publish(topic, value, partition=0))
+    assert at_once > 400, "all but the first of what is sent together"
+    assert await asyncio.gather(*stored) == list(range(500))
+    assert [record.value for record in await take(reader, 500)] == values
+    await reader.close()
+
+
+async def test_what_has_no_place_is_not_put(broker: Broker, topic: str) -> None:
+    await (await broker.publish(topic, b"there", partition=0))
+    assert broker.put(topic, bytes(broker.max_record_bytes + 1), partition=0) is None
+    assert broker.put(topic, b"", partition=99) is None
+    assert broker.put(f"{topic}.unknown", b"", partition=0) is None
+    assert await broker.end_offset(topic, 0) == 1
+
+
 async def test_readers_begin_where_they_are_told(broker: Broker, topic: str) -> None:
     await fill(broker, topic, 10)
     await fill(broker, topic, 3, partition=1)

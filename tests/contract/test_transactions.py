@@ -329,7 +329,9 @@ async def test_large_transactions_keep_their_order(broker: Broker, output: str, 
     count, size = 5_000, 400
     transactor.begin()
     for n in range(count):
-        await transactor.publish(output, str(n).encode().ljust(size), partition=n % 2)
+        value, partition = str(n).encode().ljust(size), n % 2
+        if transactor.put(output, value, partition=partition) is None:
+            await transactor.publish(output, value, partition=partition)
     await transactor.commit()
     for partition in range(2):
         values = [int(value) for value in await committed(broker, output, partition)]

@@ -414,17 +414,17 @@ async def test_what_is_lost_while_it_is_stored_is_not_run_again_here(
         await stream.start()
         (worker,) = (await stream.host(stream.chainlet(Slowly))).feeds
         storing: asyncio.Future[asyncio.Future[int]] = asyncio.get_running_loop().create_future()
-        publish = stream.broker.publish
+        put = stream.broker.put
 
-        async def held_up(topic: str, *args: Any, **more: Any) -> "asyncio.Future[int]":
+        def held_up(topic: str, *args: Any, **more: Any) -> "asyncio.Future[int] | None":
             if topic != stream.scored or storing.done():
-                return await publish(topic, *args, **more)
+                return put(topic, *args, **more)
             stored: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             storing.set_result(stored)
             return stored
 
-        monkeypatch.setattr(stream.broker, "publish", held_up)
-        await (await publish(stream.tickets, b'{"id":"a"}', partition=0, key=key))
+        monkeypatch.setattr(stream.broker, "put", held_up)
+        await (await stream.broker.publish(stream.tickets, b'{"id":"a"}', partition=0, key=key))
         async with asyncio.timeout(10):
             stored = await storing
             while not worker._storing:  # noqa: ASYNC110 - it has no event for it

@@ -13,7 +13,7 @@ import aiokafka.errors
 import pytest
 import structlog
 
-from chains_stream import telemetry
+from chains_stream import policy, telemetry
 from chains_stream.log import get_logger, log_plain
 
 Configure = Callable[..., io.StringIO]
@@ -99,6 +99,18 @@ def test_what_is_logged_with_every_request_looks_like_all_else(
         assert rest == usual.partition("Z")[2]
     else:
         assert [{**json.loads(line), "timestamp": ""} for line in (plain,)] == [{**json.loads(usual), "timestamp": ""}]
+
+
+@pytest.mark.parametrize("get", [structlog.get_logger, get_logger, logging.getLogger])
+def test_what_run_remote_logs_names_its_request(configure: Configure, get: Callable[[str], Any]) -> None:
+    stream = configure("json")
+    token = policy.current.set(policy.Scope("tickets/3/17", 0))
+    get("pipeline").warning("it is said")
+    policy.current.reset(token)
+    get("pipeline").warning("nothing is served")
+    during, after = events(stream)
+    assert during["request_id"] == "tickets/3/17"
+    assert "request_id" not in after
 
 
 def test_what_is_logged_with_every_request_obeys_the_level(configure: Configure) -> None:

@@ -102,11 +102,22 @@ async def test_nothing_is_kept_of_those_that_ended() -> None:
     bounds = [Timeout(FAR + at) for at in range(1, 50)]
     for bound in bounds:
         with bound:
-            pass
+            await asyncio.sleep(0)
     with Timeout(FAR + 5):
+        await asyncio.sleep(0)
         far = bounds[0]._far
         assert far is not None
         assert sum(map(len, far._seconds.values())) == 1
+
+
+async def test_a_block_that_waits_for_nothing_has_a_place_nowhere() -> None:
+    bound = Timeout(FAR + 1)
+    with bound:
+        pass
+    with Timeout(FAR + 1) as other:
+        await asyncio.sleep(0)
+        assert bound._far is None
+        assert other._far is not None
 
 
 def test_one_loop_after_another() -> None:

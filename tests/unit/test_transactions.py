@@ -108,14 +108,14 @@ class _Narrow:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    async def publish(self, topic: str, value: bytes, **rest: Any) -> asyncio.Future[int]:
+    def put(self, topic: str, value: bytes, **rest: Any) -> "asyncio.Future[int] | None":
+        if len(value) <= 100:
+            return self._inner.put(topic, value, **rest)  # type: ignore[no-any-return] # whatever it is
+        self._refused = RecordTooLargeError("too large")
         stored: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        if len(value) > 100:
-            self._refused = RecordTooLargeError("too large")
-            stored.set_exception(self._refused)
-            stored.exception()
-            return stored
-        return await self._inner.publish(topic, value, **rest)  # type: ignore[no-any-return] # whatever it is
+        stored.set_exception(self._refused)
+        stored.exception()
+        return stored
 
     async def commit(self) -> None:
         if self._refused is not None:
