@@ -76,6 +76,7 @@ class _SinkWriter:
         self.limit = 0  # bytes of a record
         self._topic = sink.topic
         self._writer = named(sink.format).writer(kind, registry)
+        self.needs_registry = self._writer.needs_registry  # else nothing is ever missing
         self._key = None if sink.key is None else keying(sink.key, kind)
         self._rotation = 0
 
@@ -137,6 +138,7 @@ class EventService:
         self.written = Written(broker, feed, self.registry)
         self.key = None if feed.source.key is None else keying(feed.source.key, feed.kind)
         self._reader = named(feed.source.format).reader(feed.kind, self.registry)
+        self.needs_registry = self._reader.needs_registry  # else nothing is ever missing
         self._optional = takes_none(feed.kind)
         self.queue_wait = metrics.QUEUE_WAIT.labels(self.name)
         self.run_time = metrics.RUN_TIME.labels(self.name)
@@ -155,7 +157,7 @@ class EventService:
 
     def missing(self, record: Record) -> Awaitable[None] | None:
         """Give what must be awaited before a record can be read, if anything. It raises as `read` does."""
-        if not record.value and self._optional:
+        if not self.needs_registry or (not record.value and self._optional):
             return None
         missing = self._reader.missing(record.value)
         return None if missing is None else _found(missing)
@@ -256,7 +258,7 @@ class Given:
             return None
         output = item if isinstance(item, Output) else None
         sink = self._written.sink(None if output is None else output.topic)
-        if (missing := sink.missing()) is not None:
+        if sink.needs_registry and (missing := sink.missing()) is not None:
             return self._add_after(missing, item)
         if output is None:
             record = sink.record(item, self._key)

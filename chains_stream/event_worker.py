@@ -32,10 +32,8 @@ from chains_stream.timeouts import Timeout
 from chains_stream.transactions import Transactions
 from chains_stream.turns import Turns
 
-LEAST = 128  # records that are taken at once, if they are there: each time costs, and with at_most_once a commit
-# Seconds that events are run one after the other while nothing else of the process is: each turn of the loop costs, and
-# Kafka most of it. Less where others are under way in the process.
-HOLD, HOLD_BESIDE = 0.02, 0.005
+LEAST = 128  # records that are taken at once, if they are there: each time costs
+COMMITTED = WAITING // 2  # records that are with `at_most_once`, as each time takes a commit
 
 log = get_logger(__name__)
 
@@ -62,6 +60,9 @@ class EventWorker(Taker[EventJob]):
             through=self._transactions,
         )
         super().__init__(service.name, assignment, settings, quarantine, places=places)
+        self._least = LEAST
+        if source.delivery == "at_most_once":
+            self._least = self._most = COMMITTED
         self.callee = service.callee
         self._service = service
         self._lines = Lines(assignment)
@@ -70,7 +71,7 @@ class EventWorker(Taker[EventJob]):
         self._context = contextvars.copy_context()  # that each event begins with
         self._storing = Unstored(self._stored, self._context)
         self._due = False  # one more of those that are ready is about to begin
-        self._turns = Turns(self._stretch)
+        self._turns = Turns(functools.partial(metrics.IN_HAND.beside, self))
         self._left: list[EventJob] = []  # to others: those behind them in their lines don't run either
         self._keyed: dict[tuple[int, int], Keyed] = {}  # what is about to begin, where values have the keys
         self._begun_before = -1  # requests, by the time when the last event began
@@ -99,9 +100,6 @@ class EventWorker(Taker[EventJob]):
     def held_back(self) -> str | None:
         """Why all events wait, as none succeeds; None while that is not so."""
         return self._breaker.reason if self._breaker.open else None
-
-    def _stretch(self) -> float:
-        return HOLD_BESIDE if metrics.IN_HAND.beside(self) else HOLD
 
     # --- Taker's
 
@@ -132,7 +130,7 @@ class EventWorker(Taker[EventJob]):
         if self._transactions is not None and self._transactions.full:
             return 0
         free = WAITING - self._lines.taken
-        return free if free >= LEAST else 0
+        return free if free >= self._least else 0
 
     def _may_begin(self) -> bool:
         if self._breaker.open and (self._ready or not self._breaker.may_try(self.in_flight)):
@@ -280,7 +278,7 @@ class EventWorker(Taker[EventJob]):
                 used = job.stop is not None or task.cancelling() or contextvars.copy_context() != context
                 if used or not job.placed or self._returning:
                     return
-                if self._turns.over:
+                if self._turns.now > self._turns.end:
                     await self._turns.give_way()
                 if self._quarantine.busy:
                     return
@@ -360,7 +358,9 @@ class EventWorker(Taker[EventJob]):
                 return over
             job.number = self._breaker.begin()
             try:
-                storing = await self._run(job)
+                if self._service.needs_registry and (missing := self._service.missing(record)) is not None:
+                    await missing
+                storing = await self._run(job, self._item(job))
             except Unreadable as unreadable:
                 return await self._bury(job, unreadable.__cause__ or unreadable, "undecodable")
             except Exception as raised:  # noqa: BLE001 - whatever user code raises
@@ -424,23 +424,24 @@ class EventWorker(Taker[EventJob]):
             job.placed = turn.done() and not turn.cancelled()
             turn.cancel()
 
-    async def _run(self, job: EventJob) -> Collection[Storing]:
-        """Run an event once; give what is yet to be stored of what it gives. Raises Unreadable, and what it raises."""
-        service, feed, record, callee = self._service, self._service.feed, job.record, self.callee
-        if (keyed := job.keyed) is None:
-            if (missing := service.missing(record)) is not None:
-                await missing
-            item = service.read(record)
-        elif keyed.fault is not None:
+    def _item(self, job: EventJob) -> Any:
+        """Give what a run gets, which may have been read for its key. Raises what was wrong with either, Unreadable."""
+        keyed = job.keyed
+        if keyed is None:
+            return self._service.read(job.record)
+        if keyed.fault is not None:
             raise keyed.fault
-        else:
-            item, job.keyed = keyed.item, None  # what a run has made of it is for no other
-        now, deadline = now_ms(), self._settings.deadline
-        scope = Scope(job.id, now + int(deadline * 1000))
+        job.keyed = None  # what a run has made of it is for no other
+        return keyed.item
+
+    async def _run(self, job: EventJob, item: Any) -> Collection[Storing]:
+        """Run an event once; give what is yet to be stored of what it gives. Raises what its run does."""
+        service, feed, record, callee = self._service, self._service.feed, job.record, self.callee
+        at_ms, deadline = now_ms(), self._settings.deadline
+        scope = Scope(job.id, at_ms + int(deadline * 1000))
         if record.headers:
-            headers = dict(record.headers)
-            scope.traceparent, scope.tracestate = headers.get("traceparent"), headers.get("tracestate")
-        service.queue_wait.observe(max(0, now - record.timestamp_ms) / 1000)
+            scope.traceparent, scope.tracestate = map(dict(record.headers).get, ("traceparent", "tracestate"))
+        service.queue_wait.observe(max(0, at_ms - record.timestamp_ms) / 1000)
         arguments = {feed.argument: [item] if feed.batched else item}
         given = Given(service.written, record.key, transactional=self._transactions is not None)
         began = time.perf_counter()
@@ -462,8 +463,10 @@ class EventWorker(Taker[EventJob]):
             raise RuntimeError("run_remote ended in the cancellation of something that it waited for") from error
         finally:
             policy.current.reset(token)
-            scope.close()
-            service.run_time.observe(time.perf_counter() - began)
+            if scope.calls:
+                scope.close()
+            self._turns.now = now = time.perf_counter()
+            service.run_time.observe(now - began)
         job.unsent = given.held
         return given.storing
 

@@ -81,6 +81,7 @@ class Taker(Generic[JobT]):
         self._behind = behind
         self.places = places
         self._shared = False  # places
+        self._most = MAX_TAKEN
         self._waits_since: float | None = None  # in `fetch`
         self._settings = settings
         self._consumer: GroupConsumer | None = None
@@ -144,7 +145,7 @@ class Taker(Generic[JobT]):
 
     async def _take(self, consumer: GroupConsumer) -> None:
         while True:
-            free = min(self._free(), MAX_TAKEN)
+            free = min(self._free(), self._most)
             if free <= 0 or not self._may_take():
                 await self._change()
                 continue

@@ -1,37 +1,38 @@
 """Turns of the event loop, for tasks that may run long without waiting for anything."""
 
 import asyncio
+import time
 from collections.abc import Callable
+
+# Seconds of a stretch, and of one while others are under way in the process. Each turn of the loop costs: in one of a
+# worker of events, say, all is sent to Kafka that was given in it.
+STRETCH, STRETCH_BESIDE = 0.02, 0.005
 
 
 class Turns:
     """Has tasks of one kind run for a stretch, all together, before all else has its turn.
 
     Attributes:
+        end: of the stretch, by `time.perf_counter`.
+        now: what that was when it was last looked at, by whoever runs them.
         aside: how many of them let others have their turn now.
     """
 
-    def __init__(self, stretch: Callable[[], float]) -> None:
-        """Ask for the seconds of a stretch when it begins."""
+    def __init__(self, beside: Callable[[], bool]) -> None:
+        """Ask, when a stretch begins, whether others are under way."""
+        self.end = self.now = 0.0
         self.aside = 0
-        self._stretch = stretch
-        self._end = 0.0  # by the loop's time
-
-    @property
-    def over(self) -> bool:
-        """Whether the stretch is."""
-        return asyncio.get_running_loop().time() > self._end
+        self._beside = beside
 
     async def give_way(self) -> None:
         """Let all else of the event loop have its turn."""
-        loop = asyncio.get_running_loop()
         if not self.aside:
-            loop.call_soon(self._begin, loop)
+            asyncio.get_running_loop().call_soon(self._begin)
         self.aside += 1
         try:
             await asyncio.sleep(0)
         finally:
             self.aside -= 1
 
-    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._end = loop.time() + self._stretch()
+    def _begin(self) -> None:
+        self.end = time.perf_counter() + (STRETCH_BESIDE if self._beside() else STRETCH)

@@ -98,6 +98,7 @@ class AvroReader(Reader):
     """Reads values of any schema into one type."""
 
     needs_headers = False
+    needs_registry = True
 
     def __init__(self, kind: Any, registry: Registry) -> None:
         self._kind = kind
@@ -140,6 +141,8 @@ class AvroReader(Reader):
 
 class AvroWriter(Writer):
     """Writes values of one type, with the schema that each topic's subject has."""
+
+    needs_registry = True
 
     def __init__(self, form: Avro, kind: Any, registry: Registry, part: Part) -> None:
         self._form = form

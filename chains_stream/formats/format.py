@@ -19,9 +19,11 @@ class Reader(Protocol):
 
     Attributes:
         needs_headers: whether `read` looks at a record's headers, or puts some there; else they may be left out.
+        needs_registry: whether `missing` may ever give something.
     """
 
     needs_headers: bool
+    needs_registry: bool = False
 
     def missing(self, data: bytes) -> Awaitable[None] | None:
         """Give what must be awaited before `read` can read this: nothing, but for a schema that was never seen.
@@ -37,7 +39,13 @@ class Reader(Protocol):
 
 
 class Writer(Protocol):
-    """Writes values of one type as bytes."""
+    """Writes values of one type as bytes.
+
+    Attributes:
+        needs_registry: whether `missing` may ever give something.
+    """
+
+    needs_registry: bool = False
 
     def missing(self, topic: str) -> Awaitable[None] | None:
         """Give what must be awaited before `write` can write to a topic: nothing, but where a registry must be asked.

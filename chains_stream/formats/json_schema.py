@@ -58,6 +58,8 @@ class JsonSchemaReader(PlainReader):
 class JsonSchemaWriter(Writer):
     """Writes JSON behind the frame that each topic's subject asks for."""
 
+    needs_registry = True
+
     def __init__(self, form: JsonSchema, kind: Any, registry: Registry, part: Part) -> None:
         self._form = form
         self._registry = registry

@@ -137,7 +137,7 @@ class PlainWriter(Writer):
 
     @override
     def write(self, value: Any, topic: str, headers: Mapping[str, bytes] = NO_HEADERS) -> tuple[bytes, Headers]:
-        return self.encode(value, topic), tuple(headers.items())
+        return self.encode(value, topic), tuple(headers.items()) if headers else ()
 
     def encode(self, value: Any, topic: str) -> bytes:
         """Give the bytes alone. Raises InvalidResultError."""
