@@ -447,7 +447,7 @@ class EventWorker(Taker[EventJob]):
         began = time.perf_counter()
         token = policy.current.set(scope)
         try:
-            with Timeout(deadline, job.task):
+            with Timeout(deadline, job.task, brief=True):
                 if callee.signature.streaming:
                     await self._stream(arguments, given)
                 else:

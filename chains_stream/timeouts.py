@@ -1,8 +1,7 @@
 """Bounds on waiting, for code that begins thousands of them a second and meets nearly all in time.
 
 `asyncio.timeout` sets a timer of the event loop for each, which costs about as much as a task does. Here one that is
-far off has none: it stands in a set of those that end in the same second, and gets its timer when that second comes. It
-is put there at the loop's next turn, so that a block which is over by then, as it waited for nothing, costs no more.
+far off has none: it stands in a set of those that end in the same second, and gets its timer when that second comes.
 And `fault_of` looks at what is waited for, without waiting.
 """
 
@@ -23,13 +22,16 @@ class Timeout:
     Args:
         seconds: from the beginning of the block on. With none left it ends where it first waits.
         task: the one that runs the block, if it is known: to look it up costs as much as the rest.
+        brief: the block waits for nothing, most likely: only if it is not over at the loop's next turn has it a place
+            in a set. Where it does wait, that costs more.
     """
 
-    __slots__ = ("_cancelling", "_expired", "_far", "_loop", "_seconds", "_task", "_timer", "_when")
+    __slots__ = ("_brief", "_cancelling", "_expired", "_far", "_loop", "_seconds", "_task", "_timer", "_when")
 
-    def __init__(self, seconds: float, task: "asyncio.Task[Any] | None" = None) -> None:
+    def __init__(self, seconds: float, task: "asyncio.Task[Any] | None" = None, *, brief: bool = False) -> None:
         self._seconds = seconds
         self._task = task
+        self._brief = brief
         self._expired = False
         self._timer: asyncio.TimerHandle | None = None
         self._far: _Far | None = None
@@ -42,11 +44,13 @@ class Timeout:
         self._cancelling = task.cancelling()
         self._loop = task.get_loop()
         self._when = self._loop.time() + min(self._seconds, FOREVER)
-        if self._seconds > FAR:
-            far = _here.far if _here.loop is self._loop else _far_of(self._loop)
-            far.begin(self)
-        else:
+        if self._seconds <= FAR:
             self.near()
+        elif self._brief:
+            _far_of(self._loop).begin(self)
+        else:
+            self._far = _far_of(self._loop)
+            self._far.add(self, self._when)
         return self
 
     def __exit__(

@@ -15,10 +15,11 @@ async def test_a_block_that_waits_too_long_is_ended(seconds: float) -> None:
     assert bound.expired()
 
 
-async def test_one_that_is_far_ends_at_its_time_and_not_with_its_second() -> None:
+@pytest.mark.parametrize("brief", [False, True])
+async def test_one_that_is_far_ends_at_its_time_and_not_with_its_second(*, brief: bool) -> None:
     clock = asyncio.get_running_loop().time
     began = clock()
-    with pytest.raises(TimeoutError), Timeout(FAR + 0.3):
+    with pytest.raises(TimeoutError), Timeout(FAR + 0.3, brief=brief):
         await asyncio.Event().wait()
     assert clock() - began >= FAR + 0.3
 
@@ -98,23 +99,24 @@ async def test_a_timeout_error_of_the_block_itself_passes() -> None:
     assert not bound.expired()
 
 
-async def test_nothing_is_kept_of_those_that_ended() -> None:
-    bounds = [Timeout(FAR + at) for at in range(1, 50)]
+@pytest.mark.parametrize("brief", [False, True])
+async def test_nothing_is_kept_of_those_that_ended(*, brief: bool) -> None:
+    bounds = [Timeout(FAR + at, brief=brief) for at in range(1, 50)]
     for bound in bounds:
         with bound:
             await asyncio.sleep(0)
-    with Timeout(FAR + 5):
+    with Timeout(FAR + 5, brief=brief):
         await asyncio.sleep(0)
         far = bounds[0]._far
         assert far is not None
         assert sum(map(len, far._seconds.values())) == 1
 
 
-async def test_a_block_that_waits_for_nothing_has_a_place_nowhere() -> None:
-    bound = Timeout(FAR + 1)
+async def test_a_brief_block_that_waits_for_nothing_has_a_place_nowhere() -> None:
+    bound = Timeout(FAR + 1, brief=True)
     with bound:
         pass
-    with Timeout(FAR + 1) as other:
+    with Timeout(FAR + 1, brief=True) as other:
         await asyncio.sleep(0)
         assert bound._far is None
         assert other._far is not None
