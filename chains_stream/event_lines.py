@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from chains_stream.assignment import Assignment
 from chains_stream.broker import Record
+from chains_stream.errors import BrokerError
 from chains_stream.event_service import Keyed, Storing
 from chains_stream.offsets import Ledger
 from chains_stream.outcome import Stop
@@ -145,12 +146,18 @@ class Unstored:
         waiting[0][0].add_done_callback(functools.partial(self._look, waiting), context=self._context)
 
     def _look(self, waiting: "deque[tuple[asyncio.Future[int], EventJob]]", _: "asyncio.Future[int]") -> None:
-        while waiting and waiting[0][0].done():
-            stored, job = waiting.popleft()
-            job.storing -= 1
-            job.error = job.error or stored.exception()
-            if not job.storing:
-                self._jobs.discard(job)
-                self._over(job)
-        if waiting:
-            self._wait(waiting)
+        try:
+            while waiting and waiting[0][0].done():
+                stored, job = waiting.popleft()
+                job.storing -= 1
+                job.error = job.error or _error_of(stored)
+                if not job.storing:
+                    self._jobs.discard(job)
+                    self._over(job)
+        finally:  # else those behind one with a defect would wait for ever
+            if waiting:
+                self._wait(waiting)
+
+
+def _error_of(stored: "asyncio.Future[int]") -> BaseException | None:
+    return BrokerError("the record was given up before it was stored") if stored.cancelled() else stored.exception()

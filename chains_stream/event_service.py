@@ -156,7 +156,10 @@ class EventService:
         await self.written.start()
 
     def missing(self, record: Record) -> Awaitable[None] | None:
-        """Give what must be awaited before a record can be read, if anything. It raises as `read` does."""
+        """Give what must be awaited before a record can be read, if anything.
+
+        That raises Unreadable, SchemaRegistryError.
+        """
         if not self.needs_registry or (not record.value and self._optional):
             return None
         missing = self._reader.missing(record.value)

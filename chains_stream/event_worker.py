@@ -178,13 +178,16 @@ class EventWorker(Taker[EventJob]):
     # --- in the order of their keys
 
     async def _start(self, taken: Sequence[tuple[Record, Ledger]]) -> None:
-        if self._service.feed.source.delivery == "at_most_once":
+        at_most_once = self._service.feed.source.delivery == "at_most_once"
+        if at_most_once:
             for record, ledger in taken:
                 self._assignment.finish(record, ledger)
             await self._assignment.name({record.partition: ledger for record, ledger in taken})
         if self._service.key is not None:
             for record, _ in taken:
                 self._keyed[record.partition, record.offset] = await self._service.keyed(record)
+        if at_most_once or self._service.key is not None:  # meanwhile partitions may have gone to others
+            taken = [(record, ledger) for record, ledger in taken if self._assignment.of(record) is ledger]
         try:
             await super()._start(taken)
         finally:
@@ -278,7 +281,7 @@ class EventWorker(Taker[EventJob]):
                 used = job.stop is not None or task.cancelling() or contextvars.copy_context() != context
                 if used or not job.placed or self._returning:
                     return
-                if self._turns.now > self._turns.end:
+                if time.perf_counter() > self._turns.end:
                     await self._turns.give_way()
                 if self._quarantine.busy:
                     return
@@ -465,8 +468,7 @@ class EventWorker(Taker[EventJob]):
             policy.current.reset(token)
             if scope.calls:
                 scope.close()
-            self._turns.now = now = time.perf_counter()
-            service.run_time.observe(now - began)
+            service.run_time.observe(time.perf_counter() - began)
         job.unsent = given.held
         return given.storing
 

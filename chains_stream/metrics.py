@@ -5,6 +5,7 @@ Counters only grow, and begin at 0 with the process.
 """
 
 import os
+import time
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
 from itertools import accumulate
@@ -60,10 +61,11 @@ class Timings(Collector):
 class Count:
     """How often something happened: what one child of `Counts` counts."""
 
-    __slots__ = ("value",)
+    __slots__ = ("created", "value")
 
     def __init__(self) -> None:
         self.value = 0
+        self.created = time.time()
 
     def inc(self) -> None:
         self.value += 1
@@ -85,7 +87,7 @@ class Counts(Collector):
     def collect(self) -> Iterator[CounterMetricFamily]:
         family = CounterMetricFamily(self._name, self._text, labels=self._labels)
         for values, count in self._children.items():
-            family.add_metric(values, count.value)
+            family.add_metric(values, count.value, created=count.created)
         yield family
 
 

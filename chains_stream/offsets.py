@@ -18,7 +18,8 @@ from typing import Self
 import msgspec
 
 # The most offsets from the committed one on of which a worker has begun records: `max_uncommitted` allows no more than
-# 1,500, and of those that it took at once up to 256 lie beyond.
+# 1,500, and of those that it took at once up to 256 lie beyond. (Of an `EventWorker` they may be more, where they are
+# finished before they are run.)
 MOST_OPEN = 1_500 + 256
 
 

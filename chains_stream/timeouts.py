@@ -62,6 +62,7 @@ class Timeout:
             self._timer = None
         elif self._far is not None:
             self._far.discard(self, self._when)
+            self._far = None
         if self._expired and task is not None:
             # Whoever else has cancelled the task means it.
             ours = task.uncancel() <= self._cancelling

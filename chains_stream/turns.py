@@ -4,8 +4,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
-# Seconds of a stretch, and of one while others are under way in the process. Each turn of the loop costs: in one of a
-# worker of events, say, all is sent to Kafka that was given in it.
+# Seconds of a stretch, and of one that begins while others are under way in the process, as far as its workers and
+# callers know. Each turn of the loop costs: in that of a worker of events, say, all is sent to Kafka that was given.
 STRETCH, STRETCH_BESIDE = 0.02, 0.005
 
 
@@ -13,14 +13,13 @@ class Turns:
     """Has tasks of one kind run for a stretch, all together, before all else has its turn.
 
     Attributes:
-        end: of the stretch, by `time.perf_counter`.
-        now: what that was when it was last looked at, by whoever runs them.
+        end: of the stretch, by `time.perf_counter`; whoever runs them looks at it.
         aside: how many of them let others have their turn now.
     """
 
     def __init__(self, beside: Callable[[], bool]) -> None:
         """Ask, when a stretch begins, whether others are under way."""
-        self.end = self.now = 0.0
+        self.end = 0.0
         self.aside = 0
         self._beside = beside
 

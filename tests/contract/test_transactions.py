@@ -389,6 +389,8 @@ async def test_wrong_turns_are_refused(broker: Broker, topic: str, output: str) 
         with pytest.raises(ChainsUsageError, match="was begun"):
             await too_early
     with pytest.raises(ChainsUsageError, match="was begun"):
+        idle.put(output, b"", partition=0)
+    with pytest.raises(ChainsUsageError, match="was begun"):
         idle.add_offsets(topic, f"group.{topic}", {0: Committed(1)})
     idle.begin()
     with pytest.raises(ChainsUsageError, match="is open"):

@@ -434,3 +434,51 @@ async def test_what_is_lost_while_it_is_stored_is_not_run_again_here(
             while worker.in_flight:  # noqa: ASYNC110 - as above
                 await asyncio.sleep(0)
         assert Seen.counts["run"] == 1
+
+
+class Counted(chains.ChainletBase):
+    """Counts its runs of each, and has a place for all of them at once."""
+
+    remote_config = chains.RemoteConfig(compute=chains.Compute(predict_concurrency=64))
+
+    async def run_remote(self, ticket: Ticket) -> Scored:
+        Seen.note(ticket.id)
+        return Scored(ticket.id, 1.0)
+
+
+@pytest.mark.parametrize("delivery", ["at_most_once", "at_least_once"])
+async def test_what_is_lost_before_it_begins_is_not_run_here(monkeypatch: pytest.MonkeyPatch, delivery: str) -> None:
+    source = {"key": "id"} if delivery == "at_least_once" else {}  # what else a worker waits for before it begins
+    names = [f"t{number}" for number in range(10)]
+    async with AsyncExitStack() as stack:
+        stream = Stream("memory://", stack, delivery)
+        await stream.start()
+        first = await stream.host(stream.chainlet(Counted, **source))
+        (worker,) = first.feeds
+        moved = False
+
+        async def move() -> None:
+            nonlocal moved
+            if not moved:
+                moved = True
+                with monkeypatch.context() as late:
+                    late.setattr(worker._consumer, "commit", _refuse)  # as Kafka does once the session is over
+                    # In a task of its own: the host drains in the one that has started it.
+                    await asyncio.wait([asyncio.create_task(stream.host(stream.chainlet(Counted, **source)))])
+
+        waits, of = ("name", worker._assignment) if delivery == "at_most_once" else ("keyed", worker._service)
+        inner = getattr(of, waits)
+
+        async def wait(what: Any) -> Any:
+            await move()
+            return await inner(what)
+
+        monkeypatch.setattr(of, waits, wait)
+        await stream.send(*map(Ticket, names), partition=1)
+        await stream.read(stream.scored, len(names))
+        await first.drain()
+    assert {name: Seen.counts[name] for name in names} == dict.fromkeys(names, 1)
+
+
+async def _refuse(_positions: object) -> frozenset[int]:
+    raise BrokerError("too late")

@@ -96,3 +96,38 @@ async def test_what_was_stored_before_it_was_added() -> None:
     watched.add(0, (HERE, stored))
     await turn()
     assert watched.over == [0]
+
+
+async def test_what_was_given_up_is_not_stored() -> None:
+    watched = Watched()
+    lost, fine = future(), future()
+    job = watched.add(0, (HERE, lost))
+    watched.add(1, (HERE, fine))
+    lost.cancel()
+    fine.set_result(0)
+    await turn()
+    assert watched.over == [0, 1]
+    assert isinstance(job.error, BrokerError)
+
+
+async def test_a_defect_of_one_does_not_hold_up_those_behind_it() -> None:
+    over: list[int] = []
+
+    def fail_first(job: EventJob) -> None:
+        over.append(job.record.offset)
+        if len(over) == 1:
+            raise RuntimeError("a defect")
+
+    told: list[str] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: told.append(str(context["exception"])))
+    watched = Watched()
+    watched.unstored = Unstored(fail_first, contextvars.copy_context())
+    stored = [future() for _ in range(3)]
+    for offset, each in enumerate(stored):
+        watched.add(offset, (HERE, each))
+        each.set_result(offset)
+    for _ in range(3):
+        await turn()
+    assert over == [0, 1, 2]
+    assert told == ["a defect"]
