@@ -17,6 +17,7 @@ from chains_stream.errors import (
     message_of,
 )
 from chains_stream.log import get_logger
+from chains_stream.metrics import EVENTS_PAUSED
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds between two tries while all events fail: twice as long each time
 MOST_FAILING = 16  # events that are tried before it counts as certain that all fail
@@ -47,6 +48,7 @@ class Breaker:
         self._next_aside = 0.0  # by `time.monotonic`: when another one may be
         self._closed = asyncio.Event()
         self._ended = False  # nothing comes after what has begun, or waits to
+        self._metric = EVENTS_PAUSED.labels(name)
 
     def begin(self) -> int:
         """Count a run; give its number."""
@@ -56,8 +58,7 @@ class Breaker:
     def succeeded(self, run: int) -> None:
         self._succeeded = max(self._succeeded, run)
         if self.open:
-            self.open = False
-            self._closed.set()
+            self._close()
             log.info("events.go_on", chainlet=self._name)
         self._tries = self._aside = 0
 
@@ -74,8 +75,8 @@ class Breaker:
         False if none has ever succeeded, which would show that what they depend on was there.
         """
         if self._succeeded:
-            self._ended, self.open = True, False
-            self._closed.set()
+            self._ended = True
+            self._close()
         return self._ended
 
     def may_put_aside(self) -> bool:
@@ -103,6 +104,7 @@ class Breaker:
         """Count an event that failed for no fault of its own as waiting; give what it has to wait for."""
         if not self.open:
             self.open = True
+            self._metric.set(1)
             self._closed.clear()
             self._opened = self.begun
             then = {}
@@ -116,6 +118,11 @@ class Breaker:
             yield self._goes_on(_pause(self._tries))
         finally:
             self.waiting -= 1
+
+    def _close(self) -> None:
+        self.open = False
+        self._metric.set(0)
+        self._closed.set()
 
     async def _goes_on(self, seconds: float) -> None:
         """Wait until one succeeds, for so long at most."""

@@ -103,6 +103,7 @@ REDELIVERED = Counter("chains_redelivered", "Requests that another worker may ha
 DEAD_LETTERED = Counter("chains_dead_lettered", "Requests put into the dead-letter topic.", ["chainlet", "reason"])
 EXPIRED = Counter("chains_expired", "Requests whose deadline passed before they were run.", ["chainlet"])
 RETRIED = Counter("chains_retried", "Requests put off after a try that failed, to be tried again.", ["chainlet"])
+EVENTS_PAUSED = Gauge("chains_events_paused", "1 while all events of a Chainlet wait, as none succeeds.", ["chainlet"])
 CANCELLED = Counter("chains_cancelled", "Requests cancelled: running, or still queued.", ["chainlet", "state"])
 
 # --- of all that serve

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from prometheus_client import REGISTRY
 
 import chains_stream as chains
 from chains_stream.breaker import MOST_FAILING
@@ -77,9 +78,15 @@ async def test_what_came_of_a_lost_connection_puts_nothing_aside(stream: Stream,
     await stream.send(*(Ticket(f"{number}", number, how) for number in range(50)))
     await stream.host(stream.chainlet(Needy, retries=1))
     await Seen.until("away", times=20)
+    assert _paused() == 1
     Seen.note("back")
     assert len(await stream.read(stream.scored, 50)) == 50
     assert await letters(stream) == 0
+    assert _paused() == 0
+
+
+def _paused() -> float | None:
+    return REGISTRY.get_sample_value("chains_events_paused", {"chainlet": "Needy.events"})
 
 
 async def test_few_are_put_aside_while_all_fail_whatever_the_error_is(stream: Stream) -> None:
