@@ -24,18 +24,18 @@ else
 	@$(MAKE) --no-print-directory --keep-going test-parts test-triton test-vllm
 endif
 
-test-long: $(READY) ## Run what takes minutes: all tests of a real vLLM, and workers of events that are killed
+test-long: $(READY) ## Run what takes minutes: all tests of a real vLLM, each fault once, and workers of events that are killed
 	@$(MAKE) --no-print-directory test-vllm VLLM_TESTS=tests/vllm
-	@$(BIN)/pytest $(CRASHES)
+	@$(BIN)/pytest $(LONG)
 
 # Several at once, as they mostly wait, for groups to form and processes to start. Engines compute, and come after them.
 # Each start of a vLLM takes half a minute: the tests that share one are run always.
 PARTS := tests/acceptance tests/contract tests/integration tests/typing tests/unit
 VLLM_TESTS := tests/vllm/test_generation.py tests/vllm/test_resume.py
-CRASHES := tests/acceptance/test_event_crashes.py
+LONG := tests/acceptance/test_event_crashes.py tests/acceptance/test_fault_suite.py
 .PHONY: test-parts test-vllm test-triton
 test-parts:
-	@$(BIN)/pytest --numprocesses=3 --dist=loadfile --durations=20 --durations-min=5 $(PARTS) --ignore=$(CRASHES)
+	@$(BIN)/pytest --numprocesses=3 --dist=loadfile --durations=20 --durations-min=5 $(PARTS) $(addprefix --ignore=,$(LONG))
 test-vllm:
 	@if [ -e $(VLLM_READY) ]; then .venv-vllm/bin/pytest $(VLLM_TESTS); else $(call not-run,tests/vllm,vLLM); fi
 test-triton:
