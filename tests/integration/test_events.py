@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 import chains_stream as chains
-from chains_stream import events
+from chains_stream import events, policy
 from chains_stream.calls import remote_target
 from chains_stream.chainlet import signature
 from chains_stream.checks import check_chainlet
@@ -381,6 +381,30 @@ async def test_what_is_too_large_to_be_written_is_put_aside(stream: Stream) -> N
     assert len(await stream.read(stream.scored, 1)) == 1
     (letter,) = await stream.read(dead_letter_topic(stream.tickets), 1)
     assert letter.key == b"large"
+
+
+class Traced(chains.ChainletBase):
+    """Gives what it knows of the request that its event is."""
+
+    async def run_remote(self, ticket: Ticket) -> Scored:
+        served = policy.current.get()
+        assert served is not None
+        trace, state = ((each or b"").decode() for each in (served.traceparent, served.tracestate))
+        Seen.note(f"{ticket.id} {chains.current_request().id} {trace} {state}")
+        return Scored(ticket.id, 1.0)
+
+
+async def test_an_event_brings_its_trace_along() -> None:
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    async with AsyncExitStack() as stack:
+        stream = Stream("memory://", stack, "at_least_once")
+        await stream.start()
+        await stream.host(stream.chainlet(Traced))
+        headers = (("other", b"x"), ("traceparent", trace.encode()), ("tracestate", b"k=v"))
+        await (await stream.broker.publish(stream.tickets, b'{"id":"a"}', partition=0, headers=headers))
+        await (await stream.broker.publish(stream.tickets, b'{"id":"b"}', partition=0))
+        await stream.read(stream.scored, 2)
+    assert set(Seen.counts) == {f"a {stream.tickets}/0/0 {trace} k=v", f"b {stream.tickets}/0/1  "}
 
 
 class Together(chains.ChainletBase):
