@@ -38,7 +38,6 @@ from chains_stream.log import get_logger
 from chains_stream.settings import KafkaSettings
 
 PAUSE = 0.1  # seconds before asking a broker again that is not ready
-STOP_SECONDS = 5.0  # for a client to end by itself
 _TOPIC_RESOURCE, _RECORD_LIMIT = 2, "max.message.bytes"  # in Kafka's protocol
 END, BEGIN = -1, -2  # instead of a time stamp, when offsets are asked for
 
@@ -459,23 +458,6 @@ def security_arguments(settings: KafkaSettings) -> dict[str, Any]:
             "set CHAINS_KAFKA_SECURITY_PROTOCOL to SASL_SSL or SASL_PLAINTEXT"
         )
     return arguments
-
-
-async def stop(client: Any, connections: Any) -> None:
-    """Stop a consumer or producer of aiokafka for good, and close its connections, whatever state it is in.
-
-    In a task of its own: where one of its inner tasks is cancelled, its `stop` ends as if it had been cancelled itself.
-    """
-    stopping = asyncio.create_task(client.stop())
-    try:
-        await asyncio.wait([stopping], timeout=STOP_SECONDS)
-    finally:
-        stopping.cancel()
-        await asyncio.wait([stopping])
-        error = None if stopping.cancelled() else stopping.exception()
-        if stopping.cancelled() or error is not None:
-            log.info("broker.stopped_hard", client=type(client).__name__, reason=said(error) if error else "cancelled")
-            await connections.close()
 
 
 async def to_the_end(work: Coroutine[Any, Any, None]) -> None:

@@ -13,9 +13,10 @@ from aiokafka import errors as kafka
 from aiokafka.structs import OffsetAndMetadata
 
 from chains_stream.broker import Committed, Isolation, PartitionsChanged, Record
-from chains_stream.brokers.kafka_cluster import BEGIN, Cluster, said, stop
+from chains_stream.brokers.kafka_cluster import BEGIN, Cluster, said
 from chains_stream.brokers.kafka_reading import Feed, MakeConsumer
 from chains_stream.brokers.kafka_static import FencedInstanceIdError, name_instance
+from chains_stream.brokers.kafka_stop import stop
 from chains_stream.errors import BrokerError
 from chains_stream.log import get_logger
 
@@ -202,7 +203,7 @@ class KafkaGroupConsumer(Feed, ConsumerRebalanceListener):  # type: ignore[misc]
             client.subscribe([self._topic], listener=self)
         except BaseException:
             self._client = None
-            await stop(client, client._client)  # noqa: SLF001 - as above
+            await stop(client)
             raise
         return client
 

@@ -18,7 +18,8 @@ from aiokafka.consumer.fetcher import FetchResult
 
 from chains_stream.broker import Isolation, Record
 from chains_stream.brokers.buffer import Buffer
-from chains_stream.brokers.kafka_cluster import FINAL, Cluster, said, stop, to_the_end
+from chains_stream.brokers.kafka_cluster import FINAL, Cluster, said, to_the_end
+from chains_stream.brokers.kafka_stop import stop
 from chains_stream.brokers.kafka_watch import Watch
 from chains_stream.errors import BrokerError
 from chains_stream.log import get_logger
@@ -96,7 +97,7 @@ class Feed(ABC):
                 await asyncio.wait([task])
         await self._leave()
         if self._client is not None:
-            await stop(self._client, self._client._client)  # noqa: SLF001 - what a broken one leaves open
+            await stop(self._client)
             self._client = None
         self._buffer.clear()
         self._fail(BrokerError(f"{self._topic}: the consumer was closed"))
@@ -233,7 +234,7 @@ class Feed(ABC):
         await self._leave()
         old, self._client = self._client, None
         if old is not None:
-            await stop(old, old._client)  # noqa: SLF001 - as in `close`
+            await stop(old)
         while self._client is None:
             await asyncio.sleep(RECONNECT_SECONDS)
             try:
@@ -276,7 +277,7 @@ class KafkaReader(Feed):
                 client.seek(TopicPartition(self._topic, partition), offset)
             self._reason = ""
         except BaseException:
-            await stop(client, client._client)  # noqa: SLF001 - as above
+            await stop(client)
             raise
         return client
 

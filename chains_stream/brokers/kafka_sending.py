@@ -14,7 +14,8 @@ from aiokafka import errors as kafka
 from aiokafka.producer.message_accumulator import BatchBuilder, MessageBatch
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
-from chains_stream.brokers.kafka_cluster import PAUSE, Cluster, said, stop
+from chains_stream.brokers.kafka_cluster import PAUSE, Cluster, said
+from chains_stream.brokers.kafka_stop import stop
 from chains_stream.errors import BrokerError
 from chains_stream.log import get_logger
 from chains_stream.messages import Headers
@@ -218,10 +219,10 @@ class Sender:
                 await producer.start()
             except (kafka.KafkaError, OSError) as error:
                 log.info("producer.waiting", reason=said(error))
-                await stop(producer, producer.client)
+                await stop(producer)
                 await asyncio.sleep(PAUSE)
             except BaseException:
-                await stop(producer, producer.client)
+                await stop(producer)
                 raise
             else:
                 self.producer = producer
@@ -241,7 +242,7 @@ class Sender:
             # An idempotent producer gives no record up, and its `stop` would wait for a broker that is gone.
             unsent = kafka.KafkaConnectionError("closed before the record was stored")
             producer._message_accumulator.fail_all(unsent)  # noqa: SLF001 - it has no other way
-            await stop(producer, producer.client)
+            await stop(producer)
 
 
 class _Coordination:

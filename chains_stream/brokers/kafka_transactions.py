@@ -20,8 +20,9 @@ from aiokafka.producer.transaction_manager import TransactionState
 from aiokafka.structs import OffsetAndMetadata
 
 from chains_stream.broker import Committed
-from chains_stream.brokers.kafka_cluster import Cluster, check_size, said, stop, to_the_end
+from chains_stream.brokers.kafka_cluster import Cluster, check_size, said, to_the_end
 from chains_stream.brokers.kafka_sending import drained, heard_of, last_batch, sends_itself
+from chains_stream.brokers.kafka_stop import stop
 from chains_stream.errors import BrokerError, ChainsUsageError, FencedError
 from chains_stream.log import get_logger
 from chains_stream.messages import Headers
@@ -86,7 +87,7 @@ class KafkaTransactor:
                 await producer.start()
         except BaseException as error:
             if producer is not None:
-                await to_the_end(stop(producer, producer.client))
+                await to_the_end(stop(producer))
             if isinstance(error, TimeoutError):
                 reason = f"did not let {self._id} start a transaction within {self._cluster.patience:g} s"
                 raise BrokerError(f"{self._cluster.url} {reason}") from None
@@ -99,7 +100,7 @@ class KafkaTransactor:
                 raise self._translated(error, "start transactions of") from error
             raise
         if self._error is not None:  # closed meanwhile
-            await to_the_end(stop(producer, producer.client))
+            await to_the_end(stop(producer))
             raise self._error
         self._producer = producer
 
@@ -191,7 +192,7 @@ class KafkaTransactor:
         finally:
             unsent = kafka.KafkaConnectionError("closed before the record was stored")
             producer._message_accumulator.fail_all(unsent)  # noqa: SLF001 - its `stop` would wait for a broker that is gone
-            await stop(producer, producer.client)
+            await stop(producer)
             ending = producer._txn_manager.wait_for_transaction_end()  # noqa: SLF001 - as above
             if ending is not None and not ending.done():  # somebody waits in `commit`
                 producer._txn_manager.fatal_error(unsent)  # noqa: SLF001 - as above

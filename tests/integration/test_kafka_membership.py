@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -78,6 +79,38 @@ async def test_a_fenced_member_that_does_nothing_is_told_too(kafka_url: str) -> 
         assert len(await second.take(1)) == 1
         assert second.revoked == []
         await second.consumer.close()
+
+
+async def test_whoever_gives_up_joining_leaves_the_group_at_once_and_nothing_behind(kafka_url: str) -> None:
+    """The others would wait for it until its session is over."""
+    topic = f"leaving.{uuid4().hex}"
+    async with AsyncExitStack() as stack:
+        brokers = [open_broker(Settings.of(broker=kafka_url)) for _ in range(3)]
+        for broker in brokers:
+            stack.push_async_callback(broker.close)
+            await broker.start()
+        await brokers[0].ensure_topics([TopicSpec(topic, 2, HOUR_MS)])
+        first, second, third = (Member(broker, topic) for broker in brokers)
+        await first.join()
+        await second.join()
+        await asyncio.gather(first.until(1), second.until(1))
+        first.hesitate_to_revoke.set()
+        joining = asyncio.create_task(third.join())
+        async with asyncio.timeout(30):
+            await first.hesitating.wait()
+            while await brokers[0].members(topic) != 3 or not second.revoked:
+                pass  # Kafka tells nobody who else joins
+        client: Any = second.consumer._client  # type: ignore[attr-defined]
+        await second.consumer.close()
+        joining.cancel()
+        await asyncio.wait([joining])
+        assert await brokers[0].members(topic) == 1, "while the first one still hesitates"
+        assert client._coordinator._coordination_task.done()
+        assert client._fetcher._fetch_task.done()
+        assert not any(connection.connected() for connection in client._client._conns.values())
+        first.go_on.set()
+        await first.until(2)
+        await first.consumer.close()
 
 
 async def test_whoever_stays_keeps_what_it_has(kafka_url: str) -> None:
