@@ -299,14 +299,16 @@ async def _listening(settings: Settings, spread: bool) -> list[socket.socket]:  
         first = await bind(host, port)
     except (OSError, UnicodeError) as error:
         raise ChainsUsageError(explain(host, port, error)) from error
-    sockets = [first]
+    sockets = []
     try:
         guard(settings, first)
         if not spread:
-            return sockets + [first.dup() for _ in range(count - 1)]
+            return [first.dup() for _ in range(count)]
         # Only now: bound with it, the first would not notice that another server has the port.
         first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        for _ in range(count - 1):
+        for _ in range(count):
+            # Bound to a port by its number, also where any would do: a socket that the kernel chose one for lets go of
+            # it when its place is shut.
             another = socket.socket(first.family, first.type, first.proto)
             sockets.append(another)
             another.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -316,4 +318,6 @@ async def _listening(settings: Settings, spread: bool) -> list[socket.socket]:  
         for each in sockets:
             each.close()
         raise
+    finally:
+        first.close()
     return sockets

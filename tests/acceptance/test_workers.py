@@ -245,6 +245,29 @@ def test_it_gives_up_when_a_process_ends_again_and_again(
     assert re.search(r"error: a gateway process ended 5 times in a row soon after its start", gateway.stderr.text())
 
 
+@pytest.mark.kafka
+def test_a_place_without_a_process_takes_connections_again_once_it_has_one(
+    start: Commands, kafka_url: str, namespace: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "chain.py"
+    text = Path(GATE).read_text(encoding="utf-8")
+    file.write_text(text, encoding="utf-8")
+    options = ("--broker", kafka_url, "--namespace", namespace)
+    gateway = start("gateway", str(file), "--port", "0", "--workers", "2", *options)
+    url = gateway.ready()
+    for _ in range(2):
+        gateway.logged("gateway.process_ready")
+    for killed in sorted(pids(url)):  # whichever place is whose
+        file.write_text("raise RuntimeError('it was replaced by something broken')\n")
+        os.kill(killed, signal.SIGKILL)
+        for _ in range(2):
+            gateway.logged("gateway.process_ended")
+        file.write_text(text, encoding="utf-8")
+        gateway.logged("gateway.process_ready")
+        assert len(pids(url) - {killed}) == 2
+    assert gateway.stop() == 0
+
+
 def test_a_mistake_is_told_once_and_ends_all(tmp_path: Path) -> None:
     (tmp_path / "chain.py").write_text("x = 1\n")
     options = ("--broker", "kafka://127.0.0.1:1", "--port", "0", "--workers", "3")
