@@ -315,6 +315,9 @@ async def test_a_group_that_began_at_the_end_takes_all_of_partitions_that_are_ad
     admin = AIOKafkaAdminClient(bootstrap_servers=broker.url.removeprefix("kafka://"))
     await admin.start()
     await admin.create_partitions({topic: NewPartitions(PARTITIONS + 1)})
+    async with asyncio.timeout(30):
+        while len((await admin.describe_topics([topic]))[0]["partitions"]) == PARTITIONS:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.02)  # the controller knows before the broker does, and nobody is told
     await admin.close()
     await fill(broker, topic, 2, partition=PARTITIONS)
     second = await Member(broker, topic).join(f"{topic}.group", start="latest")
