@@ -255,6 +255,7 @@ async def test_a_record_that_the_broker_does_not_take_spoils_its_transaction(bro
     await admin.start()
     await admin.create_topics([NewTopic(narrow, 1, 1, topic_configs={"max.message.bytes": "1000"})])
     await admin.close()
+    await broker.ensure_topics([TopicSpec(narrow, 1, HOUR_MS)])  # waits until the broker has heard of it
     transactor = broker.transactor(topic)
     await transactor.start()
     transactor.begin()
