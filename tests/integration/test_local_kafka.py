@@ -82,6 +82,8 @@ async def topics(port: str, *, create: str = "") -> list[str]:
         await client.start()
         if create:
             await client.create_topics([NewTopic(create, 1, 1)])
+            while create not in await client.list_topics():  # noqa: ASYNC110 - the controller knows first; nobody is told
+                await asyncio.sleep(0.02)
         return list(await client.list_topics())
     finally:
         await client.close()
