@@ -2,8 +2,10 @@
 
 import os
 import random
+import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,8 +45,11 @@ class Node:
         self._run("kill", "--port", self.port)
 
     def signal(self, number: int) -> None:
-        """Send its process a signal: SIGSTOP, say."""
-        os.kill(int((SCRIPT.parents[2] / ".kafka" / self.port / "pid").read_text()), number)
+        """Send its process a signal: SIGSTOP, say, after which it no longer does anything."""
+        pid = int((SCRIPT.parents[2] / ".kafka" / self.port / "pid").read_text())
+        os.kill(pid, number)
+        while number == signal.SIGSTOP and not _stopped(pid):
+            time.sleep(0.001)  # a thread may be at work on another processor; nobody is told when it has stopped
 
     def clean(self) -> None:
         self._run("clean", "--port", self.port)
@@ -54,6 +59,12 @@ class Node:
         done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
+
+
+def _stopped(pid: int) -> bool:
+    """Tell whether all threads of a process are stopped, where that can be seen."""
+    states = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(state == "T" for state in states)
 
 
 @contextmanager

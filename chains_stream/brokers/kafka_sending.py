@@ -314,8 +314,13 @@ async def _send_waiting(sender: Any) -> None:
 
 
 async def _broken_off(requests: Collection[asyncio.Task[None]]) -> None:
-    """Wait for what is under way, which nobody waits for any more."""
-    if requests:
+    """Wait for what is under way, which nobody waits for any more; if that takes too long for somebody, end it."""
+    try:
+        if requests:
+            await asyncio.wait(requests)
+    except asyncio.CancelledError:
+        for request in requests:
+            request.cancel()
         await asyncio.wait(requests)
     failed = [error for request in requests if not request.cancelled() and (error := request.exception())]
     if failed:

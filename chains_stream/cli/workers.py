@@ -152,7 +152,8 @@ class Place:
 
     def shut(self) -> None:
         """Have the kernel send connections elsewhere until a child listens here again; those that wait are lost."""
-        with suppress(OSError):  # it is not listening
+        # Of a socket that does not listen, all connections that it ever took afterwards would be shut from the start.
+        if self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             self.socket.shutdown(socket.SHUT_RDWR)
 
 

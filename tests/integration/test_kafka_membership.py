@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 
 from chains_stream.broker import Broker, Committed, TopicSpec
-from chains_stream.brokers import open_broker
+from chains_stream.brokers import kafka_stop, open_broker
 from chains_stream.errors import BrokerError
 from chains_stream.settings import Settings
 from tests.members import HOUR_MS, Member, fill
@@ -81,8 +81,11 @@ async def test_a_fenced_member_that_does_nothing_is_told_too(kafka_url: str) -> 
         await second.consumer.close()
 
 
-async def test_whoever_gives_up_joining_leaves_the_group_at_once_and_nothing_behind(kafka_url: str) -> None:
+async def test_whoever_gives_up_joining_leaves_the_group_at_once_and_nothing_behind(
+    kafka_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The others would wait for it until its session is over."""
+    monkeypatch.setattr(kafka_stop, "LEAVE_SECONDS", 20.0)
     topic = f"leaving.{uuid4().hex}"
     async with AsyncExitStack() as stack:
         brokers = [open_broker(Settings.of(broker=kafka_url)) for _ in range(3)]
@@ -96,6 +99,7 @@ async def test_whoever_gives_up_joining_leaves_the_group_at_once_and_nothing_beh
         await asyncio.gather(first.until(1), second.until(1))
         first.hesitate_to_revoke.set()
         joining = asyncio.create_task(third.join())
+        stack.callback(first.go_on.set)
         async with asyncio.timeout(30):
             await first.hesitating.wait()
             while await brokers[0].members(topic) != 3 or not second.revoked:
