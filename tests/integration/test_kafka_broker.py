@@ -1,6 +1,7 @@
 """What is Kafka's alone: brokers that are missing, restart, or refuse us."""
 
 import asyncio
+import signal
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -111,8 +112,12 @@ async def test_a_restart_loses_nothing_that_was_stored(own: Node) -> None:
         await consumer.close()
 
 
-async def test_closing_ends_while_the_broker_is_away(own: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP])
+async def test_closing_ends_while_the_broker_is_away_or_silent(
+    own: Node, monkeypatch: pytest.MonkeyPatch, way: signal.Signals
+) -> None:
     """A record that could not be sent, a commit that could not be stored, a fetch under way: none holds up the end."""
+    before = asyncio.all_tasks()
     monkeypatch.setattr(kafka_sending, "FLUSH_SECONDS", 0.5)
     monkeypatch.setattr(kafka_group, "COMMIT_SECONDS", 1)
     topic = f"away.{uuid4().hex}"
@@ -128,14 +133,19 @@ async def test_closing_ends_while_the_broker_is_away(own: Node, monkeypatch: pyt
     reader = await broker.read(topic, {0: 0})
     await (await broker.publish(topic, b"stored", partition=0))
     assert len(await consumer.fetch(1)) == len(await reader.fetch()) == 1
-    await asyncio.to_thread(own.kill)
-    unsent = await broker.publish(topic, b"unsent", partition=0)
-    waiting = asyncio.ensure_future(reader.fetch())
-    async with asyncio.timeout(30):
-        await asyncio.wait([waiting], timeout=1)  # time for the fetch to fail, and to be about to be tried again
-        await reader.close()
-        await consumer.close()
-        await broker.close()
+    own.signal(way)
+    try:
+        unsent = await broker.publish(topic, b"unsent", partition=0)
+        waiting = asyncio.ensure_future(reader.fetch())
+        async with asyncio.timeout(60):
+            await asyncio.wait([waiting], timeout=1)  # time for the fetch to fail, and to be about to be tried again
+            await reader.close()
+            await consumer.close()
+            await broker.close()
+        assert asyncio.all_tasks() - before <= {waiting}
+    finally:
+        if way == signal.SIGSTOP:
+            own.signal(signal.SIGCONT)
     with pytest.raises(BrokerError, match="closed"):
         await waiting
     with pytest.raises(BrokerError, match="closed before the record was stored"):
