@@ -63,7 +63,10 @@ class Node:
 
 def _stopped(pid: int) -> bool:
     """Tell whether all threads of a process are stopped, where that can be seen."""
-    states = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+    try:
+        states = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except (FileNotFoundError, ProcessLookupError):  # of a thread that has just ended
+        return False
     return all(state == "T" for state in states)
 
 

@@ -105,13 +105,15 @@ async def test_whoever_gives_up_joining_leaves_the_group_at_once_and_nothing_beh
             while await brokers[0].members(topic) != 3 or not second.revoked:
                 pass  # Kafka tells nobody who else joins
         client: Any = second.consumer._client  # type: ignore[attr-defined]
+        connections = list(client._client._conns.values())
+        assert any(connection.connected() for connection in connections)
         await second.consumer.close()
         joining.cancel()
         await asyncio.wait([joining])
         assert await brokers[0].members(topic) == 1, "while the first one still hesitates"
         assert client._coordinator._coordination_task.done()
         assert client._fetcher._fetch_task.done()
-        assert not any(connection.connected() for connection in client._client._conns.values())
+        assert not any(connection.connected() for connection in (*connections, *client._client._conns.values()))
         first.go_on.set()
         await first.until(2)
         await first.consumer.close()
